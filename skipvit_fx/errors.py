@@ -1,0 +1,50 @@
+"""Every error this package raises on purpose. Each carries a hint: what to try next."""
+
+from __future__ import annotations
+
+
+class SkipViTError(Exception):
+    """Base of all errors of this package.
+
+    Attributes:
+        hint: one sentence that says what to do about it; empty where nothing is known to help.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{message}\n  hint: {self.hint}" if self.hint else message
+
+
+class PlanError(SkipViTError, ValueError):
+    """A plan that cannot be read, contradicts itself, or does not fit the model."""
+
+
+class TraceError(SkipViTError):
+    """The model could not be captured as a graph."""
+
+
+class UnsupportedModelError(SkipViTError):
+    """The model (or this plan on it) cannot be rewritten soundly.
+
+    Attributes:
+        node: name of the graph node in the way; empty if no single node is to blame.
+        module_path: path of the module that the node comes from, as in ``model.get_submodule``.
+        reason: why a rewrite would not be sound, without the place.
+    """
+
+    def __init__(
+        self, reason: str, *, node: str = "", module_path: str = "", hint: str = ""
+    ) -> None:
+        place = f" (node {node!r} in module {module_path or '<root>'!r})" if node else ""
+        super().__init__(f"{reason}{place}", hint=hint)
+        self.node = node
+        self.module_path = module_path
+        self.reason = reason
+
+
+class ExportError(SkipViTError):
+    """The rewritten model could not be written as ONNX."""
