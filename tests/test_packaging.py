@@ -1,5 +1,6 @@
 """What is declared is what is there, and what is built contains the passes."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich"}
 
+LAYERS = ["errors", "ops", "ir", "analysis", "passes", "api", "cli"]
+
 
 def packages_in_the_tree(root: Path) -> set[str]:
     """Every directory with Python files, under the name that it is imported by."""
@@ -23,6 +26,30 @@ def packages_in_the_tree(root: Path) -> set[str]:
     names = {path.relative_to(root) for path in engine if not path.is_relative_to(link)}
     names |= {"skipvit_fx" / path.relative_to(root) for path in passes}
     return {".".join(name.parts) for name in names}
+
+
+def upward_imports(root: Path) -> list[str]:
+    """Every import within the package that points from a lower layer to a higher one."""
+    found = []
+    for file in sorted([*root.glob("skipvit_fx/**/*.py"), *root.glob("passes/**/*.py")]):
+        layer = file.relative_to(root).with_suffix("").as_posix().removeprefix("skipvit_fx/")
+        layer = layer.partition("/")[0]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Import(names=names):
+                    imported = [name.name for name in names]
+                case ast.ImportFrom(module=str(module), names=names):
+                    imported = [f"{module}.{name.name}" for name in names]
+                case _:
+                    continue
+            for name in imported:
+                package, _, rest = name.partition(".")
+                target = rest.partition(".")[0]
+                if package != "skipvit_fx" or not {layer, target} <= set(LAYERS):
+                    continue
+                if LAYERS.index(target) > LAYERS.index(layer):
+                    found.append(f"{file.relative_to(root)}:{node.lineno}: {layer} -> {target}")
+    return found
 
 
 def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -61,6 +88,23 @@ def test_passes_refuse_any_other_name() -> None:
     done = run_python("import passes", ROOT)
     assert done.returncode == 1
     assert "ImportError: import the graph passes as skipvit_fx.passes, not as passes" in done.stderr
+
+
+def test_imports_point_one_way() -> None:
+    assert upward_imports(ROOT) == []
+
+
+def test_an_upward_import_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "skipvit_fx" / "ir").mkdir(parents=True)
+    (tmp_path / "passes").mkdir()
+    (tmp_path / "skipvit_fx/ir/a.py").write_text("import skipvit_fx.ops\nimport skipvit_fx.api\n")
+    (tmp_path / "skipvit_fx/ir/b.py").write_text("from skipvit_fx import errors, analysis\n")
+    (tmp_path / "passes/c.py").write_text("def f():\n    from skipvit_fx.api import rewrite\n")
+    assert upward_imports(tmp_path) == [
+        "passes/c.py:2: passes -> api",
+        "skipvit_fx/ir/a.py:2: ir -> api",
+        "skipvit_fx/ir/b.py:1: ir -> analysis",
+    ]
 
 
 def test_core_needs_no_optional_package() -> None:
