@@ -1,0 +1,148 @@
+"""Which axis of a tensor carries the tokens: the abstract values of the token analysis.
+
+Every dimension of a tensor is a product of factors. A plain factor is an ``int``; :class:`Tokens` and :class:`Batch`
+stand for the token axis and the batch axis, also after they were merged into one dimension with others, as in
+``[batch * heads, tokens, channels]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+
+class MixesTokens(Exception):
+    """An operator that does not keep tokens apart, or is not known to."""
+
+
+class Tokens(NamedTuple):
+    """The token axis: ``lead`` prefix rows, then ``count`` patch rows, then ``tail`` rows.
+
+    ``weights`` marks the key axis of a softmax: the one axis over which values may be summed.
+    """
+
+    lead: int
+    count: int
+    tail: int
+    weights: bool = False
+
+
+class Batch(NamedTuple):
+    """The batch axis."""
+
+    count: int
+
+
+Factor: TypeAlias = int | Tokens | Batch
+Dim: TypeAlias = tuple[Factor, ...]
+Axes: TypeAlias = tuple[Dim, ...]
+
+
+def size(factor: Factor) -> int:
+    if isinstance(factor, Tokens):
+        return factor.lead + factor.count + factor.tail
+    return factor.count if isinstance(factor, Batch) else factor
+
+
+def tokens_of(dim: Dim) -> Tokens | None:
+    """The token factor of one dimension, if it has one."""
+    return next((factor for factor in dim if isinstance(factor, Tokens)), None)
+
+
+def has_tokens(axes: Axes | None) -> bool:
+    return axes is not None and any(tokens_of(dim) for dim in axes)
+
+
+def token_dim(axes: Axes) -> int:
+    """The only dimension that carries tokens.
+
+    Raises:
+        MixesTokens: there are none, or two (an attention matrix).
+    """
+    dims = [d for d, dim in enumerate(axes) if tokens_of(dim)]
+    if len(dims) != 1:
+        raise MixesTokens(f"expected one token axis, found {len(dims)}")
+    return dims[0]
+
+
+def plain(shape: Sequence[int]) -> Axes:
+    return tuple((s,) if s != 1 else () for s in shape)
+
+
+def merge_ints(factors: Iterable[Factor]) -> Dim:
+    """Neighbouring plain factors as one, ones left out."""
+    merged: list[Factor] = []
+    for factor in factors:
+        last = merged[-1] if merged else None
+        if factor == 1:
+            continue
+        if isinstance(factor, int) and isinstance(last, int):
+            merged[-1] = last * factor
+        else:
+            merged.append(factor)
+    return tuple(merged)
+
+
+def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
+    """The axes after a reshape to ``shape``: factors keep their order, and only plain ones may be cut.
+
+    Raises:
+        MixesTokens: the reshape cuts the token axis or the batch axis (a grid, a window).
+    """
+    queue = [factor for dim in axes for factor in dim if factor != 1]
+    result: list[Dim] = []
+    for wanted in shape:
+        taken: list[Factor] = []
+        product = 1
+        while product < wanted:
+            if not queue:
+                raise MixesTokens("a reshape whose sizes do not fit together")
+            factor = queue.pop(0)
+            rest = wanted // product
+            if wanted % product == 0 and rest % size(factor) == 0:
+                taken.append(factor)
+                product *= size(factor)
+            elif isinstance(factor, int) and wanted % product == 0 and factor % rest == 0:
+                taken.append(rest)
+                queue.insert(0, factor // rest)
+                product = wanted
+            else:
+                raise MixesTokens(f"a reshape to {list(shape)} cuts the token axis into pieces")
+        result.append(merge_ints(taken))
+    if queue:
+        raise MixesTokens("a reshape whose sizes do not fit together")
+    return tuple(result)
+
+
+_LABEL = "_skipvit_axes"
+_LOST = "_skipvit_lost"
+_DATA = "_skipvit_data"
+
+
+def axes_of(tensor: Tensor) -> Axes | None:
+    """The axes of a tensor that has a token axis, else ``None``."""
+    return getattr(tensor, _LABEL, None)
+
+
+def set_axes(tensor: Tensor, axes: Axes | None) -> None:
+    setattr(tensor, _LABEL, axes if has_tokens(axes) else None)
+
+
+def is_data(tensor: Tensor) -> bool:
+    """Whether the tensor depends on the model's input."""
+    return getattr(tensor, _DATA, False)
+
+
+def mark_data(tensor: Tensor) -> None:
+    setattr(tensor, _DATA, True)
+
+
+def is_lost(tensor: Tensor) -> bool:
+    """Whether a token axis was lost on the way to this tensor."""
+    return getattr(tensor, _LOST, False)
+
+
+def mark_lost(tensor: Tensor) -> None:
+    setattr(tensor, _LOST, True)

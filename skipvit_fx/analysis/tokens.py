@@ -1,0 +1,289 @@
+"""Follow the token axis through a graph: one interpretation on fake tensors, operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipvit_fx.analysis import rules
+from skipvit_fx.analysis.axes import (
+    Axes,
+    Batch,
+    MixesTokens,
+    Tokens,
+    axes_of,
+    is_data,
+    is_lost,
+    mark_data,
+    mark_lost,
+    merge_ints,
+    set_axes,
+    tokens_of,
+)
+from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.capture import Capture, module_path
+from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.symbolic import FORWARD_FAILURES, attribute
+
+SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+
+
+@dataclass
+class NodeFacts:
+    """What the interpretation found at one node.
+
+    Attributes:
+        value: the node's value on fake tensors; its tensors carry their axes.
+        mixing: why the node does not keep tokens apart; empty if it does.
+        positions: operands of fixed token length that meet the token axis here.
+        softmax_over: the key axis, if a softmax over tokens runs here (also inside a fused attention).
+        sums_weights: attention weights are summed with their values here.
+        scalars: non-tensor arguments of the operators inside, for telling whether they depend on the token count.
+    """
+
+    value: Any = None
+    mixing: str = ""
+    positions: list[rules.Position] = field(default_factory=list)
+    softmax_over: Tokens | None = None
+    sums_weights: bool = False
+
+    @property
+    def axes(self) -> Axes | None:
+        return axes_of(self.value) if isinstance(self.value, Tensor) else None
+
+
+class AxisMode(TorchDispatchMode):
+    """Labels the outputs of every operator with their axes, and notes what the rules say in ``facts``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.facts = NodeFacts()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        outputs = rules.tensors_in(out)
+        inputs = rules.tensors_in((args, kwargs)) if outputs else []
+        if not any(is_data(t) for t in inputs):
+            return out
+        for tensor in outputs:
+            mark_data(tensor)
+        if any(axes_of(t) is not None for t in inputs):
+            self._apply(rules.Call(func, args, kwargs, out), inputs, outputs)
+        elif any(is_lost(t) for t in inputs):
+            for tensor in outputs:
+                mark_lost(tensor)
+        elif func.overloadpacket is torch.ops.aten.cat:
+            _see_prefix(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
+        return out
+
+    def _apply(self, call: rules.Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        rule = rules.find_rule(call.func)
+        try:
+            if rule is None:
+                raise MixesTokens(f"{call.func} is not known to keep tokens apart")
+            if call.func._schema.is_mutable and any(axes_of(t) is None for t in outputs):
+                raise MixesTokens(f"{call.func} writes tokens into a tensor of fixed shape")
+            axes = rule(call)
+        except MixesTokens as reason:
+            self.facts.mixing = self.facts.mixing or str(reason)
+            for tensor in outputs:
+                set_axes(tensor, None)
+                mark_lost(tensor)
+            return
+        self.note(call)
+        if axes is None:
+            return
+        if isinstance(axes, list):
+            for tensor, own in zip(call.out, axes, strict=True):
+                if isinstance(tensor, Tensor):
+                    set_axes(tensor, own)
+        else:
+            set_axes(call.out, axes)
+
+    def note(self, call: rules.Call) -> None:
+        self.facts.positions += call.positions
+        self.facts.softmax_over = self.facts.softmax_over or call.softmax_over
+        self.facts.sums_weights |= call.sums_weights
+
+
+def _see_prefix(tensors: Any, dim: int, out: Tensor) -> None:
+    """Constant rows joined to rows that depend on the image: this is how prefix tokens enter."""
+    dim %= out.ndim
+    data = [i for i, tensor in enumerate(tensors) if is_data(tensor)]
+    if len(data) != 1 or len(tensors) == 1 or out.ndim != 3:
+        return
+    (at,) = data
+    lengths = [t.shape[dim] for t in tensors]
+    tokens = Tokens(sum(lengths[:at]), lengths[at], sum(lengths[at + 1 :]))
+    set_axes(out, stream_axes(out, dim, tokens))
+
+
+def stream_axes(stream: Tensor, dim: int, tokens: Tokens) -> Axes:
+    """Axes of a residual stream: tokens at ``dim``, the batch at the first other axis, channels elsewhere."""
+    batch = 1 if dim == 0 else 0
+    return tuple(
+        (tokens,) if d == dim else (Batch(s),) if d == batch else merge_ints((s,))
+        for d, s in enumerate(stream.shape)
+    )
+
+
+class TokenAnalysis:
+    """The facts of every node of a graph, for one set of seeds.
+
+    ``seeds`` gives axes to nodes whose token axis no constant prefix reveals. :meth:`seed` adds one and interprets
+    again what depends on it.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.module: SkipViTModule = capture.module
+        self.facts: dict[fx.Node, NodeFacts] = {}
+        self._mode = new_fake_mode()
+        self._tensors: dict[str, Any] = {}
+        self._interpret(self.module.graph.nodes, capture, {})
+
+    def seed(self, node: fx.Node, axes: Axes, *, until: fx.Node | None = None) -> None:
+        """Give ``node`` these axes and follow them (up to and with ``until``)."""
+        later = []
+        for other in _from(node):
+            later.append(other)
+            if other is until:
+                break
+        self._interpret(later, None, {node: axes})
+
+    def __getitem__(self, node: fx.Node) -> NodeFacts:
+        return self.facts[node]
+
+    def axes(self, node: fx.Node) -> Axes | None:
+        return self.facts[node].axes
+
+    def _interpret(
+        self, nodes: Any, capture: Capture | None, seeds: Mapping[fx.Node, Axes]
+    ) -> None:
+        inputs = iter(_fake_arguments(self._mode, capture)) if capture else iter(())
+        changed: set[fx.Node] = set()
+        with self._mode, torch.no_grad():
+            for node in nodes:
+                first_time = capture is not None
+                if not first_time and node not in seeds and not (changed & set(node.all_input_nodes)):
+                    continue
+                changed.add(node)
+                if node in seeds and not first_time:
+                    facts = self.facts[node]
+                    facts.value = facts.value.detach()
+                    mark_data(facts.value)
+                    set_axes(facts.value, seeds[node])
+                    continue
+                self.facts[node] = self._run(node, inputs)
+
+    def _run(self, node: fx.Node, inputs: Iterator[Any]) -> NodeFacts:
+        args, kwargs = fx.node.map_arg(
+            (node.args, node.kwargs), lambda argument: self.facts[argument].value
+        )
+        if node.op == "placeholder":
+            return NodeFacts(next(inputs))
+        if node.op == "get_attr":
+            return NodeFacts(self._constant(str(node.target)))
+        if node.op == "output":
+            return NodeFacts(args[0])
+        if node.target in SDPA:
+            return _attention(*args, **kwargs)
+        mode = AxisMode()
+        try:
+            with mode:
+                if node.op == "call_module":
+                    value = self.module.get_submodule(str(node.target))(*args, **kwargs)
+                elif node.op == "call_method":
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except FORWARD_FAILURES as error:
+            raise TraceError(
+                f"{node.format_node()} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
+                hint="check that the example inputs fit the model",
+            ) from error
+        mode.facts.value = value
+        return mode.facts
+
+    def _constant(self, path: str) -> Any:
+        if path not in self._tensors:
+            value = attribute(self.module, path)
+            if isinstance(value, Tensor):
+                value = self._mode.from_tensor(value.detach(), static_shapes=True)
+            self._tensors[path] = value
+        return self._tensors[path]
+
+
+def _from(node: fx.Node) -> Iterator[fx.Node]:
+    while node.op != "root":
+        yield node
+        node = node.next
+
+
+def _fake_arguments(mode: Any, capture: Capture) -> list[Any]:
+    example = [*capture.args, *capture.kwargs.values()]
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim]
+    alone = any(t.shape[0] == 1 for t in tensors)
+    values = [
+        fake_inputs(mode, value, more_batch=int(alone))
+        for value in example
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    ]
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            mark_data(leaf)
+    return values
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> NodeFacts:
+    """The facts of a fused attention, which is not taken apart."""
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    facts = NodeFacts(out)
+    operands = [t for t in (query, key, value, attn_mask) if t is not None]
+    if any(is_data(t) for t in operands):
+        mark_data(out)
+    if any(is_lost(t) for t in operands):
+        mark_lost(out)
+    if any(axes_of(t) is not None for t in operands):
+        call = rules.Call(scaled_dot_product_attention, (), {}, out)
+        try:
+            set_axes(out, rules.attend(call, query, key, value, attn_mask, causal=is_causal))
+            facts.positions = call.positions
+            facts.softmax_over, facts.sums_weights = call.softmax_over, call.sums_weights
+        except MixesTokens as reason:
+            facts.mixing = str(reason)
+            mark_lost(out)
+    return facts
+
+
+def carries_tokens(facts: NodeFacts) -> bool:
+    """Whether any tensor of the node's value has a token axis."""
+    return any(axes_of(t) is not None for t in rules.tensors_in(facts.value))
+
+
+def query_tokens(axes: Axes | None) -> bool:
+    """Whether attention weights ``[..., queries, keys]`` have one row per token."""
+    return axes is not None and any(
+        (tokens := tokens_of(dim)) is not None and not tokens.weights for dim in axes
+    )
+
+

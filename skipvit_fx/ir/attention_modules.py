@@ -1,0 +1,61 @@
+"""In which modules does attention run? One fake run of the model tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipvit_fx.ir.cloning import clone_structure
+from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+
+aten = torch.ops.aten
+
+ATTENTION_OPS = frozenset(
+    {
+        aten._softmax,
+        aten._safe_softmax,
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_fused_attention_overrideable,
+    }
+)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every module on the call stack while an attention operator runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.found: dict[str, None] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in ATTENTION_OPS:
+            self.found.update(dict.fromkeys(self.stack))
+        return func(*args, **(kwargs or {}))
+
+
+def attention_modules(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Paths of the modules in whose forward an attention (or any softmax) runs, in call order.
+
+    Every ancestor on the call stack is included, the model itself (path ``""``) too.
+    """
+    watched = clone_structure(model)
+    watch = _Watch()
+    for path, module in watched.named_modules():
+        module.register_forward_pre_hook(lambda *_, path=path: watch.stack.append(path))
+        module.register_forward_hook(lambda *_: watch.stack.pop() and None, always_call=True)
+    mode = new_fake_mode()
+    with mode, watch, torch.no_grad():
+        watched(*fake_inputs(mode, args), **fake_inputs(mode, dict(kwargs)))
+    return tuple(watch.found)

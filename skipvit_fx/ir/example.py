@@ -1,0 +1,59 @@
+"""Example inputs from a model's own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipvit_fx.errors import TraceError
+
+BATCH = 2
+"""Images in an example batch: more than one, so that a batch axis is never mistaken for a broadcast one."""
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, Sequence) and len(size) == 2 and all(isinstance(s, int) for s in size):
+        return size[0], size[1]
+    return None
+
+
+def _field(owner: Any, name: str) -> Any:
+    return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+
+
+def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
+    """The image shapes ``(channels, height, width)`` that the model's attributes speak of, best first."""
+    for owner in (getattr(model, "patch_embed", None), getattr(model, "config", None), model):
+        for name in ("img_size", "image_size"):
+            if size := _pair(_field(owner, name)):
+                yield (_field(owner, "num_channels") or 3, *size)
+    input_size = _field(getattr(model, "pretrained_cfg", None), "input_size")
+    if isinstance(input_size, Sequence) and len(input_size) == 3:
+        yield tuple(input_size)
+    for module in model.modules():
+        for name in ("img_size", "image_size"):
+            if size := _pair(_field(module, name)):
+                yield (3, *size)
+
+
+def example_from_config(model: nn.Module) -> tuple[torch.Tensor]:
+    """One batch of images ``[2, channels, height, width]``, of the model's dtype and device, filled with zeros.
+
+    Looked for in ``model.patch_embed.img_size``, ``model.config.image_size``, ``model.image_size`` and
+    ``model.pretrained_cfg["input_size"]``, then in any submodule.
+
+    Raises:
+        TraceError: the model names no image size.
+    """
+    for shape in _image_shapes(model):
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        return (torch.zeros(BATCH, *shape, dtype=like.dtype, device=like.device),)
+    raise TraceError(
+        f"{type(model).__name__} names no image size",
+        hint="pass example_inputs=(images,), a tuple of what the model is called with",
+    )

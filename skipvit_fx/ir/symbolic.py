@@ -1,0 +1,240 @@
+"""The symbolic front end: torch.fx through the modules that run attention, everything else a leaf."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.proxy import Attribute, Proxy
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+
+FORWARD_FAILURES = (
+    fx.proxy.TraceError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What an author's forward may raise when it meets proxies instead of tensors."""
+
+
+class _Witnessed:
+    """Proxy behaviour for what Python needs as a value: lengths and integers."""
+
+    tracer: SymbolicTracer
+    node: fx.Node
+
+    def __len__(self) -> int:
+        return self.tracer.concrete(self.node, len)
+
+    def __int__(self) -> int:
+        return self.tracer.concrete(self.node, int)
+
+    def __index__(self) -> int:
+        return self.tracer.concrete(self.node, int)
+
+    def __float__(self) -> float:
+        return self.tracer.concrete(self.node, float)
+
+    def __getattr__(self, name: str) -> Any:
+        return _WitnessedAttribute(self, name)
+
+
+class _WitnessedProxy(_Witnessed, Proxy):  # type: ignore[misc]
+    pass
+
+
+class _WitnessedAttribute(_Witnessed, Attribute):  # type: ignore[misc]
+    pass
+
+
+class SymbolicTracer(fx.Tracer):
+    """Traces through the modules named in ``open_paths``; every other module stays one ``call_module`` node.
+
+    Where Python needs a value (a branch, a length), the node is evaluated on fake tensors of two batch sizes. If
+    both agree, tracing goes on with it and ``fixed_sizes`` turns true; if not, the model's control flow depends on
+    the batch and cannot be captured.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, open_paths: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.open_paths = open_paths
+        self.fixed_sizes = False
+        self._args, self._kwargs = args, dict(kwargs)
+        self._mode = new_fake_mode()
+        self._witnesses: list[dict[fx.Node, Any]] = [{}, {}]
+        self._evaluating = False
+        self._names: dict[int, str] = {}
+
+    # -- capture ----------------------------------------------------------------------------------------------
+
+    def trace(self, root: nn.Module, concrete_args: None = None) -> fx.Graph:  # type: ignore[override]
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self._names = {id(tensor): name for name, tensor in named}
+        return super().trace(root)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name not in self.open_paths
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Placeholders for the arguments that the example passes; the others keep their defaults."""
+        del is_module, concrete_args
+        signature = inspect.signature(root_fn)
+        given = signature.bind(self.root, *self._args, **self._kwargs).arguments
+        _, *parameters = signature.parameters.values()
+        positional: list[Any] = []
+        keywords: dict[str, Any] = {}
+        for parameter in parameters:
+            if parameter.name not in given:
+                continue
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                for i, value in enumerate(given[parameter.name]):
+                    positional.append(self._placeholder(f"{parameter.name}_{i}", value))
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                for name, value in given[parameter.name].items():
+                    keywords[name] = self._placeholder(name, value)
+            elif parameter.kind is parameter.POSITIONAL_ONLY:
+                positional.append(self._placeholder(parameter.name, given[parameter.name]))
+            else:
+                keywords[parameter.name] = self._placeholder(parameter.name, given[parameter.name])
+        root = self.root
+        return (lambda: root_fn(root, *positional, **keywords)), []
+
+    def _placeholder(self, name: str, example: Any) -> Any:
+        leaves = pytree.tree_leaves_with_path(example)
+        if not any(isinstance(leaf, torch.Tensor) for _, leaf in leaves):
+            return example
+        proxy = self.create_proxy("placeholder", name, (), {})
+        for more_batch, values in enumerate(self._witnesses):
+            values[proxy.node] = fake_inputs(self._mode, example, more_batch=more_batch)
+
+        def part(path: tuple[Any, ...], leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            value = proxy
+            for key in path:
+                value = value[getattr(key, "key", getattr(key, "idx", None))]
+            return value
+
+        return pytree.tree_map_with_path(part, example)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become ``get_attr`` nodes, one a tensor."""
+        if self._evaluating or not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, torch.Tensor) and id(a) in self._names:
+            return self.create_node("get_attr", self._names[id(a)], (), {})
+        if isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
+            raise TraceError(
+                "the model computes with a parameter that tracing cannot see, so it would be frozen at its value",
+                hint="read parameters as attributes of the module that owns them, or use frontend='export'",
+            )
+        return super().create_arg(a)
+
+    # -- values -----------------------------------------------------------------------------------------------
+
+    def proxy(self, node: fx.Node) -> Proxy:
+        return _WitnessedProxy(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        return self.concrete(obj.node, bool)
+
+    def iter(self, obj: Proxy) -> Iterator[Any]:
+        return iter([obj[i] for i in range(self.concrete(obj.node, len))])
+
+    def keys(self, obj: Proxy) -> Any:
+        return self.concrete(obj.node, lambda value: tuple(value.keys()))
+
+    def concrete(self, node: fx.Node, read: Callable[[Any], Any]) -> Any:
+        """``read`` of the node's value, if it is the same for two batch sizes.
+
+        Raises:
+            TraceError: it is not, or it depends on what the tensors hold.
+        """
+        try:
+            first, second = (read(self._value(node, values)) for values in self._witnesses)
+        except FORWARD_FAILURES as error:
+            raise TraceError(
+                f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
+                f"what the tensors hold: {error}",
+                hint="the branch or loop at that place cannot be captured; try frontend='export'",
+            ) from error
+        if first != second:
+            raise TraceError(
+                f"the model's Python code branches on {node.name}, which differs with the batch size",
+                hint="rewrite a model whose control flow does not depend on the batch size",
+            )
+        self.fixed_sizes = True
+        return first
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        """The node's value on a witness: what it needs and has not is computed first, in graph order."""
+        needed, waiting = {node}, [node]
+        while waiting:
+            for argument in waiting.pop().all_input_nodes:
+                if argument not in values and argument not in needed:
+                    needed.add(argument)
+                    waiting.append(argument)
+        self._evaluating = True
+        try:
+            with self._mode, torch.no_grad():
+                for pending in self.graph.nodes:
+                    if pending in needed and pending not in values:
+                        values[pending] = self._run(pending, values)
+        finally:
+            self._evaluating = False
+        return values[node]
+
+    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "get_attr":
+            value = attribute(self.root, str(node.target))
+            if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
+                return self._mode.from_tensor(value.detach(), static_shapes=True)
+            return value
+        if node.op == "call_module":
+            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """What ``root`` holds at a dotted path: a parameter, a buffer, or any other attribute."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value

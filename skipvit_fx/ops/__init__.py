@@ -1,0 +1,1 @@
+"""What the compiler inserts into a graph: plain modules without parameters, no graph code."""

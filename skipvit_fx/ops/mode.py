@@ -1,0 +1,51 @@
+"""A constant that differs between training and evaluation."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class ByMode(nn.Module):
+    """Returns one Python constant in train mode and another in eval mode.
+
+    Authors write ``dropout_p=self.attn_drop.p if self.training else 0.0``. A trace sees only one of the two;
+    this module keeps both alive in the graph.
+    """
+
+    def __init__(self, train: bool | int | float, evaluation: bool | int | float) -> None:
+        super().__init__()
+        self.train_value = train
+        self.eval_value = evaluation
+
+    def forward(self) -> bool | int | float:
+        return self.train_value if self.training else self.eval_value
+
+    def extra_repr(self) -> str:
+        return f"train={self.train_value}, eval={self.eval_value}"
+
+
+class FixedSize(nn.Module):
+    """Passes a tensor through after checking its shape (all but the batch axis).
+
+    Stands at an input when tracing had to fix a size, such as a branch on the image's height: another size would
+    silently take the wrong branch.
+
+    Raises (from ``forward``):
+        ValueError: the shape differs.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.name = name
+        self.shape = shape
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"input {self.name!r} has shape {tuple(x.shape)}, but the model was rewritten for "
+                f"[batch, {', '.join(map(str, self.shape))}]; rewrite it again with such an example input"
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        return f"[batch, {', '.join(map(str, self.shape))}]"
