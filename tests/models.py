@@ -110,6 +110,7 @@ class Family:
         model: timm's name.
         options: passed to timm over `SMALL`.
         image: height and width.
+        batch: samples of an input.
         rates: the dropout rates that the model knows.
         prepare: applied to the finished model.
     """
@@ -118,6 +119,7 @@ class Family:
     model: str
     options: dict[str, Any] = field(default_factory=dict)
     image: tuple[int, int] = IMAGE
+    batch: int = 3
     rates: tuple[str, ...] = RATES
     prepare: Callable[[nn.Module], None] | None = None
 
@@ -131,9 +133,11 @@ class Family:
             self.prepare(model)
         return scramble(model, seed).eval()
 
-    def input(self, batch: int = 2, seed: int = 1) -> Tensor:
+    def input(self, batch: int | None = None, seed: int = 1) -> Tensor:
         """A batch of images."""
-        return torch.randn(batch, 3, *self.image, generator=torch.Generator().manual_seed(seed))
+        return torch.randn(
+            batch or self.batch, 3, *self.image, generator=torch.Generator().manual_seed(seed)
+        )
 
     def __str__(self) -> str:
         return self.name
@@ -160,12 +164,13 @@ FAMILIES: list[Family] = [
     Family("vit-dynamic", "vit_tiny_patch16_224", {"dynamic_img_size": True}),
     Family("vit-cls-avg", "vit_tiny_patch16_224", {"global_pool": "avg"}),
     Family("vit-no-pos", "vit_tiny_patch16_224", {"pos_embed": "none"}),
-    # 64 patches, 64 channels, 8 heads of 8, batch of 8 in tests: sizes say nothing about axes
+    # 64 patches, 64 channels, 8 heads of 8, a batch of 8: sizes say nothing about axes
     Family(
         "vit-coincident",
         "vit_tiny_patch16_224",
         {"class_token": False, "global_pool": "avg", "num_heads": 8, "mlp_ratio": 1.0},
         (128, 128),
+        batch=8,
     ),
     Family("dinov2", "vit_small_patch14_dinov2", image=_patch14),
     Family("dinov2-reg4", "vit_small_patch14_reg4_dinov2", image=_patch14),

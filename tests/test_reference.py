@@ -139,7 +139,7 @@ def test_every_patch_and_no_prefix_is_accounted_for(name: str) -> None:
     everyone = (
         torch.cat([stages[-1].kept, *(stage.dropped for stage in stages)], dim=1).sort(dim=1).values
     )
-    assert torch.equal(everyone, torch.arange(n).expand(2, n))
+    assert torch.equal(everyone, torch.arange(n).expand(3, n))
     assert torch.equal(
         torch.cat([stages[1].kept, stages[1].dropped], 1).sort(1).values, stages[0].kept
     )

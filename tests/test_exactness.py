@@ -1,0 +1,344 @@
+"""A rewritten model equals the reference, and the model itself wherever nothing is skipped."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import skipvit_fx
+from models import BY_NAME, FAMILIES, Family, layout_of, names
+from odd_models import EITHER, GOOD, Example, image
+from reference import (
+    ReferenceResult,
+    assert_same_tokens,
+    masked_reference,
+    physical_reference,
+    plan_text,
+    relative_error,
+)
+from skipvit_fx.errors import UnsupportedModelError
+
+TOLERANCE = 1e-4
+Plan = dict[str, Any]
+
+TWO: Plan = {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": 4}
+BEFORE_NORM: Plan = {"stages": [(2, "0.55")], "return_layer": 5}
+NO_RETURN: Plan = {"stages": [(2, "0.55")]}
+OTHERS: dict[str, Plan] = {
+    "one": {"stages": [(2, "0.55")], "return_layer": 4},
+    "next-layer": {"stages": [(2, "0.55")], "return_layer": 3},
+    "neighbours": {"stages": [(1, "0.3"), (2, "0.5")], "return_layer": 3},
+    "first-to-norm": {"stages": [(1, "0.125"), (2, "0.25"), (4, "0.5")], "return_layer": 5},
+    "last-layer": {"stages": [(4, "0.5")], "return_layer": 5},
+    "last-layer-no-return": {"stages": [(4, "0.5")]},
+    "two-no-return": {"stages": [(1, "0.3"), (3, "0.4")]},
+    "block": {"stages": [(1, "0.4"), (2, "0.25")], "return_layer": 4, "cut": "block"},
+    "block-before-norm": {"stages": [(2, "0.4")], "return_layer": 5, "cut": "block"},
+    "block-no-return": {"stages": [(1, "0.4"), (3, "0.25")], "cut": "block"},
+}
+CORE = [
+    "vit",
+    "vit-unfused",
+    "dinov2-reg4",
+    "siglip-map",
+    "parallel-scaling",
+    "beit",
+    "dinov3-token",
+    "relpos-shared",
+    "cait",
+    "naflex-gap",
+]
+# Where the head does not say whether the first token is a class token, or a register like others.
+UNCLEAR = [
+    "vit-cls-avg",
+    "reg4-gap",
+    "reg4-map",
+    "diff-attention",
+    "beit",
+    "eva02",
+    "dinov3",
+    "rope-reg1-gap",
+    "pe-core",
+    "naflex-gap",
+    "naflex-map",
+]
+
+
+def rewrite(model: nn.Module, x: Tensor, plan: Plan, *, fused: bool = False, **options: Any) -> Any:
+    """The compiler's answer to a plan."""
+    text = plan_text(plan["stages"], plan.get("return_layer"), fused)
+    if "cut" in plan:
+        options["cut"] = plan["cut"]
+    return skipvit_fx.rewrite(model, text, example_inputs=(x,), **options)
+
+
+def rewritten_or_refused(*args: Any, **options: Any) -> Any:
+    """The rewritten model, or None where it was refused in due form."""
+    try:
+        return rewrite(*args, **options)
+    except UnsupportedModelError as error:
+        refusal = error
+    assert refusal.reason
+    assert refusal.hint
+    return None
+
+
+def score_of(model: nn.Module) -> str:
+    """Named outright, so that a wrong guess of ``auto`` fails in one test and not in all."""
+    return "mean" if layout_of(model).cls is None else "cls"
+
+
+def assert_exact(fast: Any, x: Any, wanted: ReferenceResult) -> None:
+    """Same output and same tokens, with a reference that is worth comparing with."""
+    for stage in wanted.stages:
+        assert stage.margin > 1e-5, "the reference is at a tie: choose another seed"
+    with torch.no_grad():
+        assert relative_error(fast(x), wanted.output) < TOLERANCE
+        assert_same_tokens(skipvit_fx.trace_tokens(fast, x), wanted.stages)
+
+
+def assert_is_the_model(fast: Any, model: nn.Module, x: Tensor, *, train: bool) -> None:
+    """Equal to the last bit, in eval and, from the same random state, in train."""
+    with torch.no_grad():
+        assert torch.equal(fast.eval()(x), model.eval()(x))
+        if train:
+            torch.manual_seed(3)
+            wanted = model.train()(x)
+            torch.manual_seed(3)
+            got = fast.train()(x)
+            assert not torch.equal(wanted, model.eval()(x)), "nothing random is alive in training"
+            assert torch.equal(got, wanted)
+    fast.eval(), model.eval()
+
+
+def check(family: Family, plan: Plan, **options: Any) -> None:
+    model, x = family.build(), family.input()
+    fast = rewrite(model, family.input(batch=2), plan, score=score_of(model), **options)
+    with torch.no_grad():
+        wanted = masked_reference(model, x, layout_of(model), **plan)
+    assert_exact(fast, x, wanted)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=names(FAMILIES))
+def test_two_stages_then_off_and_on(family: Family) -> None:
+    model, x = family.build(rate=0.1), family.input()
+    fast = rewrite(model, family.input(batch=2), TWO, score=score_of(model))
+    with torch.no_grad():
+        wanted = masked_reference(model, x, layout_of(model), **TWO)
+        on = fast(x)
+    assert_exact(fast, x, wanted)
+    skipvit_fx.set_skipping(fast, False)
+    assert_is_the_model(fast, model, x, train=True)
+    skipvit_fx.set_skipping(fast, True)
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        with torch.no_grad():
+            assert torch.equal(fast(x), on)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=names(FAMILIES))
+def test_return_before_the_norm(family: Family) -> None:
+    check(family, BEFORE_NORM, eliminate_dead_tokens=False)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=names(FAMILIES))
+def test_no_return(family: Family) -> None:
+    check(family, NO_RETURN)
+
+
+@pytest.mark.parametrize("eliminate", [True, False], ids=["eliminate", "keep-dead"])
+@pytest.mark.parametrize("plan", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("name", CORE[:3])
+def test_plans(name: str, plan: Plan, eliminate: bool) -> None:
+    check(BY_NAME[name], plan, eliminate_dead_tokens=eliminate)
+
+
+@pytest.mark.parametrize("plan", [OTHERS["block"], OTHERS["first-to-norm"]], ids=["block", "three"])
+@pytest.mark.parametrize("name", CORE[3:])
+def test_plans_of_other_families(name: str, plan: Plan) -> None:
+    check(BY_NAME[name], plan)
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_auto_score_takes_the_class_token_where_there_is_one(name: str) -> None:
+    family = BY_NAME[name]
+    model, x = family.build(), family.input()
+    fast = rewrite(model, x, OTHERS["one"])
+    with torch.no_grad():
+        assert_exact(fast, x, masked_reference(model, x, layout_of(model), **OTHERS["one"]))
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2-reg4", "deit-distilled"])
+def test_mean_query_where_asked_for(name: str) -> None:
+    family = BY_NAME[name]
+    model, x = family.build(), family.input()
+    fast = rewrite(model, x, TWO, score="mean")
+    with torch.no_grad():
+        wanted = masked_reference(model, x, layout_of(model), score="mean", **TWO)
+    assert_exact(fast, x, wanted)
+
+
+@pytest.mark.parametrize("eliminate", [True, False], ids=["eliminate", "keep-dead"])
+@pytest.mark.parametrize("name", CORE)
+def test_nothing_dropped_is_the_model(name: str, eliminate: bool) -> None:
+    family = BY_NAME[name]
+    model, x = family.build(rate=0.1), family.input()
+    fast = rewrite(
+        model, x, {"stages": [(2, "0")], "return_layer": 4}, eliminate_dead_tokens=eliminate
+    )
+    assert_is_the_model(fast, model, x, train=True)
+
+
+@pytest.mark.parametrize("name", ["vit", "reg4-gap", "beit", "rope-axial", "cait"])
+def test_gradients(name: str) -> None:
+    """Through the frozen states as through the rest, and not through the choice."""
+    family = BY_NAME[name]
+    model, x = family.build(), family.input()
+    fast = rewrite(model, x, TWO, score=score_of(model))
+    grads = []
+    reference = partial(masked_reference, model, x, layout_of(model), **TWO)
+    for run in (lambda: reference().output, lambda: fast(x)):
+        model.zero_grad()
+        run().square().sum().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    wanted, got = grads
+    scale = max(float(g.abs().max()) for g in wanted.values() if g is not None)
+    for key, grad in wanted.items():
+        assert (grad is None) == (got[key] is None), key
+        if grad is not None:
+            assert float((got[key] - grad).abs().max()) < TOLERANCE * scale, key
+
+
+@pytest.mark.parametrize("name", ["vit", "reg4-gap", "beit", "rope-axial", "cait", "naflex-map"])
+def test_training_with_skipping_on(name: str) -> None:
+    family = BY_NAME[name]
+    model, x = family.build(rate=0.1), family.input()
+    fast = rewrite(model, x, TWO).train()
+    torch.manual_seed(0)
+    first = fast(x)
+    torch.manual_seed(1)
+    assert not torch.equal(fast(x), first)
+    first.square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+FUSED: dict[str, Plan] = {
+    "one": {"stages": [(2, "0.55")], "return_layer": 4},
+    "one-no-return": {"stages": [(2, "0.55")]},
+    "before-norm": {"stages": [(2, "0.3")], "return_layer": 5},
+    "three": {"stages": [(1, "0.5"), (2, "0.5"), (3, "0.5")], "return_layer": 4},
+    "three-no-return": {"stages": [(1, "0.5"), (2, "0.5"), (3, "0.5")]},
+    "block": {"stages": [(1, "0.5"), (2, "0.5")], "return_layer": 4, "cut": "block"},
+}
+
+
+@pytest.mark.parametrize("plan", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("name", ["vit", "vit-layerscale-qknorm", "dinov2-reg4", "siglip-map"])
+def test_fused_token(name: str, plan: Plan) -> None:
+    family = BY_NAME[name]
+    model, x = family.build(), family.input()
+    fast = rewrite(model, x, plan, fused=True, score=score_of(model))
+    with torch.no_grad():
+        wanted = physical_reference(model, x, fused=True, **plan)
+        assert all(stage.margin > 1e-5 for stage in wanted.stages)
+        assert relative_error(fast(x), wanted.output) < TOLERANCE
+    skipvit_fx.set_skipping(fast, False)
+    assert_is_the_model(fast, model, x, train=False)
+
+
+@pytest.mark.parametrize("name", ["beit", "rope-axial", "relpos-mlp", "cait", "parallel-things"])
+def test_fused_token_elsewhere_is_sound_or_refused(name: str) -> None:
+    """A fused token has no position: what depends on one must not be guessed."""
+    family = BY_NAME[name]
+    model, x = family.build(), family.input()
+    fast = rewritten_or_refused(model, x, FUSED["one"], fused=True, score=score_of(model))
+    if fast is None:
+        return
+    with torch.no_grad():
+        assert fast(x).isfinite().all()
+    skipvit_fx.set_skipping(fast, False)
+    assert_is_the_model(fast, model, x, train=False)
+
+
+ODD_PLANS: dict[str, Plan] = {
+    "two": TWO,
+    "before-norm": BEFORE_NORM,
+    "block": OTHERS["block"],
+    "no-return": NO_RETURN,
+}
+
+
+@pytest.mark.parametrize("plan", ODD_PLANS.values(), ids=ODD_PLANS)
+@pytest.mark.parametrize("example", GOOD, ids=str)
+def test_odd_models(example: Example, plan: Plan) -> None:
+    model, x = example.build(), image(batch=3)
+    if "return_layer" not in plan and example.name in ("grid-output", "flatten-head"):
+        with pytest.raises(UnsupportedModelError) as caught:  # the head needs every patch
+            rewrite(model, image(), plan)
+        assert caught.value.reason
+        assert caught.value.hint
+        return
+    fast = rewrite(model, image(), plan, score="cls")
+    with torch.no_grad():
+        assert_exact(fast, x, masked_reference(model, x, model.layout(), **plan))
+    skipvit_fx.set_skipping(fast, False)
+    assert_is_the_model(fast, model, x, train=False)
+
+
+@pytest.mark.parametrize("plan", ODD_PLANS.values(), ids=ODD_PLANS)
+@pytest.mark.parametrize("example", EITHER, ids=str)
+def test_odder_models_are_right_or_refused(example: Example, plan: Plan) -> None:
+    model, x = example.build(), image(batch=3)
+    fast = rewritten_or_refused(model, image(), plan, score="cls")
+    if fast is None:
+        return
+    with torch.no_grad():
+        assert_exact(fast, x, masked_reference(model, x, model.layout(), **plan))
+
+
+def test_styles_of_the_same_attention_agree() -> None:
+    """The odd models themselves: six spellings of one function."""
+    same = {"plain", "einsum", "heads-last", "merged-heads", "sequence-first", "literal-sizes"}
+    x = image()
+    results = []
+    for example in GOOD:
+        if example.name in same:
+            model = example.build()
+            with torch.no_grad():
+                results.append(masked_reference(model, x, model.layout(), **TWO))
+    assert len(results) == len(same)
+    for result in results:
+        assert relative_error(result.output, results[0].output) < 1e-5
+        assert_same_tokens(result.stages, results[0].stages)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit", "rope-mixed", "hybrid-resnet26d", "naflex-gap"])
+def test_the_model_is_untouched_and_shares_everything(name: str) -> None:
+    family = BY_NAME[name]
+    model, x = family.build(), family.input()
+    with torch.no_grad():
+        before = model(x)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    fast = rewrite(model, x, TWO)
+    fast(x).sum().backward()
+    fast.zero_grad()
+    assert list(fast.state_dict()) == list(state)
+    parameters = dict(fast.named_parameters())
+    assert list(parameters) == [key for key, _ in model.named_parameters()]
+    for key, parameter in model.named_parameters():
+        assert parameters[key] is parameter
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+        assert fast.state_dict()[key].data_ptr() == value.data_ptr()
+    assert all(module is modules[key] for key, module in model.named_modules())
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    with torch.no_grad():
+        assert torch.equal(model(x), before)
