@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from reference import Layout, Point
 
@@ -79,8 +80,11 @@ def middle(block: Any) -> Point:
 
 
 def layout_of(model: Any) -> Layout:
-    """Where the layers of a timm ViT are."""
+    """Where the layers of a ViT of timm's or torchvision's are."""
     trunk = getattr(model, "encoder", model)
+    if hasattr(trunk, "layers"):  # torchvision
+        blocks = list(trunk.layers)
+        return Layout(blocks, mid=[Point(block.ln_2) for block in blocks], prefix=1, cls=0)
     blocks = list(trunk.blocks)
     if hasattr(model, "blocks_token_only"):  # CaiT: the class token joins after the layers
         prefix, cls = 0, None
@@ -107,7 +111,7 @@ class Family:
 
     Attributes:
         name: what tests call it.
-        model: timm's name.
+        model: timm's name, or what builds the model from `options` and rates alone.
         options: passed to timm over `SMALL`.
         image: height and width.
         batch: samples of an input.
@@ -116,7 +120,7 @@ class Family:
     """
 
     name: str
-    model: str
+    model: str | Callable[..., nn.Module]
     options: dict[str, Any] = field(default_factory=dict)
     image: tuple[int, int] = IMAGE
     batch: int = 3
@@ -125,10 +129,12 @@ class Family:
 
     def build(self, *, rate: float = 0.0, seed: int = 0, **options: Any) -> Any:
         """The model, scrambled, in eval mode; `rate` sets every kind of dropout."""
-        kwargs = {**SMALL, "img_size": self.image, **self.options, **options}
-        kwargs |= dict.fromkeys(self.rates, rate)
-        kwargs = {key: value for key, value in kwargs.items() if value is not ...}
-        model = timm.create_model(self.model, **kwargs)
+        kwargs = {**self.options, **options, **dict.fromkeys(self.rates, rate)}
+        if isinstance(self.model, str):
+            kwargs = {**SMALL, "img_size": self.image, **kwargs}
+            model = timm.create_model(self.model, **kwargs)
+        else:
+            model = self.model(**kwargs)
         if self.prepare is not None:
             self.prepare(model)
         return scramble(model, seed).eval()
@@ -232,6 +238,23 @@ FAMILIES: list[Family] = [
         {"rope_type": "axial", "attn_type": "rope", "pos_embed": "none", "attn_gated": True},
     ),
 ]
+
+# Attention inside `nn.MultiheadAttention`.
+TORCHVISION = Family(
+    "torchvision",
+    VisionTransformer,
+    {
+        "image_size": 64,
+        "patch_size": 16,
+        "num_layers": DEPTH,
+        "num_heads": 4,
+        "hidden_dim": 64,
+        "mlp_dim": 128,
+        "num_classes": 10,
+    },
+    (64, 64),
+    rates=("dropout", "attention_dropout"),
+)
 
 BY_NAME = {family.name: family for family in FAMILIES}
 

@@ -150,9 +150,7 @@ class _Interception(TorchFunctionMode):
             if func in (torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax):
                 return self.run.softmax(func, args, kwargs)
             if func is F.multi_head_attention_forward:
-                raise NotImplementedError(
-                    "attention inside nn.MultiheadAttention is out of sight here"
-                )
+                return self.run.multi_head(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -222,12 +220,42 @@ class MaskedRun:
         logits = (
             query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
         )
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                logits = logits.masked_fill(~attn_mask, -math.inf)
-            else:
-                logits = logits + attn_mask
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, -math.inf)
+        elif attn_mask is not None:
+            logits = logits + attn_mask
         return self._weights(logits, logits.dim() - 1).to(value.dtype) @ value
+
+    def multi_head(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        _width: int,
+        heads: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        bias_k: Tensor | None,
+        bias_v: Tensor | None,
+        add_zero: bool,
+        _dropout: float,
+        out_weight: Tensor,
+        out_bias: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """The core of `nn.MultiheadAttention`: self-attention over ``[N, B, C]`` in eval mode."""
+        assert query is key
+        assert key is value
+        assert bias_k is bias_v is None
+        assert not add_zero
+        for name in ("key_padding_mask", "attn_mask", "q_proj_weight"):
+            assert options.get(name) is None
+        q, k, v = (
+            part.reshape(*part.shape[:2], heads, -1).permute(1, 2, 0, 3)  # [B, H, N, D]
+            for part in F.linear(query, weight, bias).chunk(3, dim=-1)
+        )
+        out = self.attend(q, k, v).permute(2, 0, 1, 3).flatten(2)
+        return F.linear(out, out_weight, out_bias), None
 
     def softmax(
         self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx
-from models import BY_NAME, FAMILIES, Family, layout_of, names
+from models import BY_NAME, FAMILIES, TORCHVISION, Family, layout_of, names
 from odd_models import EITHER, GOOD, Example, image
 from reference import (
     ReferenceResult,
@@ -263,6 +263,16 @@ def test_fused_token_elsewhere_is_sound_or_refused(name: str) -> None:
         assert fast(x).isfinite().all()
     skipvit_fx.set_skipping(fast, False)
     assert_is_the_model(fast, model, x, train=False)
+
+
+@pytest.mark.parametrize("plan", [TWO, BEFORE_NORM, NO_RETURN], ids=["two", "norm", "no-return"])
+def test_torchvision_is_right_or_refused(plan: Plan) -> None:
+    model, x = TORCHVISION.build(), TORCHVISION.input()
+    fast = rewritten_or_refused(model, TORCHVISION.input(batch=2), plan)
+    if fast is None:
+        return
+    with torch.no_grad():
+        assert_exact(fast, x, masked_reference(model, x, layout_of(model), **plan))
 
 
 ODD_PLANS: dict[str, Plan] = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import BY_NAME, FAMILIES, Family, layout_of, names
+from models import BY_NAME, FAMILIES, TORCHVISION, Family, layout_of, names
 from reference import (
     MaskedRun,
     StageResult,
@@ -50,7 +50,10 @@ def _no_grad() -> Any:
         yield
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=names(FAMILIES))
+ALL = [*FAMILIES, TORCHVISION]
+
+
+@pytest.mark.parametrize("family", ALL, ids=names(ALL))
 def test_nothing_dropped_is_the_model(family: Family) -> None:
     model, x = family.build(), family.input()
     result = masked_reference(model, x, layout_of(model), stages=[(2, 0)], return_layer=4)
@@ -59,7 +62,7 @@ def test_nothing_dropped_is_the_model(family: Family) -> None:
     assert torch.equal(result.stages[0].kept[0], torch.arange(result.stages[0].kept.shape[1]))
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=names(FAMILIES))
+@pytest.mark.parametrize("family", ALL, ids=names(ALL))
 def test_dropping_matters_and_leaves_no_hooks(family: Family) -> None:
     model, x = family.build(), family.input()
     before = model(x)
