@@ -17,6 +17,10 @@ class MixesTokens(Exception):
     """An operator that does not keep tokens apart, or is not known to."""
 
 
+class PoolsTokens(MixesTokens):
+    """A reduction over the whole token axis: sound where whatever is left is all that should be read."""
+
+
 class Tokens(NamedTuple):
     """The token axis: ``lead`` prefix rows, then ``count`` patch rows, then ``tail`` rows.
 

@@ -14,7 +14,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, is_lost, size, token_dim, tokens_of
+from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, token_dim, tokens_of
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
@@ -101,7 +101,7 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     """
     graph = analysis.module.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    chain = _chain(analysis, order)
+    chain = _chain(analysis)
     spans = _attention_spans(analysis, chain, order)
     if not spans:
         raise UnsupportedModelError(
@@ -149,7 +149,7 @@ def _larger(best: tuple[int, fx.Node] | None, value: Any, node: fx.Node) -> tupl
     return (value.numel(), node) if best is None or value.numel() > best[0] else best
 
 
-def _chain(analysis: TokenAnalysis, order: dict[fx.Node, int]) -> list[fx.Node]:
+def _chain(analysis: TokenAnalysis) -> list[fx.Node]:
     """The nodes that every path from the image to the output passes, first to last."""
     graph = analysis.module.graph
     source = _image(analysis, graph)
@@ -167,7 +167,6 @@ def _chain(analysis: TokenAnalysis, order: dict[fx.Node, int]) -> list[fx.Node]:
     chain = [output]
     while chain[-1] is not source:
         chain.append(parents[chain[-1]])
-    del order
     return chain[:0:-1]
 
 
@@ -316,38 +315,22 @@ def _layers(
     # norm of a post-norm layer, still belong to the layer before.
     forks = [len([u for u in node.users if tensors_in(analysis[u].value)]) > 1 for node in chain]
     starts = [places[start] for start, _, _ in kept]
-    layers = []
-    tail = 0
+    layers: list[Layer] = []
+    to_cut = to_end = 0
     for i, (start, after_attention, sites) in enumerate(kept):
-        last = i + 1 == len(kept)
-        limit = len(chain) - 1 if last else starts[i + 1]
-        cut = places[after_attention]
-        while cut < limit and not forks[cut]:
-            cut += 1
-        if last:
-            cut, end = _last_layer(places[after_attention], cut, forks, limit, tail)
-        else:
-            end = limit
-            tail = end - _join(cut, end, forks)
+        joined = places[after_attention]
+        if i + 1 < len(kept):
+            end = starts[i + 1]
+            cut = next((c for c in range(joined, end) if forks[c]), end)
+            to_cut, to_end = cut - joined, end - cut
+        elif len(kept) == 1:
+            cut = next((c for c in range(joined, len(chain) - 1) if forks[c]), joined)
+            end = min(cut + 1, len(chain) - 1)
+        else:  # nothing follows that would end the last layer: it ends as the one before it did
+            cut = min(joined + to_cut, len(chain) - 1)
+            end = min(cut + to_end, len(chain) - 1)
         layers.append(Layer(i + 1, start, chain[cut], chain[end], sites))
     return tuple(layers)
-
-
-def _join(cut: int, end: int, forks: list[bool]) -> int:
-    """Where the last branch of a layer joins the stream again: the chain node after the last fork before ``end``."""
-    last_fork = max((i for i in range(cut, end) if forks[i]), default=cut - 1)
-    return last_fork + 1
-
-
-def _last_layer(
-    after_attention: int, cut: int, forks: list[bool], limit: int, tail: int
-) -> tuple[int, int]:
-    """The last layer has no next one to end it: it ends as the layers before it do, ``tail`` nodes after its join."""
-    if not (cut < limit and forks[cut]):  # attention and feed-forward side by side: one join a layer
-        end = min(after_attention + tail, limit)
-        return end, end
-    end = min(cut + 1 + tail, limit)
-    return cut, end
 
 
 def _starts_with_class_token(analysis: TokenAnalysis, first: fx.Node, axes: Axes) -> bool:
@@ -355,7 +338,7 @@ def _starts_with_class_token(analysis: TokenAnalysis, first: fx.Node, axes: Axes
     tokens = next(t for dim in axes if (t := tokens_of(dim)))
     if not tokens.lead:
         return False
-    names = [name for name in _prefix_sources(analysis, first)]
+    names = _prefix_sources(analysis, first)
     return not (names and "reg" in names[0].rsplit(".", 1)[-1])
 
 
@@ -366,7 +349,8 @@ def _prefix_sources(analysis: TokenAnalysis, first: fx.Node) -> list[str]:
     names = []
     for name, parameter in analysis.module.named_parameters():
         shape = parameter.shape
-        if shape and shape[-1] == channels and 0 < parameter.numel() // channels <= tokens.lead:
+        rows = parameter.numel() // channels
+        if len(shape) > 1 and shape[-1] == channels and 0 < rows <= tokens.lead:
             names.append(name)
     return names
 

@@ -7,6 +7,7 @@ asked where some argument has a token axis. They see operators as PyTorch dispat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ from skipvit_fx.analysis.axes import (
     Axes,
     Dim,
     MixesTokens,
+    PoolsTokens,
     Tokens,
     axes_of,
     merge_ints,
@@ -37,20 +39,28 @@ class Position(NamedTuple):
         operand: the tensor.
         dim: its dimension of token length.
         tokens: the token axis it meets.
-        batch_dim: its dimension that meets the batch axis, if the operand has one of its own per sample.
         rank: rank of the result it is broadcast to.
+        batch_dim: the result's batch axis; ``None`` if it has none.
+        per_sample: whether the operand has a batch axis of its own there.
+        repeat: how often each sample repeats along the batch axis (heads merged into it).
     """
 
     operand: Tensor
     dim: int
     tokens: Tokens
     rank: int
-    batch_from_right: int | None
+    batch_dim: int | None
+    per_sample: bool
+    repeat: int
 
 
 @dataclass
 class Call:
-    """One dispatched operator, and what its rule has to say besides the axes."""
+    """One dispatched operator, and what its rule has to say besides the axes.
+
+    ``reads``: where the operator takes prefix rows out, the first row it does not take, counted from the first patch
+    (so 0 for all prefix rows, -1 for all but the last).
+    """
 
     func: Any
     args: tuple[Any, ...]
@@ -59,6 +69,7 @@ class Call:
     positions: list[Position] = field(default_factory=list)
     softmax_over: Tokens | None = None
     sums_weights: bool = False
+    reads: int | None = None
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
         if index < len(self.args):
@@ -156,12 +167,14 @@ def align(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Axes:
                 noted[i, own] = tokens
     batch = next((d for d, dim in enumerate(result) if _is_batch(dim)), None)
     for (i, own), tokens in noted.items():
-        from_right = None
+        per_sample, repeat = False, 1
         if batch is not None:
             at = batch - rank + operands[i].ndim
-            if at >= 0 and operands[i].shape[at] != 1:
-                from_right = rank - batch
-        call.positions.append(Position(operands[i], own, tokens, rank, from_right))
+            per_sample = at >= 0 and operands[i].shape[at] != 1
+            repeat = math.prod(size(factor) for factor in result[batch][1:])
+        call.positions.append(
+            Position(operands[i], own, tokens, rank, batch, per_sample, repeat)
+        )
     return tuple(result)
 
 
@@ -306,6 +319,7 @@ def _select(call: Call) -> Axes:
         index = call.argument(2, "index") % size(tokens)
         if tokens.lead <= index < tokens.lead + tokens.count:
             raise MixesTokens("a patch token is picked out by its position")
+        call.reads = index + 1 - tokens.lead
     del axes[d]
     return tuple(axes)
 
@@ -338,6 +352,8 @@ def _slice(call: Call) -> Axes:
     if step != 1:
         raise MixesTokens("a slice with a step picks tokens by their position")
     axes[d] = _cut(tokens, start, stop)
+    if not tokens_of(axes[d]):
+        call.reads = stop - tokens.lead
     return tuple(axes)
 
 
@@ -481,7 +497,9 @@ def _reduce(call: Call) -> list[Axes | None] | Axes:
     if dims is None or dims == []:
         raise MixesTokens(f"{call.func.overloadpacket} runs over all axes")
     dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
-    normal = _refuse_tokens(axes, dims, str(call.func.overloadpacket))
+    normal = [d % len(axes) for d in dims]
+    if any(tokens_of(axes[d]) for d in normal):
+        raise PoolsTokens(f"{call.func.overloadpacket} runs over the token axis")
     keeps = outs[0].ndim == len(axes)
     reduced = tuple(
         () if d in normal else dim for d, dim in enumerate(axes) if keeps or d not in normal

@@ -17,6 +17,7 @@ from skipvit_fx.analysis.axes import (
     Axes,
     Batch,
     MixesTokens,
+    PoolsTokens,
     Tokens,
     axes_of,
     is_data,
@@ -46,7 +47,8 @@ class NodeFacts:
         positions: operands of fixed token length that meet the token axis here.
         softmax_over: the key axis, if a softmax over tokens runs here (also inside a fused attention).
         sums_weights: attention weights are summed with their values here.
-        scalars: non-tensor arguments of the operators inside, for telling whether they depend on the token count.
+        pools: whether ``mixing`` is no more than a reduction over all tokens.
+        reads: where prefix rows are taken out, the end of these rows, counted from the first patch.
     """
 
     value: Any = None
@@ -54,6 +56,8 @@ class NodeFacts:
     positions: list[rules.Position] = field(default_factory=list)
     softmax_over: Tokens | None = None
     sums_weights: bool = False
+    pools: bool = False
+    reads: int | None = None
 
     @property
     def axes(self) -> Axes | None:
@@ -96,7 +100,9 @@ class AxisMode(TorchDispatchMode):
                 raise MixesTokens(f"{call.func} writes tokens into a tensor of fixed shape")
             axes = rule(call)
         except MixesTokens as reason:
-            self.facts.mixing = self.facts.mixing or str(reason)
+            if not self.facts.mixing:
+                self.facts.mixing = str(reason)
+                self.facts.pools = isinstance(reason, PoolsTokens)
             for tensor in outputs:
                 set_axes(tensor, None)
                 mark_lost(tensor)
@@ -115,6 +121,49 @@ class AxisMode(TorchDispatchMode):
         self.facts.positions += call.positions
         self.facts.softmax_over = self.facts.softmax_over or call.softmax_over
         self.facts.sums_weights |= call.sums_weights
+        if call.reads is not None:
+            self.facts.reads = max(call.reads, self.facts.reads or call.reads)
+
+
+_SHAPING = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("view", "_unsafe_view", "reshape", "expand", "slice", "split", "split_with_sizes")
+    + ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "as_strided", "repeat")
+    + ("new_empty", "new_zeros", "new_ones", "new_full")
+)
+
+
+class _Recorder(TorchDispatchMode):
+    """The operators that run and their plain arguments, without sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        scalars = []
+        if func.overloadpacket not in _SHAPING:
+            leaves = pytree.tree_leaves((args, kwargs))
+            scalars = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float))]
+        self.calls.append((func, scalars))
+        return func(*args, **(kwargs or {}))
+
+
+def _shorter(value: Any, less: int) -> Any:
+    """The value with ``less`` patches taken off every token axis that stands alone; strides keep their order."""
+
+    def cut(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or axes_of(leaf) is None:
+            return leaf
+        shorter = leaf
+        for d, dim in enumerate(axes_of(leaf) or ()):
+            if tokens_of(dim) and len(dim) == 1:
+                shorter = shorter.narrow(d, 0, shorter.shape[d] - less)
+        return torch.empty_like(shorter)
+
+    return pytree.tree_map(cut, value)
 
 
 def _see_prefix(tensors: Any, dim: int, out: Tensor) -> None:
@@ -215,6 +264,27 @@ class TokenAnalysis:
         mode.facts.value = value
         return mode.facts
 
+    def counts_tokens(self, node: fx.Node) -> str:
+        """Whether a leaf module computes with the number of tokens: the reason why it may, or nothing.
+
+        It runs once as it is and once with one patch less; but for sizes, both must be the same operators.
+        """
+        runs = []
+        for less in (0, 1):
+            recorder = _Recorder()
+            try:
+                with self._mode, torch.no_grad():
+                    args, kwargs = fx.node.map_arg(
+                        (node.args, node.kwargs),
+                        lambda n, less=less: _shorter(self.facts[n].value, less),
+                    )
+                    with recorder:
+                        self.module.get_submodule(str(node.target))(*args, **kwargs)
+            except FORWARD_FAILURES:
+                return "a module works for one number of tokens only"
+            runs.append(recorder.calls)
+        return "" if runs[0] == runs[1] else "a module computes with the number of tokens"
+
     def _constant(self, path: str) -> Any:
         if path not in self._tensors:
             value = attribute(self.module, path)
@@ -278,12 +348,3 @@ def _attention(
 def carries_tokens(facts: NodeFacts) -> bool:
     """Whether any tensor of the node's value has a token axis."""
     return any(axes_of(t) is not None for t in rules.tensors_in(facts.value))
-
-
-def query_tokens(axes: Axes | None) -> bool:
-    """Whether attention weights ``[..., queries, keys]`` have one row per token."""
-    return axes is not None and any(
-        (tokens := tokens_of(dim)) is not None and not tokens.weights for dim in axes
-    )
-
-

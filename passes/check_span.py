@@ -1,0 +1,90 @@
+"""Refuse what would be wrong: every node under a drop must keep its tokens apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from skipvit_fx.analysis.tokens import carries_tokens
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.capture import module_path
+from skipvit_fx.pipeline.rewriting import Rewriting
+
+
+class OpenModules(Exception):
+    """Leaf modules must be traced through before their span can be judged."""
+
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(paths)
+        self.paths = frozenset(paths)
+
+
+@dataclass(frozen=True)
+class CheckSpan:
+    """Changes nothing; raises where a node between a drop and its return mixes or reorders tokens.
+
+    Sound::
+
+        cut ── norm ── mlp ── + ── attention ── return        each row on its own, or attention
+
+    Refused::
+
+        cut ── reshape to a grid ── convolution ── return     neighbours are gone
+    """
+
+    name: ClassVar[str] = "check-span"
+    requires: ClassVar[frozenset[str]] = frozenset({"stream", "spans"})
+    provides: ClassVar[frozenset[str]] = frozenset({"sound-spans"})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Check every node of every span.
+
+        Raises:
+            UnsupportedModelError: a node is not sound; it is named.
+            OpenModules: leaf modules are not sound as a whole, and must be looked into.
+        """
+        end = rewriting.stream.layers[-1].end
+        leaves = []
+        for node in rewriting.span_nodes():
+            reason = why_unsound(rewriting, node)
+            if not reason:
+                continue
+            facts = rewriting.analysis[node]
+            if facts.pools and rewriting.return_node is None and end < node:
+                continue  # a head that pools what is left
+            if node.op == "call_module" and str(node.target) not in rewriting.capture.opened:
+                leaves.append(str(node.target))
+                continue
+            if leaves:
+                break
+            layer = rewriting.active(node)[0].layer.index
+            raise UnsupportedModelError(
+                f"{reason}, under the drop at layer {layer}",
+                node=node.name,
+                module_path=module_path(node),
+                hint="choose a plan that returns before this place or drops after it, or change the model there",
+            )
+        if leaves:
+            raise OpenModules(leaves)
+
+
+def why_unsound(rewriting: Rewriting, node: fx.Node) -> str:
+    """Why the node may not see fewer tokens; empty if it may."""
+    analysis = rewriting.analysis
+    facts = analysis[node]
+    if facts.mixing:
+        return facts.mixing
+    tokens_come_in = [a for a in node.all_input_nodes if carries_tokens(analysis[a])]
+    if node.op == "call_module" and tokens_come_in:
+        if facts.positions:
+            return "a module holds values of fixed token length"
+        return analysis.counts_tokens(node)
+    if facts.positions and rewriting.plan.fused:
+        return "a fused token has no position, but here every token needs one"
+    for argument in tokens_come_in:
+        if not rewriting.active(argument) and argument not in (s.cut for s in rewriting.stages):
+            return f"{argument.name}, which was computed before the drop, is read again"
+    return ""

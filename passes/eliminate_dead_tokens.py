@@ -1,0 +1,361 @@
+"""Compute only the rows that are read: behind the last attention, often the class token alone."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tokens_of
+from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.tokens import SDPA, carries_tokens
+from skipvit_fx.ir.sizes import dimension_of, sizes_of
+from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst
+from skipvit_fx.ops.score import ScoreByQuery
+from skipvit_fx.ops.skip import Merge
+from skipvit_fx.passes.free_token_sizes import follow_input
+from skipvit_fx.passes.insert_score import attention_operands
+from skipvit_fx.pipeline.rewriting import Rewriting
+
+ALL = math.inf
+NONE = -math.inf
+"""How far the rows of a token axis are read is counted from the first patch: 0 is "the prefix rows and no more"."""
+
+_CHANNEL_RESHAPES: frozenset[Any] = frozenset(
+    {"view", "reshape", "permute", "transpose", "unbind", "chunk", "split", "unflatten"}
+    | {operator.getitem, torch.reshape, torch.permute, torch.transpose, torch.unbind, torch.chunk}
+)
+
+
+@dataclass(frozen=True)
+class EliminateDeadTokens:
+    """Exact: what is left out is never read. Nothing changes where all tokens are read.
+
+    Before::
+
+        q, k, v = split(qkv(norm(x)))
+        x = x + proj(attention(q, k, v))
+        x = x + mlp(norm2(x))
+        head(norm3(x)[:, 0])
+
+    After::
+
+        q, k, v = split(project_queries(norm(x)))
+        c = narrow(x) + proj(attention(narrow(q), k, v))
+        c = c + mlp(norm2(c))
+        head(norm3(c)[:, 0])
+    """
+
+    name: ClassVar[str] = "eliminate-dead-tokens"
+    requires: ClassVar[frozenset[str]] = frozenset({"stream"})
+    provides: ClassVar[frozenset[str]] = frozenset()
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Narrow every edge from a node that is computed in full to one that is read in part."""
+        liveness = _Liveness(rewriting)
+        editor = rewriting.editor
+        narrowed: dict[tuple[fx.Node, int, int], fx.Node] = {}
+        for node in list(editor.graph.nodes):
+            if liveness.passes_through(node):
+                editor.rewire_all(node, node.all_input_nodes[0])
+                continue
+            edges = liveness.edges_to_narrow(node)
+            for key in edges:
+                argument, dim, rows = key
+                if key not in narrowed:
+                    name = f"dead_tokens.narrow_{len(narrowed) + 1}"
+                    op = Narrow(dim, rows)
+                    narrowed[key] = editor.insert_module(name, op, (argument,), after=argument)
+                    if argument in rewriting.analysis.facts:
+                        rewriting.analysis.facts[narrowed[key]] = rewriting.analysis[argument]
+                editor.rewire(node, argument, narrowed[key])
+            if liveness.is_narrow(node):
+                follow_input(rewriting, node, always=True)
+        for argument, _, rows in narrowed:
+            _project_fewer_queries(rewriting, liveness, argument, rows)
+
+
+class _Liveness:
+    """Which rows of every node are read (``need``), and which nodes can do with computing just these."""
+
+    def __init__(self, rewriting: Rewriting) -> None:
+        self.rewriting = rewriting
+        self.analysis = rewriting.analysis
+        for stage in rewriting.stages:
+            stream = self.analysis[stage.cut]
+            for node in (stage.shorter, *_merges(rewriting)):
+                if node is not None:
+                    self.analysis.facts[node] = stream
+        self.need: dict[fx.Node, float] = {}
+        for node in reversed(rewriting.editor.graph.nodes):
+            for argument, need in self._reads(node):
+                self.need[argument] = max(self.need.get(argument, NONE), need)
+        self.narrow: set[fx.Node] = set()
+        for node in rewriting.editor.graph.nodes:
+            if self._can_be_narrow(node):
+                self.narrow.add(node)
+
+    def is_narrow(self, node: fx.Node) -> bool:
+        return node in self.narrow
+
+    def passes_through(self, node: fx.Node) -> bool:
+        """A merge of which only prefix rows are read: these never left."""
+        return isinstance(self._op(node), Merge) and self.need.get(node, NONE) <= 0
+
+    def edges_to_narrow(self, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
+        """Arguments that are computed in full, with the dimension and the number of rows that are read here."""
+        if node not in self.narrow:
+            return []
+        need = self.need[node]
+        edges = []
+        arguments = node.all_input_nodes
+        if node.target in SDPA:
+            query, _, mask, _ = attention_operands(node)
+            arguments = [query]
+            if mask is not None and any(
+                p.dim - p.operand.ndim == -2 for p in self.analysis[node].positions
+            ):
+                axes = self.analysis.axes(node)
+                assert axes is not None
+                edges.append((mask, -2, _rows(axes, len(axes) - 2, need)))
+        for argument in arguments:
+            if argument in self.narrow or not self._has_tokens(argument):
+                continue
+            axes = self.analysis.axes(argument)
+            dim = _single_token_dim(axes)
+            if dim is not None and axes is not None:
+                edges.append((argument, dim, _rows(axes, dim, need)))
+        return edges
+
+    def _op(self, node: fx.Node) -> nn.Module | None:
+        if node.op != "call_module":
+            return None
+        return self.analysis.module.get_submodule(str(node.target))
+
+    def _has_tokens(self, node: fx.Node) -> bool:
+        return node in self.analysis.facts and carries_tokens(self.analysis[node])
+
+    def _reads(self, node: fx.Node) -> list[tuple[fx.Node, float]]:
+        """What a node reads of its arguments, given what is read of it."""
+        arguments = [a for a in node.all_input_nodes if self._has_tokens(a)]
+        need = self.need.get(node, NONE)
+        op = self._op(node)
+        if isinstance(op, Merge) and need <= 0:
+            return [(node.all_input_nodes[0], need)]
+        if isinstance(op, ScoreByQuery) and op.query is not None:
+            query = node.all_input_nodes[0]
+            row = op.query + 1 - _tokens(self.analysis.axes(query)).lead
+            return [(a, row if a is query else ALL) for a in arguments]
+        facts = self.analysis.facts.get(node)
+        if facts is None:
+            is_size = node.op == "call_method" and node.target == "size"
+            return [] if is_size else [(a, ALL) for a in arguments]
+        if facts.reads is not None and not facts.mixing and not carries_tokens(facts):
+            return [(a, facts.reads) for a in arguments]
+        if not tensors_in(facts.value):
+            return [(a, ALL) for a in arguments if self._reads_token_size(node)]
+        if node.op != "output" and (need == NONE or (need < ALL and self._row_by_row(node))):
+            if node.target in SDPA:
+                query, *_ = attention_operands(node)
+                return [(a, need if a is query else ALL) for a in arguments]
+            return [(a, need) for a in arguments]
+        return [(a, ALL) for a in arguments]
+
+    def _reads_token_size(self, node: fx.Node) -> bool:
+        """Whether a size of a token axis is taken, and not just handed on as part of ``x.shape``."""
+        rank = self.rewriting.rank
+        found = dimension_of(node, rank)
+        if found is not None:
+            axes = self.analysis.axes(found[0])
+            return axes is not None and tokens_of(axes[found[1]]) is not None
+        if sizes_of(node) is None:
+            return False
+        return not all(
+            user.target is operator.getitem and not self._reads_token_size(user)
+            for user in node.users
+        )
+
+    def _row_by_row(self, node: fx.Node) -> bool:
+        """Whether row i of the value needs only row i of every argument (of the query, for an attention)."""
+        facts = self.analysis[node]
+        if facts.mixing or node.op in ("placeholder", "output"):
+            return False
+        own = {_single_tokens(axes_of(t)) for t in tensors_in(facts.value)}
+        if len(own) != 1 or None in own:
+            return False
+        if node.target in SDPA:
+            return facts.axes is not None and tokens_of(facts.axes[-2]) is not None
+        if facts.positions or facts.softmax_over or facts.sums_weights:
+            return False
+        for argument in node.all_input_nodes:
+            for tensor in tensors_in(self._value(argument)):
+                if axes_of(tensor) is not None and _single_tokens(axes_of(tensor)) not in own:
+                    return False
+        return not (node.op == "call_module" and self.analysis.counts_tokens(node))
+
+    def _value(self, node: fx.Node) -> Any:
+        facts = self.analysis.facts.get(node)
+        return None if facts is None else facts.value
+
+    def _can_be_narrow(self, node: fx.Node) -> bool:
+        need = self.need.get(node, NONE)
+        if node not in self.analysis.facts or need in (ALL, NONE) or isinstance(self._op(node), Merge):
+            return False
+        if any(node is stage.shorter for stage in self.rewriting.stages):
+            return False
+        if not self._row_by_row(node):
+            return False
+        tokens = {_single_tokens(axes_of(t)) for t in tensors_in(self._value(node))}
+        if any(t is None or t.lead + need < 1 for t in tokens):
+            return False
+        if node.target in SDPA:
+            return True
+        return all(
+            argument in self.narrow or isinstance(self._value(argument), Tensor)
+            for argument in node.all_input_nodes
+            if self._has_tokens(argument)
+        )
+
+
+def _merges(rewriting: Rewriting) -> list[fx.Node]:
+    module = rewriting.analysis.module
+    return [
+        node
+        for node in rewriting.editor.graph.nodes
+        if node.op == "call_module" and isinstance(module.get_submodule(node.target), Merge)
+    ]
+
+
+def _single_token_dim(axes: Axes | None) -> int | None:
+    """The dimension that is a token axis and nothing else, if there is exactly one token axis."""
+    dims = [d for d, dim in enumerate(axes or ()) if tokens_of(dim)]
+    if axes is None or len(dims) != 1 or len(axes[dims[0]]) != 1:
+        return None
+    return dims[0]
+
+
+def _single_tokens(axes: Axes | None) -> Tokens | None:
+    dim = _single_token_dim(axes)
+    return None if dim is None or axes is None else tokens_of(axes[dim])
+
+
+def _tokens(axes: Axes | None) -> Tokens:
+    tokens = _single_tokens(axes)
+    assert tokens is not None
+    return tokens
+
+
+def _rows(axes: Axes, dim: int, need: float) -> int:
+    tokens = tokens_of(axes[dim])
+    assert tokens is not None
+    return int(tokens.lead + need)
+
+
+# -- the query projection -----------------------------------------------------------------------------------------
+
+
+def _project_fewer_queries(
+    rewriting: Rewriting, liveness: _Liveness, queries: fx.Node, rows: int
+) -> None:
+    """Where queries come out of a joint projection, project the queries of the first rows only."""
+    if queries.op == "call_module" and isinstance(liveness._op(queries), Narrow):
+        return
+    path = _path_from_linear(rewriting, queries)
+    if path is None:
+        return
+    linear, *reshapes = path
+    out = rewriting.analysis[linear].value
+    dim = _single_token_dim(rewriting.analysis.axes(linear))
+    if dim not in (0, 1) or out.ndim != 3 or liveness.need.get(queries, ALL) == ALL:
+        return
+    channels = out.shape[-1]
+    probe: dict[fx.Node, Any] = {linear: torch.arange(channels).expand(out.shape)}
+    for node in reshapes:
+        probe[node] = _evaluate(rewriting, node, probe)
+    wanted = probe[queries].unique()
+    start, stop = int(wanted[0]), int(wanted[-1]) + 1
+    if stop - start != len(wanted) or (start != 0 and stop != channels) or len(wanted) == channels:
+        return
+    for node, successor in zip(path, reshapes, strict=False):
+        for user in node.users:
+            if user is successor or not tensors_in(_facts_value(rewriting, user)):
+                continue
+            if user.target not in _CHANNEL_RESHAPES:
+                return
+            for part in tensors_in(_evaluate(rewriting, user, probe)):
+                if torch.isin(part, wanted).any():
+                    return
+    editor = rewriting.editor
+    source, weight, bias = _linear_operands(rewriting, linear)
+    op = ProjectQueriesOfFirst(dim, rows, start, stop)
+    name = f"dead_tokens.project_{queries.name}"
+    operands = (source, weight) if bias is None else (source, weight, bias)
+    projected = editor.insert_module(name, op, operands, after=linear)
+    editor.rewire_all(linear, projected)
+    editor.erase(linear)
+
+
+def _facts_value(rewriting: Rewriting, node: fx.Node) -> Any:
+    facts = rewriting.analysis.facts.get(node)
+    return None if facts is None else facts.value
+
+
+def _path_from_linear(rewriting: Rewriting, node: fx.Node) -> list[fx.Node] | None:
+    """The reshapes between a linear layer and ``node``, the linear layer first; ``None`` if there is more to it."""
+    path = [node]
+    while not _is_linear(rewriting, path[0]):
+        first = path[0]
+        source = first.args[0] if first.args else None
+        if first.target not in _CHANNEL_RESHAPES or not isinstance(source, fx.Node):
+            return None
+        path.insert(0, source)
+    return path if len(path) > 1 else None
+
+
+def _is_linear(rewriting: Rewriting, node: fx.Node) -> bool:
+    if node.op == "call_function":
+        return node.target is F.linear
+    if node.op != "call_module":
+        return False
+    module = rewriting.analysis.module.get_submodule(str(node.target))
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is nn.Linear and not hooked
+
+
+def _linear_operands(
+    rewriting: Rewriting, linear: fx.Node
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    if linear.op == "call_function":
+        given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(linear.kwargs)
+        return given["input"], given["weight"], given.get("bias")  # type: ignore[return-value]
+    graph, path = rewriting.editor.graph, str(linear.target)
+    with graph.inserting_before(linear):
+        weight = graph.get_attr(f"{path}.weight")
+        has_bias = rewriting.analysis.module.get_submodule(path).bias is not None
+        bias = graph.get_attr(f"{path}.bias") if has_bias else None
+    return linear.all_input_nodes[0], weight, bias
+
+
+def _evaluate(rewriting: Rewriting, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """The node's value on real tensors, where sizes are those of the analysis."""
+
+    def value(argument: fx.Node) -> Any:
+        if argument in known:
+            return known[argument]
+        facts = rewriting.analysis.facts.get(argument)
+        if facts is not None and not tensors_in(facts.value):
+            return facts.value
+        assert argument.op == "call_method" and argument.target == "size", argument
+        source, dim = argument.args
+        return (known.get(source, _facts_value(rewriting, source))).shape[dim]  # type: ignore[arg-type]
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,280 @@
+"""Sizes: a reshape under a drop follows its input, everything else still sees the full token count."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from skipvit_fx.analysis.axes import Axes, Tokens, size, tokens_of
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
+from skipvit_fx.pipeline.rewriting import Rewriting
+
+aten = torch.ops.aten
+_RESHAPES: frozenset[Any] = frozenset(
+    {"view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to"}
+    | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+)
+_SPLITS: frozenset[Any] = frozenset(
+    {"split", "split_with_sizes", torch.split, torch.functional.split}
+    | {aten.split_with_sizes.default, torch.split_with_sizes}
+)
+
+
+@dataclass(frozen=True)
+class FreeTokenSizes:
+    """Two kinds of size come from one expression; this pass tells them apart.
+
+    Before (``n`` is a literal, or was read before the drop)::
+
+        y = x.reshape(b, n, heads, -1)
+        table = cos[:n]; y * table
+
+    After (``table`` keeps its full length, and its rows are gathered later)::
+
+        y = x.reshape(b, x.size(1), heads, -1)
+        table = cos[:full_n]; y * table
+
+    So a drop never changes what the author computes from a token count, such as a position table or a scale.
+    """
+
+    name: ClassVar[str] = "free-token-sizes"
+    requires: ClassVar[frozenset[str]] = frozenset({"sound-spans"})
+    provides: ClassVar[frozenset[str]] = frozenset({"live-sizes"})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Rewrite the sizes under every drop.
+
+        Raises:
+            UnsupportedModelError: a number is read from a sequence in a way that the pass does not know.
+        """
+        nodes = rewriting.span_nodes()
+        for node in nodes:
+            follow_input(rewriting, node)
+        for node in nodes:
+            _fix_to_full(rewriting, node)
+
+
+def follow_input(rewriting: Rewriting, node: fx.Node, *, always: bool = False) -> None:
+    """Let the token sizes in a reshape or split follow its input (``always``: also where they already do)."""
+    out = rewriting.analysis[node]
+    if node.target in _RESHAPES and out.axes is not None:
+        _follow_in_reshape(rewriting, node, out.axes, tuple(out.value.shape), always)
+    elif node.target in _SPLITS:
+        _follow_in_split(rewriting, node)
+
+
+def _follow_in_reshape(
+    rewriting: Rewriting, node: fx.Node, axes: Axes, shape: Sequence[int], always: bool
+) -> None:
+    source, sizes, rebuild = _sizes_argument(node)
+    slots: list[Any] = (
+        list(sizes) if not isinstance(sizes, fx.Node) else [None] * len(axes)
+    )
+    if len(slots) != len(axes):
+        return
+    token_dims = [d for d, dim in enumerate(axes) if tokens_of(dim)]
+    moved = [
+        d for d in token_dims if always or not _is_live(rewriting, node, slots[d], axes[d])
+    ]
+    if not moved and not isinstance(sizes, fx.Node):
+        return
+    editor = rewriting.editor
+    for d, slot in enumerate(slots):
+        if slot is None and d not in token_dims:
+            slots[d] = editor.insert_function_before(operator.getitem, (sizes, d), before=node)
+    for d in moved:
+        own = _dim_with(rewriting, source, axes[d], token_dims.index(d))
+        if own is not None:
+            slots[d] = editor.insert_method("size", (source, own), before=node)
+            continue
+        for other, slot in enumerate(slots):
+            if slot == -1 and other != d:
+                if any(not isinstance(factor, int) for factor in axes[other]):
+                    raise UnsupportedModelError(
+                        "a reshape leaves both a token size and a batch size open",
+                        node=node.name,
+                        module_path=module_path(node),
+                        hint="give the batch size of that reshape explicitly",
+                    )
+                slots[other] = shape[other]
+        slots[d] = -1
+    editor.set_args(node, *rebuild(slots))
+
+
+def _sizes_argument(node: fx.Node) -> tuple[fx.Node, Any, Any]:
+    """The reshaped tensor, its size arguments, and how to put other sizes in."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if len(node.args) == 2 and isinstance(node.args[1], (tuple, list, fx.Node)) or not node.args[1:]:
+        given = node.args[1] if len(node.args) == 2 else next(iter(node.kwargs.values()))
+        if isinstance(given, fx.Node) and not sizes_of(given):
+            return source, [given], lambda slots: ((source, *slots), {})
+        return source, given, lambda slots: ((source, tuple(slots)), {})
+    return source, list(node.args[1:]), lambda slots: ((source, *slots), {})
+
+
+def _is_live(rewriting: Rewriting, node: fx.Node, slot: Any, dim: Any) -> bool:
+    """Whether a size argument already is the length of a token axis under the same drops."""
+    if slot == -1:
+        return True
+    if not isinstance(slot, fx.Node):
+        return False
+    found = dimension_of(slot, rewriting.rank)
+    if found is None:
+        return False
+    tensor, own = found
+    axes = rewriting.analysis.axes(tensor)
+    same_drops = rewriting.active(tensor) == rewriting.active(node)
+    return axes is not None and axes[own] == dim and same_drops
+
+
+def _dim_with(rewriting: Rewriting, source: fx.Node, dim: Any, occurrence: int) -> int | None:
+    """The input's dimension that is the same token axis and nothing else."""
+    axes = rewriting.analysis.axes(source) or ()
+    places = [d for d, own in enumerate(axes) if tokens_of(own)]
+    if occurrence < len(places) and axes[places[occurrence]] == dim and len(dim) == 1:
+        return places[occurrence]
+    return None
+
+
+def _follow_in_split(rewriting: Rewriting, node: fx.Node) -> None:
+    sections = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()))
+    source = node.args[0]
+    if not isinstance(sections, (tuple, list)) or not isinstance(source, fx.Node):
+        return
+    axes = rewriting.analysis.axes(source)
+    if axes is None:
+        return
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    assert isinstance(dim, int)
+    if not tokens_of(axes[dim]):
+        return
+    parts = rewriting.analysis[node].value
+    at = next(i for i, part in enumerate(parts) if _part_has_patches(part, dim))
+    editor = rewriting.editor
+    rest = sum(part.shape[dim] for i, part in enumerate(parts) if i != at)
+    live = editor.insert_method("size", (source, dim % len(axes)), before=node)
+    if rest:
+        live = editor.insert_function_before(operator.sub, (live, rest), before=node)
+    fixed = [live if i == at else part.shape[dim] for i, part in enumerate(parts)]
+    kwargs = {k: v for k, v in node.kwargs.items() if k == "dim"}
+    editor.set_args(node, (source, fixed, *node.args[2:]), kwargs)
+
+
+def _part_has_patches(part: Tensor, dim: int) -> bool:
+    axes = getattr(part, "_skipvit_axes", None)
+    return axes is not None and tokens_of(axes[dim]) is not None
+
+
+# -- the full count -----------------------------------------------------------------------------------------------
+
+
+def _fix_to_full(rewriting: Rewriting, node: fx.Node) -> None:
+    """Let users of a size read under a drop see the full count instead, unless they follow their input."""
+    value = rewriting.analysis[node].value
+    if isinstance(value, Tensor) or node.op == "output":
+        return
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(rewriting.analysis[source].value, Tensor):
+        return
+    axes = rewriting.analysis.axes(source)
+    if axes is None or node.target in SIZE_FREE or (
+        node.target is getattr and node.args[1] in SIZE_FREE
+    ):
+        return
+    found = dimension_of(node, rewriting.rank)
+    if found is not None:
+        if tokens_of(axes[found[1]]):
+            _redirect(rewriting, node, axes[found[1]])
+        return
+    if sizes_of(node) is None:
+        if isinstance(value, (tuple, list)):
+            return  # several tensors
+        raise UnsupportedModelError(
+            "a number is read from a sequence of tokens, and may depend on how many there are",
+            node=node.name,
+            module_path=module_path(node),
+            hint="compute it from the shape of a tensor before the first layer instead",
+        )
+    _redirect_shape(rewriting, node, axes)
+
+
+def _redirect_shape(rewriting: Rewriting, node: fx.Node, axes: Axes) -> None:
+    """``x.shape`` or a slice of it: element by element."""
+    found = sizes_of(node)
+    assert found is not None
+    dims = list(range(len(axes)))[found[1]]
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            if isinstance(user.args[1], slice):
+                _redirect_shape(rewriting, user, axes)
+                continue
+            element = dimension_of(user, rewriting.rank)
+            if element is not None and tokens_of(axes[element[1]]):
+                _redirect(rewriting, user, axes[element[1]])
+            continue
+        if not any(tokens_of(axes[d]) for d in dims):
+            continue
+        editor = rewriting.editor
+        parts = tuple(
+            full_size(rewriting, axes[d])
+            if tokens_of(axes[d])
+            else editor.insert_function_before(operator.getitem, (node, i), before=user)
+            for i, d in enumerate(dims)
+        )
+        editor.rewire(user, node, parts)
+
+
+def _redirect(rewriting: Rewriting, node: fx.Node, dim: Any) -> None:
+    for user in list(node.users):
+        if _follows(rewriting, user, node):
+            continue
+        rewriting.editor.rewire(user, node, full_size(rewriting, dim))
+
+
+def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:
+    """Whether the user is a reshape that takes the size for a token axis under the same drops, and for nothing else."""
+    axes = rewriting.analysis.axes(user) if user in rewriting.analysis.facts else None
+    if user.target not in _RESHAPES or axes is None:
+        return False
+    _, sizes, _ = _sizes_argument(user)
+    if isinstance(sizes, fx.Node):
+        return False
+    uses = [axes[d] for d, slot in enumerate(sizes) if slot is size_node]
+    return bool(uses) and all(
+        tokens_of(dim) and _is_live(rewriting, user, size_node, dim) for dim in uses
+    )
+
+
+def full_size(rewriting: Rewriting, dim: Any) -> fx.Node:
+    """The length that a token axis has without any drop, as a node behind the first cut."""
+    if len(dim) != 1:
+        raise UnsupportedModelError(
+            "the size of an axis that merges tokens with others is used in a computation",
+            hint="compute it from the batch size and the token count separately",
+        )
+    tokens = dim[0]
+    assert isinstance(tokens, Tokens)
+    stream = rewriting.stream
+    difference = size(tokens) - size(stream.tokens)
+    if difference not in rewriting.full_sizes:
+        editor = rewriting.editor
+        cut = rewriting.stages[0].cut
+        if 0 not in rewriting.full_sizes:
+            rewriting.full_sizes[0] = editor.insert_method(
+                "size", (cut, stream.dim), before=cut.next
+            )
+        if difference:
+            base = rewriting.full_sizes[0]
+            rewriting.full_sizes[difference] = editor.insert_function(
+                operator.add, (base, difference), after=base
+            )
+    return rewriting.full_sizes[difference]

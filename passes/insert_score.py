@@ -1,0 +1,149 @@
+"""Score the patches in every stage's layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx, nn
+
+from skipvit_fx.analysis.axes import Axes, Batch, Tokens, size, tokens_of
+from skipvit_fx.analysis.layers import AttentionSite
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
+from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
+
+
+@dataclass(frozen=True)
+class InsertScore:
+    """One row of the layer's own attention beside it; the attention itself stays as it is, fused or not.
+
+    Before::
+
+        a = scaled_dot_product_attention(q, k, v, mask)
+
+    After::
+
+        a = scaled_dot_product_attention(q, k, v, mask)
+        score = stage_1.score(q, k, mask)
+    """
+
+    name: ClassVar[str] = "insert-score"
+    requires: ClassVar[frozenset[str]] = frozenset({"sound-spans", "live-sizes"})
+    provides: ClassVar[frozenset[str]] = frozenset({"scores"})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Insert one score node a site.
+
+        Raises:
+            UnsupportedModelError: ``score="cls"`` on a model without class token, or an attention whose axes the
+                score does not know.
+        """
+        by_class_token = _by_class_token(rewriting)
+        for stage in rewriting.stages:
+            if callable(rewriting.score) or rewriting.score == "random":
+                _score_stream(rewriting, stage)
+                continue
+            for i, site in enumerate(stage.layer.sites):
+                name = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
+                op, args = _score_of(rewriting, site, by_class_token)
+                stage.scores[site] = rewriting.editor.insert_module(
+                    name, op, args, after=site.node
+                )
+
+
+def _by_class_token(rewriting: Rewriting) -> bool:
+    has = rewriting.stream.has_class_token
+    if rewriting.score == "cls" and not has:
+        raise UnsupportedModelError(
+            "score='cls' needs a class token, and the sequence starts with none",
+            hint="score='auto' or score='mean' lets the mean query score the patches",
+        )
+    return rewriting.score == "cls" or (rewriting.score == "auto" and has)
+
+
+def _score_stream(rewriting: Rewriting, stage: StageNodes) -> None:
+    stream = rewriting.stream
+    lead, tail = stream.tokens.lead, stream.tokens.tail
+    op: nn.Module
+    if callable(rewriting.score):
+        op = ScoreByFunction(rewriting.score, stream.dim, lead, tail)
+    else:
+        op = ScoreAtRandom(stream.dim, lead, tail)
+    stage.scores[stage.layer.sites[0]] = rewriting.editor.insert_module(
+        f"{stage.name}.score", op, (stage.cut,), after=stage.cut
+    )
+
+
+def _score_of(
+    rewriting: Rewriting, site: AttentionSite, by_class_token: bool
+) -> tuple[nn.Module, tuple[Any, ...]]:
+    if site.fused:
+        query, key, mask, scale = attention_operands(site.node)
+        axes = rewriting.analysis.axes(query)
+        keys = rewriting.analysis.axes(key)
+        assert axes is not None and keys is not None
+        row = _query_row(rewriting, site, axes[-2]) if by_class_token else None
+        heads = _heads(site, axes[:-2])
+        first, tail = site.keys.lead, site.keys.tail
+        args = (query, key) if mask is None else (query, key, mask)
+        return ScoreByQuery(row, first, tail, heads, scale), args
+    weights = rewriting.analysis.axes(site.node)
+    assert weights is not None
+    dims = [d for d, dim in enumerate(weights) if tokens_of(dim)]
+    key_dim = next(d for d in dims if weights[d] == (site.keys._replace(weights=True),))
+    query_dim = next(d for d in dims if d != key_dim)
+    heads = _heads(site, tuple(dim for d, dim in enumerate(weights) if d not in dims))
+    row = _query_row(rewriting, site, weights[query_dim]) if by_class_token else None
+    source = site.node if by_class_token else site.node.all_input_nodes[0]
+    rank = len(weights)
+    op = ScoreByWeights(
+        row, query_dim - rank, key_dim - rank, site.keys.lead, site.keys.tail, heads
+    )
+    return op, (source,)
+
+
+def attention_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float | None]:
+    """Query, key, mask and scale of a ``scaled_dot_product_attention`` node."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    scale = given.get("scale")
+    if isinstance(scale, fx.Node):
+        raise UnsupportedModelError(
+            "the scale of an attention is computed, not constant",
+            node=node.name,
+            hint="use score='random' or a score function, which do not need it",
+        )
+    return given["query"], given["key"], given.get("attn_mask"), scale
+
+
+def _query_row(rewriting: Rewriting, site: AttentionSite, dim: Any) -> int:
+    """Where the class token stands among the queries."""
+    tokens = tokens_of(dim)
+    assert isinstance(tokens, Tokens)
+    row = tokens.lead - rewriting.stream.tokens.lead
+    if row < 0:
+        raise UnsupportedModelError(
+            "the class token is not among the queries of this attention",
+            node=site.node.name,
+            module_path=site.module_path,
+            hint="use score='mean'",
+        )
+    return row
+
+
+def _heads(site: AttentionSite, leading: Axes) -> int:
+    """Heads a sample; the batch must come first, alone or with the heads merged into it."""
+    factors = [factor for dim in leading for factor in dim]
+    if not factors or not isinstance(factors[0], Batch):
+        raise UnsupportedModelError(
+            "the batch is not the first axis of this attention",
+            node=site.node.name,
+            module_path=site.module_path,
+            hint="use score='random' or a score function, which do not read the attention",
+        )
+    return math.prod(size(factor) for factor in factors[1:])
+
+

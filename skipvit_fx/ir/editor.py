@@ -1,0 +1,130 @@
+"""The only way in which passes change a graph: every edit is an event, and "modified" is whether there were any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
+
+Predicate = Callable[[fx.Node], bool]
+INSERTED_BY = "skipvit_pass"
+"""Key in ``node.meta``: name of the pass that inserted the node. The author's nodes do not have it."""
+
+
+class Event(NamedTuple):
+    """One edit.
+
+    Attributes:
+        kind: ``insert``, ``rewire`` (a node reads something else) or ``erase``.
+        node: name of the node that was inserted, rewired or erased.
+        detail: what it computes or reads now.
+    """
+
+    kind: str
+    node: str
+    detail: str
+
+
+class GraphEditor:
+    """Edits the graph of one module on behalf of the pass that runs."""
+
+    def __init__(self, module: SkipViTModule) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.events: list[Event] = []
+        self.running = ""
+
+    def insert_module(
+        self, name: str, op: nn.Module, args: Iterable[Any], *, after: fx.Node
+    ) -> fx.Node:
+        """Insert a call of ``op``, kept as ``skipvit.<name>``, behind ``after`` and everything in ``args``."""
+        args = tuple(args)
+        parent = self.module.get_submodule(OWN_CHILD)
+        *groups, leaf = name.split(".")
+        for group in groups:
+            if group not in parent._modules:
+                parent.add_module(group, nn.Module().train(self.module.training))
+            parent = parent.get_submodule(group)
+        parent.add_module(leaf, op.train(self.module.training))
+        with self.graph.inserting_after(self.latest([after, *_nodes(args)])):
+            node = self.graph.call_module(f"{OWN_CHILD}.{name}", args)
+        return self._inserted(node)
+
+    def insert_function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], *, after: fx.Node
+    ) -> fx.Node:
+        """Insert a function call behind ``after`` and everything in ``args``."""
+        with self.graph.inserting_after(self.latest([after, *_nodes(args)])):
+            node = self.graph.call_function(function, args)
+        return self._inserted(node)
+
+    def insert_method(self, method: str, args: tuple[Any, ...], *, before: fx.Node) -> fx.Node:
+        """Insert a method call in front of ``before``."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_method(method, args)
+        return self._inserted(node)
+
+    def insert_function_before(
+        self, function: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node
+    ) -> fx.Node:
+        """Insert a function call in front of ``before``."""
+        with self.graph.inserting_before(before):
+            node = self.graph.call_function(function, args)
+        return self._inserted(node)
+
+    def rewire(self, user: fx.Node, old: fx.Node, new: Any) -> None:
+        """Let ``user`` read ``new`` where it read ``old``."""
+        user.args = fx.node.map_arg(user.args, lambda n: new if n is old else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: new if n is old else n)
+        self.events.append(Event("rewire", user.name, f"{old.name} -> {new}"))
+
+    def rewire_all(self, old: fx.Node, new: fx.Node, *, keep: Iterable[fx.Node] = ()) -> None:
+        """Let every user of ``old`` but those in ``keep`` read ``new``."""
+        spared = set(keep)
+        for user in list(old.users):
+            if user not in spared and user is not new:
+                self.rewire(user, old, new)
+
+    def set_args(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give ``node`` other arguments."""
+        node.args, node.kwargs = args, kwargs
+        self.events.append(Event("rewire", node.name, f"{args}, {kwargs}"))
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nobody reads; of an inserted one, its module too."""
+        self.events.append(Event("erase", node.name, node.format_node() or ""))
+        self.graph.erase_node(node)
+        if node.op == "call_module" and INSERTED_BY in node.meta:
+            self.module.delete_submodule(str(node.target))
+
+    def erase_dead(self) -> None:
+        """Remove inserted nodes and pure ones of the author's that nobody reads any more.
+
+        The author's modules stay, read or not: they may draw random numbers.
+        """
+        for node in reversed(list(self.graph.nodes)):
+            pure = node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
+            if not node.users and (pure or INSERTED_BY in node.meta):
+                self.erase(node)
+
+    def latest(self, nodes: Iterable[fx.Node]) -> fx.Node:
+        """The last of the nodes in graph order."""
+        last, *others = nodes
+        for node in others:
+            if last < node:
+                last = node
+        return last
+
+    def _inserted(self, node: fx.Node) -> fx.Node:
+        node.meta[INSERTED_BY] = self.running
+        self.events.append(Event("insert", node.name, node.format_node() or ""))
+        return node
+
+
+def _nodes(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, found.append)
+    return found

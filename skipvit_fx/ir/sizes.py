@@ -1,0 +1,53 @@
+"""Sizes as graph values: which node is "the length of dimension d of tensor x"?"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+SIZE_FREE = frozenset(
+    {"dim", "ndimension", "ndim", "dtype", "device", "is_cuda", "is_floating_point", "is_complex"}
+    | {"requires_grad", "type", "is_contiguous", "layout", "is_sparse", "get_device"}
+)
+"""Methods and attributes of a tensor whose value does not depend on its sizes."""
+
+_SYM_SIZE = torch.ops.aten.sym_size.int
+
+
+def sizes_of(node: fx.Node) -> tuple[fx.Node, slice] | None:
+    """If the node is ``x.shape``, ``x.size()`` or a slice of one: the tensor, and which of its dimensions."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target is getattr and node.args[1] == "shape":
+        return source, slice(None)
+    if node.op == "call_method" and node.target == "size":
+        return (source, slice(None)) if len(node.args) + len(node.kwargs) == 1 else None
+    if node.target is operator.getitem and isinstance(node.args[1], slice):
+        whole = sizes_of(source)
+        plain = not any(
+            isinstance(bound, fx.Node)
+            for bound in (node.args[1].start, node.args[1].stop, node.args[1].step)
+        )
+        if whole is not None and whole[1] == slice(None) and plain:
+            return whole[0], node.args[1]
+    return None
+
+
+def dimension_of(node: fx.Node, rank: Callable[[fx.Node], int]) -> tuple[fx.Node, int] | None:
+    """If the node is the length of one dimension: the tensor and the dimension, counted from the left."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target is _SYM_SIZE or (node.op == "call_method" and node.target == "size"):
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return (source, dim % rank(source)) if isinstance(dim, int) else None
+    if node.target is operator.getitem and isinstance(node.args[1], int):
+        whole = sizes_of(source)
+        if whole is not None:
+            tensor, dims = whole
+            return tensor, range(rank(tensor))[dims][node.args[1]]
+    return None

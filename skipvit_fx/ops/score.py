@@ -1,0 +1,155 @@
+"""How important is each patch token? One row of attention, or something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from skipvit_fx.ops.switch import Switchable
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last axis, in float32 where the logits are narrower, so that close scores stay apart."""
+    narrow = logits.dtype in (torch.float16, torch.bfloat16)
+    return logits.softmax(-1, dtype=torch.float32 if narrow else None)
+
+
+def _row(x: Tensor, dim: int, query: int | None) -> Tensor:
+    """One row along ``dim``, kept as an axis of length 1: number ``query``, or the mean of all."""
+    return x.mean(dim, keepdim=True) if query is None else x.narrow(dim, query, 1)
+
+
+class ScoreByQuery(Switchable):
+    """Attention that one query pays to every patch: ``softmax(q k^T * scale + mask)``, mean over heads.
+
+    The paper's section "Identifying Important Patches". The attention itself stays fused: only this one row is
+    computed beside it.
+
+    Args:
+        query: row of the queries that scores: 0 for a class token in front; ``None`` for the mean of all queries.
+        first, last: the patches among the keys.
+        heads: heads per sample; the product of all axes but the batch, the rows and the channels.
+        scale: of the logits; ``None`` for ``1 / sqrt(channels)``.
+    """
+
+    def __init__(
+        self, query: int | None, first: int, tail: int, heads: int, scale: float | None
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.first = first
+        self.tail = tail
+        self.heads = heads
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Scores ``[batch, patches]`` from ``[..., queries, channels]`` and ``[..., keys, channels]``."""
+        if not self.enabled:
+            return None
+        scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
+        row = _row(query, -2, self.query) * scale
+        if key.ndim > 2 and key.shape[-3] != row.shape[-3]:  # grouped queries share their keys
+            key = key.repeat_interleave(row.shape[-3] // key.shape[-3], -3)
+        logits = row @ key.transpose(-2, -1)
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, -torch.inf)
+            logits = logits + (mask if mask.shape[-2] == 1 else _row(mask, -2, self.query))
+        return _patches(_probabilities(logits), self.heads, self.first, self.tail)
+
+    def extra_repr(self) -> str:
+        return f"query={'mean' if self.query is None else self.query}"
+
+
+def _patches(probabilities: Tensor, heads: int, first: int, tail: int) -> Tensor:
+    keys = probabilities.shape[-1]
+    mean = probabilities.reshape(-1, heads, keys).mean(1)
+    return mean[:, first : keys - tail]
+
+
+class ScoreByWeights(Switchable):
+    """The same score where the model spells its attention out: its matrix is there, and one row of it is read.
+
+    Args:
+        query: row that scores; ``None`` for the mean of all, taken before the softmax.
+        query_dim, key_dim: the matrix's query axis and its key axis, counted from the right (negative).
+        first, tail, heads: as in :class:`ScoreByQuery`.
+    """
+
+    def __init__(
+        self,
+        query: int | None,
+        query_dim: int,
+        key_dim: int,
+        first: int,
+        tail: int,
+        heads: int,
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self.query_dim = query_dim
+        self.key_dim = key_dim
+        self.first = first
+        self.tail = tail
+        self.heads = heads
+
+    def forward(self, matrix: Tensor) -> Tensor | None:
+        """Scores ``[batch, patches]`` from the weights (class token) or the logits (mean query)."""
+        if not self.enabled:
+            return None
+        row = _row(matrix, self.query_dim, self.query)
+        row = row.movedim((self.query_dim, self.key_dim), (-2, -1))
+        probabilities = _probabilities(row) if self.query is None else row
+        return _patches(probabilities, self.heads, self.first, self.tail)
+
+    def extra_repr(self) -> str:
+        return f"query={'mean' if self.query is None else self.query}"
+
+
+class ScoreAtRandom(Switchable):
+    """Uniform random scores, new in every call: the baseline that every other score must beat."""
+
+    def __init__(self, dim: int, first: int, tail: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.first = first
+        self.tail = tail
+
+    def forward(self, stream: Tensor) -> Tensor | None:
+        """Scores ``[batch, patches]`` from a stream with its tokens at ``dim`` 0 or 1, the batch at the other."""
+        if not self.enabled:
+            return None
+        patches = stream.shape[self.dim] - self.first - self.tail
+        return torch.rand(stream.shape[1 - self.dim], patches, device=stream.device)
+
+
+class ScoreByFunction(Switchable):
+    """The user's own score, a function from patch tokens ``[batch, patches, channels]`` to ``[batch, patches]``."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], dim: int, first: int, tail: int
+    ) -> None:
+        super().__init__()
+        self.function = function
+        self.dim = dim
+        self.first = first
+        self.tail = tail
+
+    def forward(self, stream: Tensor) -> Tensor | None:
+        """Scores ``[batch, patches]`` from a stream as in :class:`ScoreAtRandom`.
+
+        Raises:
+            ValueError: the function returned another shape.
+        """
+        if not self.enabled:
+            return None
+        tokens = stream if self.dim == 1 else stream.transpose(0, 1)
+        patches = tokens[:, self.first : tokens.shape[1] - self.tail]
+        scores = self.function(patches)
+        if scores.shape != patches.shape[:2]:
+            raise ValueError(
+                f"the score function returned shape {tuple(scores.shape)}, expected {tuple(patches.shape[:2])}"
+            )
+        return scores

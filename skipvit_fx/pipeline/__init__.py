@@ -1,0 +1,1 @@
+"""Passes, the order they run in, and the record of what they did."""
