@@ -160,7 +160,8 @@ class _Liveness:
             return [(a, facts.reads) for a in arguments]
         if not tensors_in(facts.value):
             return [(a, ALL) for a in arguments if self._reads_token_size(node)]
-        if node.op != "output" and (need == NONE or (need < ALL and self._row_by_row(node))):
+        unread = need == NONE and carries_tokens(facts)
+        if node.op != "output" and (unread or (need < ALL and self._row_by_row(node))):
             if node.target in SDPA:
                 query, *_ = attention_operands(node)
                 return [(a, need if a is query else ALL) for a in arguments]

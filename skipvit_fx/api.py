@@ -16,6 +16,7 @@ from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.passes.check_span import OpenModules
 from skipvit_fx.pipeline.default import default_pipeline
+from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record
 from skipvit_fx.pipeline.rewriting import Cut, Rewriting, Score
 from skipvit_fx.pipeline.runner import run_passes
 from skipvit_fx.plan import Plan
@@ -38,15 +39,20 @@ def rewrite(
     also_open: frozenset[str] = frozenset()
     while True:
         capture = capture_symbolic(model, args, kwargs, also_open)
+        before = graph_lines(capture.module.graph)
         rewriting = Rewriting(capture, plan, cut, score, prefix_tokens)
         drops = any(stage.ratio for stage in plan.stages) or not plan.stages
-        passes = default_pipeline(eliminate_dead_tokens=eliminate_dead_tokens and drops)
+        elimination = eliminate_dead_tokens and drops
+        passes = default_pipeline(eliminate_dead_tokens=elimination)
         try:
             records = run_passes(passes, rewriting)
         except OpenModules as leaves:
             also_open |= leaves.paths
             continue
         break
+    capture.module.meta[RECORD] = make_record(
+        type(model).__name__, rewriting, records, before, eliminate_dead_tokens=elimination
+    )
     return capture.module
 
 

@@ -544,10 +544,12 @@ def _mm(call: Call, a: Tensor, b: Tensor) -> Axes:
     contract(call, left, right, -1, -2)
     batch: tuple[Dim, ...] = ()
     if len(left) == 3:
-        candidates = {ax[0] for ax in (left, right) if any(not isinstance(f, int) for f in ax[0])}
-        if any(tokens_of(dim) for dim in candidates) and (left[0] != right[0]):
+        # a matrix that is expanded over the batch (stride 0) is one matrix, whatever the length
+        dims = [ax[0] for ax, t in ((left, a), (right, b)) if t.stride(0) != 0 or t.shape[0] == 1]
+        if any(tokens_of(dim) for dim in dims) and len(set(dims)) > 1:
             raise MixesTokens("a batch of matrices per token meets one of fixed length")
-        batch = (max(candidates, key=len),) if candidates else (left[0],)
+        candidates = [dim for dim in dims if any(not isinstance(f, int) for f in dim)]
+        batch = (max(candidates or dims or [left[0]], key=len),)
     return (*batch, left[-2], right[-1])
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from skipvit_fx.ir.cloning import clone_structure
+from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
 
 aten = torch.ops.aten
@@ -50,12 +50,12 @@ def attention_modules(
 
     Every ancestor on the call stack is included, the model itself (path ``""``) too.
     """
-    watched = clone_structure(model)
+    mode = new_fake_mode()
+    watched = fake_structure(model, mode)
     watch = _Watch()
     for path, module in watched.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: watch.stack.append(path))
         module.register_forward_hook(lambda *_: watch.stack.pop() and None, always_call=True)
-    mode = new_fake_mode()
     with mode, watch, torch.no_grad():
         watched(*fake_inputs(mode, args), **fake_inputs(mode, dict(kwargs)))
     return tuple(watch.found)

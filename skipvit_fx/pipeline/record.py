@@ -1,0 +1,136 @@
+"""What a rewrite did, kept with the rewritten module: names and numbers, no nodes and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.pipeline.rewriting import Rewriting
+from skipvit_fx.pipeline.runner import PassRecord
+from skipvit_fx.plan import Plan
+
+RECORD = "skipvit"
+"""Key of the record in ``fast.meta``."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer, by names of the author's nodes in the graph; see :class:`skipvit_fx.analysis.layers.Layer`."""
+
+    index: int
+    input: str
+    cut: str
+    end: str
+    sites: tuple[str, ...]
+    module_path: str
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of the plan; ``path`` is where its modules live in the rewritten model, e.g. ``skipvit.stage_1``."""
+
+    index: int
+    layer: int
+    path: str
+
+
+@dataclass(frozen=True)
+class RewriteRecord:
+    """Everything that is known of a rewrite.
+
+    Attributes:
+        model: class name of the model.
+        plan, cut, score, eliminate_dead_tokens: as asked for; ``score`` by name.
+        token_dim: which dimension of the residual stream carries the tokens.
+        prefix, patches, tail: rows of the full sequence.
+        args, kwargs: the example inputs, as tensors on the meta device.
+        layers, stages: what was found and inserted.
+        passes: every edit, pass by pass.
+        before: the captured graph before any pass, a line a node.
+    """
+
+    model: str
+    plan: Plan
+    cut: str
+    score: str
+    eliminate_dead_tokens: bool
+    token_dim: int
+    prefix: int
+    patches: int
+    tail: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layers: tuple[LayerRecord, ...]
+    stages: tuple[StageRecord, ...]
+    passes: tuple[PassRecord, ...]
+    before: tuple[str, ...]
+
+
+def graph_lines(graph: fx.Graph) -> tuple[str, ...]:
+    """One line a node, without user counts, so that lines of two graphs can be compared."""
+    return tuple(_line(node) for node in graph.nodes)
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    target = node._pretty_print_target(node.target)
+    arguments = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
+    return f"{node.name} = {node.op} {target}({', '.join(arguments)})"
+
+
+def make_record(
+    model: str,
+    rewriting: Rewriting,
+    passes: Sequence[PassRecord],
+    before: tuple[str, ...],
+    *,
+    eliminate_dead_tokens: bool,
+) -> RewriteRecord:
+    """The record of a finished rewrite."""
+    stream, capture = rewriting.stream, rewriting.capture
+    score = rewriting.score
+    layers = tuple(
+        LayerRecord(
+            layer.index,
+            layer.input.name,
+            layer.cut.name,
+            layer.end.name,
+            tuple(site.node.name for site in layer.sites),
+            layer.sites[0].module_path,
+        )
+        for layer in stream.layers
+    )
+    stages = tuple(
+        StageRecord(stage.index, stage.layer.index, f"skipvit.{stage.name}")
+        for stage in rewriting.stages
+    )
+    return RewriteRecord(
+        model=model,
+        plan=rewriting.plan,
+        cut=rewriting.cut,
+        score=score if isinstance(score, str) else getattr(score, "__name__", "function"),
+        eliminate_dead_tokens=eliminate_dead_tokens,
+        token_dim=stream.dim,
+        prefix=stream.tokens.lead,
+        patches=stream.tokens.count,
+        tail=stream.tokens.tail,
+        args=_on_meta(capture.args),
+        kwargs=_on_meta(capture.kwargs),
+        layers=layers,
+        stages=stages,
+        passes=tuple(passes),
+        before=before,
+    )
+
+
+def _on_meta(example: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf,
+        example,
+    )
