@@ -10,15 +10,8 @@ from torch import fx
 from skipvit_fx.analysis.tokens import carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.opening import OpenModules
 from skipvit_fx.pipeline.rewriting import Rewriting
-
-
-class OpenModules(Exception):
-    """Leaf modules must be traced through before their span can be judged."""
-
-    def __init__(self, paths: list[str]) -> None:
-        super().__init__(paths)
-        self.paths = frozenset(paths)
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from skipvit_fx.errors import TraceError, UnsupportedModelError
-from skipvit_fx.ir.capture import capture_symbolic
-from skipvit_fx.ir.example import example_from_config
+from skipvit_fx.ir.capture import Capture
+from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.opening import with_capture
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.passes.check_span import OpenModules
 from skipvit_fx.pipeline.default import default_pipeline
 from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record
 from skipvit_fx.pipeline.rewriting import Cut, Rewriting, Score
@@ -35,33 +31,20 @@ def rewrite(
     verify: bool = False,
 ) -> SkipViTModule:
     plan = Plan.parse(plan) if isinstance(plan, str) else plan
-    args, kwargs = (example_from_config(model), {}) if example_inputs is None else _split(example_inputs)
-    also_open: frozenset[str] = frozenset()
-    while True:
-        capture = capture_symbolic(model, args, kwargs, also_open)
+    args, kwargs = example_of(model, example_inputs)
+    drops = any(stage.ratio for stage in plan.stages) or not plan.stages
+    elimination = eliminate_dead_tokens and drops
+
+    def work(capture: Capture) -> SkipViTModule:
         before = graph_lines(capture.module.graph)
         rewriting = Rewriting(capture, plan, cut, score, prefix_tokens)
-        drops = any(stage.ratio for stage in plan.stages) or not plan.stages
-        elimination = eliminate_dead_tokens and drops
-        passes = default_pipeline(eliminate_dead_tokens=elimination)
-        try:
-            records = run_passes(passes, rewriting)
-        except OpenModules as leaves:
-            also_open |= leaves.paths
-            continue
-        break
-    capture.module.meta[RECORD] = make_record(
-        type(model).__name__, rewriting, records, before, eliminate_dead_tokens=elimination
-    )
-    return capture.module
+        records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
+        capture.module.meta[RECORD] = make_record(
+            type(model).__name__, rewriting, records, before, eliminate_dead_tokens=elimination
+        )
+        return capture.module
 
-
-def _split(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    if isinstance(example, Tensor):
-        return (example,), {}
-    return tuple(example), {}
+    return with_capture(model, args, kwargs, work)
 
 
 def set_skipping(fast: nn.Module, on: bool) -> None:

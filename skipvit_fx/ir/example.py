@@ -57,3 +57,18 @@ def example_from_config(model: nn.Module) -> tuple[torch.Tensor]:
         f"{type(model).__name__} names no image size",
         hint="pass example_inputs=(images,), a tuple of what the model is called with",
     )
+
+
+def example_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments of an example call.
+
+    ``example_inputs`` is one tensor, a tuple of arguments, a dict of keyword arguments, or ``None``: images made up
+    from the model's own configuration.
+    """
+    if example_inputs is None:
+        return example_from_config(model), {}
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    return tuple(example_inputs), {}
