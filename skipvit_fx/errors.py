@@ -48,3 +48,11 @@ class UnsupportedModelError(SkipViTError):
 
 class ExportError(SkipViTError):
     """The rewritten model could not be written as ONNX."""
+
+
+class NotRewrittenError(SkipViTError, TypeError):
+    """A module that :func:`skipvit_fx.rewrite` did not make, where a rewritten one is needed."""
+
+
+class SavedModelError(SkipViTError):
+    """A rewritten model could not be saved, or what was saved does not fit."""

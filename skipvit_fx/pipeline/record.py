@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.errors import NotRewrittenError
 from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.pipeline.runner import PassRecord
 from skipvit_fx.plan import Plan
@@ -45,7 +46,7 @@ class RewriteRecord:
 
     Attributes:
         model: class name of the model.
-        plan, cut, score, eliminate_dead_tokens: as asked for; ``score`` by name.
+        plan, cut, score, prefix_tokens, eliminate_dead_tokens: as asked for; ``score`` by name.
         token_dim: which dimension of the residual stream carries the tokens.
         prefix, patches, tail: rows of the full sequence.
         args, kwargs: the example inputs, as tensors on the meta device.
@@ -58,6 +59,7 @@ class RewriteRecord:
     plan: Plan
     cut: str
     score: str
+    prefix_tokens: int | None
     eliminate_dead_tokens: bool
     token_dim: int
     prefix: int
@@ -69,6 +71,21 @@ class RewriteRecord:
     stages: tuple[StageRecord, ...]
     passes: tuple[PassRecord, ...]
     before: tuple[str, ...]
+
+
+def record_of(fast: nn.Module) -> RewriteRecord:
+    """The record of a rewritten module.
+
+    Raises:
+        NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+    """
+    record = fast.meta.get(RECORD) if isinstance(fast, fx.GraphModule) else None
+    if not isinstance(record, RewriteRecord):
+        raise NotRewrittenError(
+            f"this {type(fast).__name__} was not made by skipvit_fx.rewrite",
+            hint="pass what rewrite(model, plan) returned; unwrap it first where it was compiled or made parallel",
+        )
+    return record
 
 
 def graph_lines(graph: fx.Graph) -> tuple[str, ...]:
@@ -115,6 +132,7 @@ def make_record(
         plan=rewriting.plan,
         cut=rewriting.cut,
         score=score if isinstance(score, str) else getattr(score, "__name__", "function"),
+        prefix_tokens=rewriting.prefix_tokens,
         eliminate_dead_tokens=eliminate_dead_tokens,
         token_dim=stream.dim,
         prefix=stream.tokens.lead,

@@ -1,0 +1,165 @@
+"""Multiply-adds of one image, counted on fake tensors: nothing is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.cloning import fake_structure
+from skipvit_fx.ir.fakes import new_fake_mode
+from skipvit_fx.ir.symbolic import FORWARD_FAILURES
+from skipvit_fx.ops.switch import Switchable
+
+aten = torch.ops.aten
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Both products of an attention, from the shapes ``[..., tokens, channels]``; key heads may be shared."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# Every fused attention that a device may choose. Which of them the counter knows by itself depends on torch's version,
+# and one that it does not know would count as nothing.
+_ATTENTION = dict.fromkeys(
+    (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_fused_attention_overrideable,
+    ),
+    _attention_flops,
+)
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-adds of one image: matrix products, convolutions and attention products.
+
+    Attributes:
+        total: of the whole module.
+        nodes: by name of the graph node, in graph order; they sum up to ``total``. Empty for a module without graph.
+        shapes: of every node whose value is one tensor, for a batch of one.
+    """
+
+    total: int
+    nodes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def count_macs(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    skipping: bool | None = None,
+) -> MacCount:
+    """Count the multiply-adds of one image in eval mode.
+
+    The module is neither run nor changed: a copy of its structure is interpreted on fake tensors.
+
+    Args:
+        args, kwargs: example inputs, batch first; their first sample is counted. Only shapes are read, so that tensors
+            on the meta device will do. They are taken to the device and floating dtype of the module.
+        skipping: count a rewritten module with skipping on or off, whatever it is now; None: as it is now.
+
+    Raises:
+        TraceError: the module does not run on inputs of this kind, or not without data.
+    """
+    mode = new_fake_mode()
+    faked = fake_structure(module, mode).eval()
+    if skipping is not None:
+        for child in faked.modules():
+            if isinstance(child, Switchable):
+                child.enabled = skipping
+    flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    try:
+        with _unfused_modules(), mode, torch.no_grad(), flops:
+            fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs or {}))
+            if not isinstance(module, fx.GraphModule):
+                faked(*fake_args, **fake_kwargs)
+                return MacCount(flops.get_total_flops() // 2, {}, {})
+            counter = _NodeCounter(faked, module.graph, flops)
+            counter.run(*_placeholder_values(module.graph, fake_args, fake_kwargs))
+    except FORWARD_FAILURES as error:
+        raise TraceError(
+            f"{type(module).__name__} cannot be counted on inputs of this shape without computing: {error}",
+            hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
+        ) from error
+    return MacCount(sum(counter.macs.values()), counter.macs, counter.shapes)
+
+
+class _NodeCounter(fx.Interpreter):
+    """Notes for every node what the counter gained while it ran, and the shape of its value."""
+
+    def __init__(self, owner: nn.Module, graph: fx.Graph, flops: FlopCounterMode) -> None:
+        super().__init__(owner, graph=graph)
+        self.flops = flops
+        self.macs: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.flops.get_total_flops()
+        value = super().run_node(n)
+        self.macs[n.name] = (self.flops.get_total_flops() - before) // 2
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        return value
+
+
+@contextmanager
+def _unfused_modules() -> Iterator[None]:
+    """``nn.MultiheadAttention`` without its fused kernel for inference, which the counter cannot look into."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _one_sample(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs cut to a batch of one, on the device and of the dtype that the module has now."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    images = max((t for t in tensors if t.is_floating_point()), key=Tensor.numel, default=None)
+    batch = images.shape[0] if images is not None and images.ndim else None
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = like.dtype if leaf.is_floating_point() else leaf.dtype
+        shape = (1, *leaf.shape[1:]) if leaf.ndim and leaf.shape[0] == batch else leaf.shape
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+    one: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(fake, (args, kwargs))
+    return one
+
+
+def _placeholder_values(
+    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Any]:
+    """One value a placeholder, by name where it was passed by name. Arguments without tensors have no placeholder."""
+    positional = iter([a for a in args if _has_tensor(a)])
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target in kwargs:
+            yield kwargs[node.target]
+        else:
+            yield next(positional, node.args[0] if node.args else None)
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
