@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.tokens import carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.capture import module_path
@@ -67,15 +68,10 @@ class CheckSpan:
 def why_unsound(rewriting: Rewriting, node: fx.Node) -> str:
     """Why the node may not see fewer tokens; empty if it may."""
     analysis = rewriting.analysis
-    facts = analysis[node]
-    if facts.mixing:
-        return facts.mixing
+    if reason := why_not_apart(analysis, node):
+        return reason
     tokens_come_in = [a for a in node.all_input_nodes if carries_tokens(analysis[a])]
-    if node.op == "call_module" and tokens_come_in:
-        if facts.positions:
-            return "a module holds values of fixed token length"
-        return analysis.counts_tokens(node)
-    if facts.positions and rewriting.plan.fused:
+    if analysis[node].positions and rewriting.plan.fused:
         return "a fused token has no position, but here every token needs one"
     for argument in tokens_come_in:
         if not rewriting.active(argument) and argument not in (s.cut for s in rewriting.stages):

@@ -1,5 +1,6 @@
 """skipvit_fx: a graph compiler that gives any Vision Transformer a token-level skip connection."""
 
+from skipvit_fx.analysis.explain import AttentionReport, find_attention
 from skipvit_fx.api import rewrite, set_skipping
 from skipvit_fx.errors import (
     ExportError,
@@ -11,6 +12,7 @@ from skipvit_fx.errors import (
 from skipvit_fx.plan import Plan, Stage
 
 __all__ = [
+    "AttentionReport",
     "ExportError",
     "Plan",
     "PlanError",
@@ -18,6 +20,7 @@ __all__ = [
     "Stage",
     "TraceError",
     "UnsupportedModelError",
+    "find_attention",
     "rewrite",
     "set_skipping",
 ]
