@@ -335,11 +335,10 @@ def _linear_operands(
     if linear.op == "call_function":
         given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(linear.kwargs)
         return given["input"], given["weight"], given.get("bias")  # type: ignore[return-value]
-    graph, path = rewriting.editor.graph, str(linear.target)
-    with graph.inserting_before(linear):
-        weight = graph.get_attr(f"{path}.weight")
-        has_bias = rewriting.analysis.module.get_submodule(path).bias is not None
-        bias = graph.get_attr(f"{path}.bias") if has_bias else None
+    editor, path = rewriting.editor, str(linear.target)
+    weight = editor.insert_attribute(f"{path}.weight", before=linear)
+    has_bias = rewriting.analysis.module.get_submodule(path).bias is not None
+    bias = editor.insert_attribute(f"{path}.bias", before=linear) if has_bias else None
     return linear.all_input_nodes[0], weight, bias
 
 

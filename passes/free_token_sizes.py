@@ -183,7 +183,10 @@ def _fix_to_full(rewriting: Rewriting, node: fx.Node) -> None:
     if isinstance(value, Tensor) or node.op == "output":
         return
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(rewriting.analysis[source].value, Tensor):
+    facts = rewriting.analysis.facts
+    if not isinstance(source, fx.Node) or source not in facts:
+        return  # a number made of numbers, inserted ones among them
+    if not isinstance(facts[source].value, Tensor):
         return
     axes = rewriting.analysis.axes(source)
     if axes is None or node.target in SIZE_FREE or (
