@@ -4,23 +4,33 @@ from skipvit_fx.analysis.explain import AttentionReport, find_attention
 from skipvit_fx.api import rewrite, set_skipping
 from skipvit_fx.errors import (
     ExportError,
+    NotRewrittenError,
     PlanError,
+    SavedModelError,
     SkipViTError,
     TraceError,
     UnsupportedModelError,
 )
+from skipvit_fx.inspect.inspection import Inspection, inspect
+from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.plan import Plan, Stage
 
 __all__ = [
     "AttentionReport",
     "ExportError",
+    "Inspection",
+    "NotRewrittenError",
     "Plan",
     "PlanError",
+    "SavedModelError",
     "SkipViTError",
     "Stage",
+    "TokenTrace",
     "TraceError",
     "UnsupportedModelError",
     "find_attention",
+    "inspect",
     "rewrite",
     "set_skipping",
+    "trace_tokens",
 ]

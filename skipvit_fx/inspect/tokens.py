@@ -1,0 +1,133 @@
+"""Which patches does a rewritten model keep on these images?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipvit_fx.errors import SkipViTError
+from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.pipeline.record import record_of
+
+
+@dataclass(frozen=True)
+class TokenTrace:
+    """What one stage of a plan kept and dropped. Patches are named by their position in the full grid, from 0.
+
+    In a plan with ``+fused``, the fused token of an earlier stage takes part in a later one, in some samples of a batch
+    kept and in others dropped. It is no patch and stands in none of the tensors; the samples' rows are then of
+    different lengths, and the short ones are filled up behind with -1 (scores: with NaN).
+
+    Attributes:
+        layer: the layer that scored, from 1.
+        kept: ``[batch, K]`` int64, ascending.
+        dropped: ``[batch, N - K]`` int64, ascending.
+        scores: ``[batch, N]``, of the N patches present at this stage, ascending by position.
+        fused_kept: ``[batch, F]`` bool, for the fused tokens of the F earlier stages that dropped something, whether
+            each is still there after this stage; ``None`` for a plan without ``+fused``.
+    """
+
+    layer: int
+    kept: Tensor
+    dropped: Tensor
+    scores: Tensor
+    fused_kept: Tensor | None = None
+
+
+@torch.no_grad()
+def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]:
+    """Run a rewritten model, and return what each stage of its plan kept and dropped, in order.
+
+    Args:
+        fast: what :func:`skipvit_fx.rewrite` returned. It runs as it is, in train or eval mode.
+        args, kwargs: what it is called with.
+
+    Raises:
+        NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+        SkipViTError: skipping is switched off, so that nothing is chosen.
+    """
+    record = record_of(fast)
+    parts = [fast.get_submodule(stage.path) for stage in record.stages]
+    if any(isinstance(m, Switchable) and not m.enabled for part in parts for m in part.modules()):
+        raise _switched_off()
+    calls: list[_Selection | None] = [None] * len(parts)
+    handles = []
+    try:
+        for i, part in enumerate(parts):
+            hook = partial(_note, calls, i)
+            handles.append(part.get_submodule("select").register_forward_hook(hook))
+        fast(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    traces: list[TokenTrace] = []
+    names: Tensor | None = None
+    patches = fused = 0
+    for stage, call in zip(record.stages, calls, strict=True):
+        if call is None:
+            raise _switched_off()
+        batch, present = call.scores.shape
+        here = torch.arange(present, device=call.scores.device).expand(batch, present)
+        if names is None:
+            names, patches = here, present
+        kept = here if call.kept is None else call.kept
+        dropped = here[:, :0] if call.dropped is None else call.dropped
+        still, gone = names.gather(1, kept), names.gather(1, dropped)
+        traces.append(
+            TokenTrace(
+                stage.layer,
+                _patches_of(still, still, patches),
+                _patches_of(gone, gone, patches),
+                _patches_of(names, call.scores, patches, fill=torch.nan),
+                _fused_of(still, patches, fused) if record.plan.fused else None,
+            )
+        )
+        names = still
+        if (
+            record.plan.fused and gone.shape[1]
+        ):  # one token more, behind the patches and named after them all
+            names = torch.cat([names, torch.full_like(names[:, :1], patches + fused)], 1)
+            fused += 1
+    return traces
+
+
+@dataclass(frozen=True)
+class _Selection:
+    scores: Tensor
+    kept: Tensor | None
+    dropped: Tensor | None
+
+
+def _note(
+    calls: list[_Selection | None], i: int, module: nn.Module, scores: Any, chosen: Any
+) -> None:
+    """Forward hook of a :class:`skipvit_fx.ops.select.Select`."""
+    present = [score for score in scores if score is not None]
+    if present:
+        calls[i] = _Selection(torch.stack(present).mean(0), *chosen)
+
+
+def _switched_off() -> SkipViTError:
+    return SkipViTError(
+        "skipping is switched off, so no token is chosen",
+        hint="call skipvit_fx.set_skipping(fast, True) first",
+    )
+
+
+def _patches_of(names: Tensor, values: Tensor, patches: int, fill: float = -1) -> Tensor:
+    """``values`` where ``names`` names a patch: moved to the front in their order, the rest filled up."""
+    real = names < patches
+    if bool(real.all()):
+        return values
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)[:, : int(real.sum(1).max())]
+    return values.gather(1, order).masked_fill(~real.gather(1, order), fill)
+
+
+def _fused_of(names: Tensor, patches: int, fused: int) -> Tensor:
+    """Whether each fused token is among ``names``."""
+    wanted = torch.arange(patches, patches + fused, device=names.device)
+    return (names.unsqueeze(1) == wanted[:, None]).any(-1)
