@@ -14,6 +14,7 @@ from skipvit_fx.errors import (
 from skipvit_fx.inspect.inspection import Inspection, inspect
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.plan import Plan, Stage
+from skipvit_fx.saving import load, save
 
 __all__ = [
     "AttentionReport",
@@ -30,7 +31,9 @@ __all__ = [
     "UnsupportedModelError",
     "find_attention",
     "inspect",
+    "load",
     "rewrite",
+    "save",
     "set_skipping",
     "trace_tokens",
 ]

@@ -1,0 +1,289 @@
+"""Rewritten models on disk: safetensors, with the plan and a fingerprint in the header. Nothing is ever pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from skipvit_fx.api import rewrite
+from skipvit_fx.errors import SavedModelError
+from skipvit_fx.ir.fingerprint import (
+    fingerprint,
+    first_difference,
+    module_lines,
+    state_lines,
+    tied_names,
+)
+from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ops.score import ScoreByFunction
+from skipvit_fx.pipeline.record import RewriteRecord, record_of
+from skipvit_fx.plan import Plan
+
+_KEY = "skipvit"
+_FORMAT = 1
+_SCORES = ("auto", "cls", "mean", "random")
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What the file says beside the weights.
+
+    Attributes:
+        format: of this header.
+        versions: of the packages that made the file, for a person to read.
+        model, plan, cut, score, prefix_tokens, eliminate_dead_tokens: of the rewrite.
+        inputs: the example inputs: positional, and by name.
+        graph, modules, state: what the fingerprint is made of, so that a difference can be named.
+        tied: names that are another tensor of the file.
+    """
+
+    format: int
+    versions: dict[str, str]
+    model: str
+    plan: str
+    cut: str
+    score: str
+    prefix_tokens: int | None
+    eliminate_dead_tokens: bool
+    inputs: list[Any]
+    fingerprint: str
+    graph: list[str]
+    modules: list[str]
+    state: list[str]
+    tied: dict[str, str]
+
+
+def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a rewritten model: its weights, its plan, and a fingerprint of the model that it was made from.
+
+    The file appears complete or not at all. The model's code is not in it: :func:`load` takes a freshly built model.
+    Train or eval mode and the switch of skipping are not saved.
+
+    Raises:
+        NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+        SavedModelError: the rewrite holds what a file cannot (a score function), or the file cannot be written.
+    """
+    record = record_of(fast)
+    state = fast.state_dict()
+    _check_savable(fast, record, state)
+    modules, lines = module_lines(fast), state_lines(state)
+    tied = tied_names(state)
+    header = _Header(
+        format=_FORMAT,
+        versions={name: _version(name) for name in ("skipvit_fx", "torch")},
+        model=record.model,
+        plan=str(record.plan),
+        cut=record.cut,
+        score=record.score,
+        prefix_tokens=record.prefix_tokens,
+        eliminate_dead_tokens=record.eliminate_dead_tokens,
+        inputs=[_describe(record.args), _describe(record.kwargs)],
+        fingerprint=fingerprint(record.before, modules, lines),
+        graph=list(record.before),
+        modules=list(modules),
+        state=list(lines),
+        tied=tied,
+    )
+    # safetensors refuses tensors that share memory; what is no tie but an overlap gets memory of its own
+    weights = {
+        name: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+        if name not in tied
+    }
+    _write(Path(path), weights, json.dumps(asdict(header)))
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> SkipViTModule:
+    """Rewrite a freshly built model as the saved one was, and load the saved weights.
+
+    The result shares its parameters with ``model``, which so gets the weights too. If anything does not fit, ``model``
+    is left as it was.
+
+    Args:
+        path: a file that :func:`save` wrote.
+        model: built as the original model was, of the same dtype, on any device.
+
+    Raises:
+        SavedModelError: the file cannot be read, or ``model`` is not what was saved; it says what differs.
+    """
+    path = Path(path)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise SavedModelError(
+            "the model to load into is on the meta device, which holds no weights",
+            hint="build it on a real device, or call model.to_empty(device=...) first",
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = _read_header(path, file.metadata())
+            names = file.keys()
+            weights = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise SavedModelError(
+            f"cannot read {os.fspath(path)!r}: {error}",
+            hint="give a file that skipvit_fx.save wrote",
+        ) from error
+    _check_parts(header, model)
+    args, kwargs = (_build(inputs, model) for inputs in header.inputs)
+    fast = rewrite(
+        model,
+        Plan.parse(header.plan),
+        example_inputs=kwargs or args,
+        cut=header.cut,  # type: ignore[arg-type]
+        score=header.score,  # type: ignore[arg-type]
+        prefix_tokens=header.prefix_tokens,
+        eliminate_dead_tokens=header.eliminate_dead_tokens,
+    )
+    _check_graph(header, fast)
+    weights |= {name: weights[other] for name, other in header.tied.items()}
+    fast.load_state_dict(weights)
+    return fast
+
+
+def _check_savable(fast: nn.Module, record: RewriteRecord, state: Mapping[str, Any]) -> None:
+    by_function = any(isinstance(m, ScoreByFunction) for m in fast.modules())
+    if by_function or record.score not in _SCORES:
+        raise SavedModelError(
+            f"the score is a function ({record.score}), and code is not saved",
+            hint="save fast.state_dict(), and rewrite with the function again where it is loaded",
+        )
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else "no tensor"
+            where = " on the meta device" if isinstance(value, Tensor) and value.is_meta else ""
+            raise SavedModelError(
+                f"{name!r} in the state_dict is {kind}{where}, which safetensors does not hold",
+                hint="turn it into an ordinary dense tensor before saving",
+            )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
+
+
+def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
+    """Write beside ``path`` and rename, so that no reader ever finds half a file."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        unfinished.touch(exist_ok=False)
+        mode = unfinished.stat().st_mode  # safetensors makes a file that only its owner may read
+        save_file(weights, unfinished, metadata={_KEY: header})
+        unfinished.chmod(mode)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SavedModelError(
+            f"cannot write {os.fspath(path)!r}: {reason}",
+            hint="give the name of a file in a directory that exists and may be written to",
+        ) from error
+    finally:
+        if unfinished.exists():
+            unfinished.unlink()
+
+
+def _read_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:
+    if not metadata or _KEY not in metadata:
+        raise SavedModelError(
+            f"{os.fspath(path)!r} holds weights and no plan: skipvit_fx.save did not write it",
+            hint="load the weights into the model, and call skipvit_fx.rewrite(model, plan)",
+        )
+    try:
+        fields = json.loads(metadata[_KEY])
+        known = fields["format"] == _FORMAT
+        header = _Header(**fields) if known else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise SavedModelError(
+            f"the header of {os.fspath(path)!r} is damaged: {error}",
+            hint="save the model again",
+        ) from error
+    if header is None:
+        raise SavedModelError(
+            f"{os.fspath(path)!r} has format {fields['format']}, this version reads {_FORMAT}",
+            hint="use the version of skipvit_fx that wrote it, or a later one",
+        )
+    return header
+
+
+def _check_parts(header: _Header, model: nn.Module) -> None:
+    """Before anything is rewritten: the same submodules, and tensors of the same names, shapes, dtypes and ties."""
+    name = type(model).__name__
+    prefix = "" if name == header.model else f"{header.model} in the file, {name} in the model; "
+    for stored, found in (
+        (header.state, state_lines(model.state_dict())),
+        (header.modules, module_lines(model)),
+    ):
+        if difference := first_difference(stored, found):
+            what = "{!r} in the file, {!r} in the model".format(*difference)
+            raise _another_model(header, prefix + what)
+
+
+def _check_graph(header: _Header, fast: SkipViTModule) -> None:
+    graph = record_of(fast).before
+    if difference := first_difference(header.graph, graph):
+        what = "{!r} in the file, {!r} in the model".format(*difference)
+        raise _another_model(header, f"it computes something else: {what}")
+    found = fingerprint(graph, module_lines(fast), state_lines(fast.state_dict()))
+    if found != header.fingerprint:
+        raise _another_model(header, "the file's fingerprint is not that of its own header")
+
+
+def _another_model(header: _Header, what: str) -> SavedModelError:
+    versions = ", ".join(f"{name} {number}" for name, number in header.versions.items())
+    return SavedModelError(
+        f"the model is not the one that was saved: {what}",
+        hint=f"build it with the same options, dtype and library versions (saved with {versions})",
+    )
+
+
+# -- example inputs -----------------------------------------------------------------------------------------------
+
+
+def _describe(value: Any) -> Any:
+    """A value as JSON: containers as ``[kind, items]``, tensors by shape and dtype."""
+    if isinstance(value, Tensor):
+        return ["tensor", list(value.shape), str(value.dtype).removeprefix("torch.")]
+    if isinstance(value, Mapping):
+        return ["dict", [[name, _describe(item)] for name, item in value.items()]]
+    if isinstance(value, (tuple, list)):
+        return [type(value).__name__, [_describe(item) for item in value]]
+    if _is_plain(value):
+        return ["plain", value]
+    raise SavedModelError(
+        f"an example input is a {type(value).__name__}, which cannot be written down",
+        hint="rewrite with example inputs that are tensors, numbers, texts, or containers of these",
+    )
+
+
+def _is_plain(value: Any) -> TypeGuard[bool | int | float | str | None]:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _build(described: Any, model: nn.Module) -> Any:
+    """The example input that :func:`_describe` described: zeros on the model's device, floating ones of its dtype."""
+    kind, value, *rest = described
+    if kind == "tensor":
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        dtype = getattr(torch, rest[0])
+        dtype = like.dtype if dtype.is_floating_point else dtype
+        return torch.zeros(value, dtype=dtype, device=like.device)
+    if kind == "dict":
+        return {name: _build(item, model) for name, item in value}
+    if kind == "plain":
+        return value
+    items = [_build(item, model) for item in value]
+    return tuple(items) if kind == "tuple" else items
