@@ -69,6 +69,15 @@ class FoundLayer:
 
 
 @dataclass(frozen=True)
+class Located:
+    """A captured model, and what every rewrite of it starts from."""
+
+    capture: Capture
+    analysis: TokenAnalysis
+    stream: Stream
+
+
+@dataclass(frozen=True)
 class _Found:
     """How far the analysis came."""
 
@@ -103,6 +112,26 @@ def find_attention(
             hint="pass example_inputs=(...) of the shape and dtype that the model takes",
         ) from error
     return AttentionReport(model, calls, _find(model, args, kwargs, prefix_tokens))
+
+
+def locate(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    prefix_tokens: int | None = None,
+) -> Located:
+    """Capture ``model`` and find its layers.
+
+    Raises:
+        SkipViTError: it is refused.
+    """
+    found = _find(model, args, kwargs, prefix_tokens)
+    if found.refusal is not None:
+        raise found.refusal
+    assert found.capture is not None
+    assert found.analysis is not None
+    assert found.stream is not None
+    return Located(found.capture, found.analysis, found.stream)
 
 
 def _find(
