@@ -59,6 +59,7 @@ class EliminateDeadTokens:
     def run(self, rewriting: Rewriting) -> None:
         """Narrow every edge from a node that is computed in full to one that is read in part."""
         liveness = _Liveness(rewriting)
+        rewriting.narrow |= liveness.narrow
         editor = rewriting.editor
         narrowed: dict[tuple[fx.Node, int, int], fx.Node] = {}
         for node in list(editor.graph.nodes):

@@ -113,7 +113,7 @@ def _sizes_argument(node: fx.Node) -> tuple[fx.Node, Any, Any]:
     """The reshaped tensor, its size arguments, and how to put other sizes in."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if len(node.args) == 2 and isinstance(node.args[1], (tuple, list, fx.Node)) or not node.args[1:]:
+    if (len(node.args) == 2 and isinstance(node.args[1], (tuple, list, fx.Node))) or not node.args[1:]:
         given = node.args[1] if len(node.args) == 2 else next(iter(node.kwargs.values()))
         if isinstance(given, fx.Node) and not sizes_of(given):
             return source, [given], lambda slots: ((source, *slots), {})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +32,7 @@ from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.capture import Capture, module_path
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
-from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, attribute
 
 SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -198,8 +198,8 @@ class TokenAnalysis:
     def __init__(self, capture: Capture) -> None:
         self.module: SkipViTModule = capture.module
         self.facts: dict[fx.Node, NodeFacts] = {}
-        self._mode = new_fake_mode()
-        self._fake = fake_structure(self.module, self._mode)
+        self.fake_mode = new_fake_mode()
+        self._fake = fake_structure(self.module, self.fake_mode)
         self._interpret(self.module.graph.nodes, capture, {})
 
     def seed(self, node: fx.Node, axes: Axes, *, until: fx.Node | None = None) -> None:
@@ -214,15 +214,24 @@ class TokenAnalysis:
     def __getitem__(self, node: fx.Node) -> NodeFacts:
         return self.facts[node]
 
+    def fake_module(self, path: str) -> nn.Module:
+        """The submodule at ``path``, with fake tensors; an inserted one, which has none, as it is."""
+        inserted = path.split(".")[0] == OWN_CHILD
+        return (self.module if inserted else self._fake).get_submodule(path)
+
+    def fake_attribute(self, path: str) -> Any:
+        """What a ``get_attr`` node reads, fake if it is a tensor."""
+        return attribute(self._fake, path)
+
     def axes(self, node: fx.Node) -> Axes | None:
         return self.facts[node].axes
 
     def _interpret(
         self, nodes: Any, capture: Capture | None, seeds: Mapping[fx.Node, Axes]
     ) -> None:
-        inputs = iter(_fake_arguments(self._mode, capture)) if capture else iter(())
+        inputs = iter(_fake_arguments(self.fake_mode, capture)) if capture else iter(())
         changed: set[fx.Node] = set()
-        with self._mode, torch.no_grad():
+        with self.fake_mode, torch.no_grad():
             for node in nodes:
                 first_time = capture is not None
                 if not first_time and node not in seeds and not (changed & set(node.all_input_nodes)):
@@ -243,7 +252,7 @@ class TokenAnalysis:
         if node.op == "placeholder":
             return NodeFacts(next(inputs))
         if node.op == "get_attr":
-            return NodeFacts(attribute(self._fake, str(node.target)))
+            return NodeFacts(self.fake_attribute(str(node.target)))
         if node.op == "output":
             return NodeFacts(args[0])
         if node.target in SDPA:
@@ -252,7 +261,7 @@ class TokenAnalysis:
         try:
             with mode:
                 if node.op == "call_module":
-                    value = self._fake.get_submodule(str(node.target))(*args, **kwargs)
+                    value = self.fake_module(str(node.target))(*args, **kwargs)
                 elif node.op == "call_method":
                     value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
@@ -274,186 +283,17 @@ class TokenAnalysis:
         for less in (0, 1):
             recorder = _Recorder()
             try:
-                with self._mode, torch.no_grad():
+                with self.fake_mode, torch.no_grad():
                     args, kwargs = fx.node.map_arg(
                         (node.args, node.kwargs),
                         lambda n, less=less: _shorter(self.facts[n].value, less),
                     )
                     with recorder:
-                        self._fake.get_submodule(str(node.target))(*args, **kwargs)
+                        self.fake_module(str(node.target))(*args, **kwargs)
             except FORWARD_FAILURES:
                 return "a module works for one number of tokens only"
             runs.append(recorder.calls)
         return "" if runs[0] == runs[1] else "a module computes with the number of tokens"
-
-
-_SHAPING = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in ("view", "_unsafe_view", "reshape", "expand", "slice", "split", "split_with_sizes")
-    + ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "as_strided", "repeat")
-    + ("new_empty", "new_zeros", "new_ones", "new_full")
-)
-
-
-class _Recorder(TorchDispatchMode):
-    """The operators that run and their plain arguments, without sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[Any] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        scalars = []
-        if func.overloadpacket not in _SHAPING:
-            leaves = pytree.tree_leaves((args, kwargs))
-            scalars = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float))]
-        self.calls.append((func, scalars))
-        return func(*args, **(kwargs or {}))
-
-
-def _shorter(value: Any, less: int) -> Any:
-    """The value with ``less`` patches taken off every token axis that stands alone; strides keep their order."""
-
-    def cut(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or axes_of(leaf) is None:
-            return leaf
-        shorter = leaf
-        for d, dim in enumerate(axes_of(leaf) or ()):
-            if tokens_of(dim) and len(dim) == 1:
-                shorter = shorter.narrow(d, 0, shorter.shape[d] - less)
-        return torch.empty_like(shorter)
-
-    return pytree.tree_map(cut, value)
-
-
-def _see_prefix(tensors: Any, dim: int, out: Tensor) -> None:
-    """Constant rows joined to rows that depend on the image: this is how prefix tokens enter."""
-    dim %= out.ndim
-    data = [i for i, tensor in enumerate(tensors) if is_data(tensor)]
-    if len(data) != 1 or len(tensors) == 1 or out.ndim != 3:
-        return
-    (at,) = data
-    lengths = [t.shape[dim] for t in tensors]
-    tokens = Tokens(sum(lengths[:at]), lengths[at], sum(lengths[at + 1 :]))
-    set_axes(out, stream_axes(out, dim, tokens))
-
-
-def stream_axes(stream: Tensor, dim: int, tokens: Tokens) -> Axes:
-    """Axes of a residual stream: tokens at ``dim``, the batch at the first other axis, channels elsewhere."""
-    batch = 1 if dim == 0 else 0
-    return tuple(
-        (tokens,) if d == dim else (Batch(s),) if d == batch else merge_ints((s,))
-        for d, s in enumerate(stream.shape)
-    )
-
-
-class TokenAnalysis:
-    """The facts of every node of a graph, for one set of seeds.
-
-    ``seeds`` gives axes to nodes whose token axis no constant prefix reveals. :meth:`seed` adds one and interprets
-    again what depends on it.
-    """
-
-    def __init__(self, capture: Capture) -> None:
-        self.module: SkipViTModule = capture.module
-        self.facts: dict[fx.Node, NodeFacts] = {}
-        self._mode = new_fake_mode()
-        self._fake = fake_structure(self.module, self._mode)
-        self._interpret(self.module.graph.nodes, capture, {})
-
-    def seed(self, node: fx.Node, axes: Axes, *, until: fx.Node | None = None) -> None:
-        """Give ``node`` these axes and follow them (up to and with ``until``)."""
-        later = []
-        for other in _from(node):
-            later.append(other)
-            if other is until:
-                break
-        self._interpret(later, None, {node: axes})
-
-    def __getitem__(self, node: fx.Node) -> NodeFacts:
-        return self.facts[node]
-
-    def axes(self, node: fx.Node) -> Axes | None:
-        return self.facts[node].axes
-
-    def _interpret(
-        self, nodes: Any, capture: Capture | None, seeds: Mapping[fx.Node, Axes]
-    ) -> None:
-        inputs = iter(_fake_arguments(self._mode, capture)) if capture else iter(())
-        changed: set[fx.Node] = set()
-        with self._mode, torch.no_grad():
-            for node in nodes:
-                first_time = capture is not None
-                if not first_time and node not in seeds and not (changed & set(node.all_input_nodes)):
-                    continue
-                changed.add(node)
-                if node in seeds and not first_time:
-                    facts = self.facts[node]
-                    facts.value = facts.value.detach()
-                    mark_data(facts.value)
-                    set_axes(facts.value, seeds[node])
-                    continue
-                self.facts[node] = self._run(node, inputs)
-
-    def _run(self, node: fx.Node, inputs: Iterator[Any]) -> NodeFacts:
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda argument: self.facts[argument].value
-        )
-        if node.op == "placeholder":
-            return NodeFacts(next(inputs))
-        if node.op == "get_attr":
-            return NodeFacts(attribute(self._fake, str(node.target)))
-        if node.op == "output":
-            return NodeFacts(args[0])
-        if node.target in SDPA:
-            return _attention(*args, **kwargs)
-        mode = AxisMode()
-        try:
-            with mode:
-                if node.op == "call_module":
-                    value = self._fake.get_submodule(str(node.target))(*args, **kwargs)
-                elif node.op == "call_method":
-                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    value = node.target(*args, **kwargs)  # type: ignore[operator]
-        except FORWARD_FAILURES as error:
-            raise TraceError(
-                f"{node.format_node()} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
-                hint="check that the example inputs fit the model",
-            ) from error
-        mode.facts.value = value
-        return mode.facts
-
-    def counts_tokens(self, node: fx.Node) -> str:
-        """Whether a leaf module computes with the number of tokens: the reason why it may, or nothing.
-
-        It runs once as it is and once with one patch less; but for sizes, both must be the same operators.
-        """
-        runs = []
-        for less in (0, 1):
-            recorder = _Recorder()
-            try:
-                with self._mode, torch.no_grad():
-                    args, kwargs = fx.node.map_arg(
-                        (node.args, node.kwargs),
-                        lambda n, less=less: _shorter(self.facts[n].value, less),
-                    )
-                    with recorder:
-                        self._fake.get_submodule(str(node.target))(*args, **kwargs)
-            except FORWARD_FAILURES:
-                return "a module works for one number of tokens only"
-            runs.append(recorder.calls)
-        return "" if runs[0] == runs[1] else "a module computes with the number of tokens"
-
-    def _constant(self, path: str) -> Any:
-        if path not in self._tensors:
-            value = attribute(self.module, path)
-            if isinstance(value, Tensor):
-                value = self._mode.from_tensor(value.detach(), static_shapes=True)
-            self._tensors[path] = value
-        return self._tensors[path]
 
 
 def _from(node: fx.Node) -> Iterator[fx.Node]:

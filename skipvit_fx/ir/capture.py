@@ -120,11 +120,11 @@ def _keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Grap
     """Replace every constant that differs between the two traces by a :class:`ByMode`.
 
     Before: ``sdpa(q, k, v, dropout_p=0.0)`` in eval, ``sdpa(q, k, v, dropout_p=0.1)`` in train.
-    After: ``p = by_mode(); sdpa(q, k, v, dropout_p=p)``.
+    After: ``p = by_mode(); sdpa(q, k, v, dropout_p=p)``. It stands in the module whose mode it follows.
     """
     twins: dict[fx.Node, fx.Node] = {}
     first = next(iter(evaluation.nodes))
-    pairs: dict[tuple[Any, Any], fx.Node] = {}
+    pairs: dict[tuple[nn.Module, Any, Any], fx.Node] = {}
     eval_nodes, train_nodes = list(evaluation.nodes), list(train.nodes)
     for here, there in zip(eval_nodes, train_nodes, strict=False):
         here_leaves, spec = _leaves(here)
@@ -140,12 +140,14 @@ def _keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Grap
             elif a != b:
                 if not isinstance(a, (bool, int, float)):
                     _refuse_paths(here, there)
-                if (b, a) not in pairs:
-                    child = f"by_mode_{len(pairs)}"
-                    module.get_submodule(OWN_CHILD).add_module(child, ByMode(b, a))
+                owner = module.get_submodule(_owner(here))
+                if (owner, b, a) not in pairs:
+                    child = f"skipvit_by_mode_{len(pairs)}"
+                    owner.add_module(child, ByMode(b, a).train(owner.training))
                     with evaluation.inserting_before(first):
-                        pairs[b, a] = evaluation.call_module(f"{OWN_CHILD}.{child}")
-                here_leaves[i] = pairs[b, a]
+                        path = f"{_owner(here)}.{child}".removeprefix(".")
+                        pairs[owner, b, a] = evaluation.call_module(path)
+                here_leaves[i] = pairs[owner, b, a]
         here.args, here.kwargs = pytree.tree_unflatten(here_leaves, spec)
         twins[there] = here
     if len(eval_nodes) != len(train_nodes):
@@ -153,15 +155,15 @@ def _keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Grap
 
 
 def _leaves(node: fx.Node) -> tuple[list[Any], pytree.TreeSpec]:
-    leaves: list[Any] = []
+    return pytree.tree_flatten((node.args, node.kwargs))
 
-    def open_slices(value: Any) -> Any:
-        return value
 
-    del open_slices
-    flat, spec = pytree.tree_flatten((node.args, node.kwargs))
-    leaves.extend(flat)
-    return leaves, spec
+def _owner(node: fx.Node) -> str:
+    """Path of the module in whose forward the node was traced."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    if node.op == "call_module":
+        stack = stack[:-1] if stack and stack[-1] == node.target else stack
+    return stack[-1] if stack else ""
 
 
 def _refuse_paths(here: fx.Node, there: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from skipvit_fx.passes.check_shapes import CheckShapes
 from skipvit_fx.passes.check_span import CheckSpan
 from skipvit_fx.passes.eliminate_dead_tokens import EliminateDeadTokens
 from skipvit_fx.passes.free_token_sizes import FreeTokenSizes
@@ -28,4 +29,5 @@ def default_pipeline(*, eliminate_dead_tokens: bool) -> tuple[Pass, ...]:
         GatherPositionOperands(),
         InsertMerge(),
     )
-    return (*skip, EliminateDeadTokens()) if eliminate_dead_tokens else skip
+    dead: tuple[Pass, ...] = (EliminateDeadTokens(),) if eliminate_dead_tokens else ()
+    return (*skip, *dead, CheckShapes())

@@ -63,6 +63,7 @@ class Rewriting:
     facts: set[str] = field(default_factory=set)
     stages: list[StageNodes] = field(default_factory=list)
     full_sizes: dict[int, fx.Node] = field(default_factory=dict)
+    narrow: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.editor = GraphEditor(self.capture.module)

@@ -1,0 +1,123 @@
+"""The rewritten graph runs, and every tensor in it has the shape that the plan gives it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from skipvit_fx.analysis.axes import Dim, Tokens, axes_of, size
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.editor import INSERTED_BY
+from skipvit_fx.ir.symbolic import FORWARD_FAILURES
+from skipvit_fx.ops.score import ScoreByFunction
+from skipvit_fx.pipeline.rewriting import Rewriting
+
+
+@dataclass(frozen=True)
+class CheckShapes:
+    """Changes nothing; runs what the drops reach once more on fake tensors.
+
+    The last line of defence: whatever the passes before it overlooked, a wrong token count does not leave the compiler.
+    """
+
+    name: ClassVar[str] = "check-shapes"
+    requires: ClassVar[frozenset[str]] = frozenset({"stream", "spans"})
+    provides: ClassVar[frozenset[str]] = frozenset({"shapes"})
+    invalidates: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, rewriting: Rewriting) -> None:
+        """Interpret the graph behind the first edit.
+
+        Raises:
+            UnsupportedModelError: a node does not run on fewer tokens, or has another shape than expected.
+        """
+        known = rewriting.analysis.facts
+        values: dict[fx.Node, Any] = {}
+        for node in rewriting.editor.graph.nodes:
+            arguments = node.all_input_nodes
+            if node in known and not any(a in values for a in arguments):
+                continue
+            if node.op == "output":
+                continue
+            value = _run(rewriting, node, values)
+            values[node] = value
+            if node in known and INSERTED_BY not in node.meta:
+                _compare(rewriting, node, value)
+
+
+def _run(rewriting: Rewriting, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def value(argument: fx.Node) -> Any:
+        return values[argument] if argument in values else rewriting.analysis[argument].value
+
+    inputs: Any = fx.node.map_arg((node.args, node.kwargs), value)
+    args, kwargs = inputs
+    try:
+        with rewriting.analysis.fake_mode, torch.no_grad():
+            if node.op == "get_attr":
+                return rewriting.analysis.fake_attribute(str(node.target))
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            module = rewriting.analysis.fake_module(str(node.target))
+            if isinstance(module, ScoreByFunction):  # the user's own code may need real numbers
+                stream, dim = args[0], module.dim
+                patches = stream.shape[dim] - module.first - module.tail
+                return stream.new_empty(stream.shape[1 - dim], patches)
+            return module(*args, **kwargs)
+    except FORWARD_FAILURES as error:
+        raise UnsupportedModelError(
+            f"does not run on fewer tokens: {error}",
+            node=node.name,
+            module_path=module_path(node),
+            hint="this place fixes the number of tokens in a way that the compiler does not know",
+        ) from error
+
+
+def _compare(rewriting: Rewriting, node: fx.Node, value: Any) -> None:
+    before = rewriting.analysis[node].value
+    if not isinstance(value, Tensor) or not isinstance(before, Tensor):
+        return
+    axes = axes_of(before)
+    expected = (
+        tuple(before.shape)
+        if axes is None
+        else tuple(_length(rewriting, node, dim) for dim in axes)
+    )
+    narrow = node in rewriting.narrow
+    fits = value.ndim == len(expected) and all(
+        have == want or (narrow and axes is not None and have < want)
+        for have, want in zip(value.shape, expected, strict=True)
+    )
+    if not fits:
+        raise UnsupportedModelError(
+            f"has shape {list(value.shape)} on fewer tokens, where {list(expected)} was expected",
+            node=node.name,
+            module_path=module_path(node),
+            hint="this place fixes the number of tokens in a way that the compiler does not know",
+        )
+
+
+def _length(rewriting: Rewriting, node: fx.Node, dim: Dim) -> int:
+    return math.prod(
+        size(factor._replace(count=_patches(rewriting, node, factor)))
+        if isinstance(factor, Tokens)
+        else size(factor)
+        for factor in dim
+    )
+
+
+def _patches(rewriting: Rewriting, node: fx.Node, tokens: Tokens) -> int:
+    """Patches that are left where the node stands."""
+    count = tokens.count
+    for stage in rewriting.active(node):
+        dropped = stage.stage.dropped(count)
+        count -= dropped
+        if dropped and rewriting.plan.fused:
+            count += 1
+    return count
