@@ -49,49 +49,81 @@ class Check:
         return self.error <= TOLERANCE
 
 
-def check_rewrite(model: nn.Module, fast: nn.Module, example_inputs: Any = None) -> Check:
-    """Compare ``fast`` with the mask-and-freeze reference on ``model``, in eval mode.
+class Reference:
+    """The mask-and-freeze reference of one model. Looking at the model is done once, for any number of rewrites.
 
     Args:
-        model: what was rewritten.
-        fast: the result of :func:`skipvit_fx.rewrite`, skipping on.
-        example_inputs: one tensor, a tuple of arguments or a dict of keyword arguments, with the sizes that ``fast``
-            was rewritten for. By default images are made up from the model's configuration; all are zero then.
+        model: the original model, in eval mode.
+        example_inputs: as for :func:`skipvit_fx.rewrite`.
+        prefix_tokens: as for :func:`skipvit_fx.rewrite`.
+
+    Raises (from the constructor):
+        SkipViTError: the compiler would refuse the model.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Any = None, *, prefix_tokens: int | None = None
+    ) -> None:
+        if model.training:
+            raise ValueError("the model must be in eval mode: there is no reference for dropout")
+        self._located = locate(model, *example_of(model, example_inputs), prefix_tokens)
+
+    @property
+    def depth(self) -> int:
+        """Layers found."""
+        return len(self._located.stream.layers)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Rows in front of the patches."""
+        return self._located.stream.tokens.lead
+
+    @property
+    def patches(self) -> int:
+        """Patches in the full sequence."""
+        return self._located.stream.tokens.count
+
+    def output(
+        self, record: RewriteRecord, traces: Sequence[TokenTrace], *args: Any, **kwargs: Any
+    ) -> Any:
+        """What the model computes with the tokens of ``traces`` masked and frozen.
+
+        Raises:
+            ValueError: the reference does not apply, because the plan never returns its tokens or makes a fused one.
+        """
+        plan = record.plan
+        if plan.fused:
+            raise ValueError("a fused token cannot be expressed by masks")
+        if plan.stages and plan.return_layer is None:
+            raise ValueError("tokens that never return cannot stay in place")
+        inputs = _inputs(self._located.capture.module.graph, args, kwargs)
+        with torch.no_grad():
+            return _Masked(self._located, record, traces).run(*inputs)
+
+    def check(self, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:
+        """Compare ``fast`` with the reference on these inputs.
+
+        Raises:
+            ValueError: the reference does not apply; see :meth:`output`. Or ``fast`` is in train mode.
+        """
+        if fast.training:
+            raise ValueError("the rewritten model must be in eval mode: dropout would differ")
+        with torch.no_grad():
+            traces = tuple(trace_tokens(fast, *args, **kwargs))
+            got = fast(*args, **kwargs)
+        wanted = self.output(record_of(fast), traces, *args, **kwargs)
+        return Check(relative_error(got, wanted), traces)
+
+
+def check_rewrite(model: nn.Module, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:
+    """Compare a rewritten model with the mask-and-freeze reference, both in eval mode, on these inputs.
 
     Raises:
-        ValueError: the reference does not apply: the plan never returns its tokens, or makes a fused one, or a
-            module is in train mode.
+        ValueError: the reference does not apply; see :class:`Reference`.
     """
-    if model.training or fast.training:
-        raise ValueError("both models must be in eval mode: dropout would differ between them")
-    args, kwargs = example_of(model, example_inputs)
-    with torch.no_grad():
-        traces = tuple(trace_tokens(fast, *args, **kwargs))
-        got = fast(*args, **kwargs)
-        wanted = masked_reference(model, record_of(fast), traces, args, kwargs)
-    return Check(relative_error(got, wanted), traces)
-
-
-def masked_reference(
-    model: nn.Module,
-    record: RewriteRecord,
-    traces: Sequence[TokenTrace],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """What ``model`` computes with the tokens of ``traces`` masked and frozen.
-
-    Raises:
-        ValueError: see :func:`check_rewrite`.
-    """
-    plan = record.plan
-    if plan.fused:
-        raise ValueError("a fused token cannot be expressed by masks")
-    if plan.stages and plan.return_layer is None:
-        raise ValueError("tokens that never return cannot stay in place")
-    located = locate(model, args, kwargs, record.prefix_tokens)
-    inputs = _inputs(located.capture.module.graph, args, kwargs)
-    return _Masked(located, record, traces).run(*inputs)
+    example = kwargs if kwargs and not args else args
+    reference = Reference(model, example, prefix_tokens=record_of(fast).prefix_tokens)
+    return reference.check(fast, *args, **kwargs)
 
 
 class _Masked(fx.Interpreter):

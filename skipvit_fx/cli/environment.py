@@ -1,0 +1,32 @@
+"""On what did this run? Every published figure says so."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+
+def versions(*packages: str) -> str:
+    """Python, torch and the given packages with their versions; packages that are not installed are left out."""
+    parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for package in packages:
+        try:
+            parts.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(parts)
+
+
+def hardware() -> str:
+    """The processor and how many threads torch uses of it."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        fields = (line.partition(":") for line in cpuinfo.read_text(encoding="utf-8").splitlines())
+        name = next(
+            (value.strip() for key, _, value in fields if key.strip() == "model name"), name
+        )
+    return f"{name}, {torch.get_num_threads()} threads"

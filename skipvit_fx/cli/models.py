@@ -1,0 +1,224 @@
+"""Models by name: ``timm:vit_small_patch16_224``, ``torchvision:vit_b_16``, ``hf:dinov2``, ``module:pkg.mod:make``."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from skipvit_fx.errors import SkipViTError
+
+SOURCES = "timm:NAME (or just NAME), torchvision:NAME, hf:MODEL_TYPE, open_clip:NAME, module:pkg.mod:factory"
+
+
+class SpecError(SkipViTError):
+    """A model that cannot be built from what was asked for."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to build.
+
+    Attributes:
+        source: where the model comes from: a key of ``BUILDERS``.
+        name: what it is called there.
+        pretrained: with its published weights; random ones otherwise.
+        options: passed on to whatever builds it, such as ``img_size`` and ``depth``.
+    """
+
+    source: str
+    name: str
+    pretrained: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.name}"
+
+    def build(self) -> nn.Module:
+        """The model, in eval mode.
+
+        Raises:
+            SpecError: it cannot be built.
+        """
+        return BUILDERS[self.source](self).eval()
+
+
+def parse_spec(text: str, *, pretrained: bool = False, **options: Any) -> Spec:
+    """Read ``source:name``; a name alone is timm's. Options that are ``None`` are left out.
+
+    Raises:
+        SpecError: there is no such source.
+    """
+    source, colon, name = text.partition(":")
+    if not colon:
+        source, name = "timm", text
+    if source not in BUILDERS or not name:
+        raise SpecError(f"cannot read the model {text!r}", hint=f"write {SOURCES}")
+    given = {key: value for key, value in options.items() if value is not None}
+    return Spec(source, name, pretrained, given)
+
+
+def expand(text: str) -> list[str]:
+    """The models that a name stands for: itself, or every one that its wildcards match.
+
+    Raises:
+        SpecError: nothing matches.
+    """
+    spec = parse_spec(text)
+    if not any(mark in spec.name for mark in "*?["):
+        return [str(spec)]
+    if spec.source == "timm":
+        names = need("timm", "timm").list_models(spec.name)
+    elif spec.source == "torchvision":
+        names = fnmatch.filter(need("torchvision", "demo").models.list_models(), spec.name)
+    else:
+        raise SpecError(
+            f"no wildcards in {text!r}", hint="only timm and torchvision list their models"
+        )
+    if not names:
+        raise SpecError(f"no model matches {text!r}", hint="try fewer letters before the *")
+    return [f"{spec.source}:{name}" for name in names]
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        SpecError: it is not installed; the hint names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module.partition(".")[0]:
+            raise
+        how = f"pip install 'skipvit_fx[{extra}]'" if extra else f"pip install {error.name}"
+        raise SpecError(f"{error.name} is not installed", hint=how) from error
+
+
+def _unknown(spec: Spec, names: list[str], error: Exception | None = None) -> SpecError:
+    import difflib
+
+    close = difflib.get_close_matches(spec.name, names, n=3)
+    hint = f"close to it: {', '.join(close)}" if close else "check the spelling"
+    failure = SpecError(f"{spec.source} has no model {spec.name!r}", hint=hint)
+    failure.__cause__ = error
+    return failure
+
+
+def _call(spec: Spec, make: Callable[..., Any], *args: Any, **options: Any) -> nn.Module:
+    """Build, and say in one sentence what is wrong with an option or a download."""
+    try:
+        model = make(*args, **options)
+    except TypeError as error:
+        raise SpecError(
+            f"{spec} cannot be built with {dict(spec.options)}: {error}",
+            hint="leave the option out",
+        ) from error
+    except OSError as error:
+        raise SpecError(
+            f"the weights of {spec} cannot be fetched: {error}", hint="leave out --pretrained"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise SpecError(
+            f"{spec} returned a {type(model).__name__}", hint="a factory returns a torch.nn.Module"
+        )
+    return model
+
+
+def _timm(spec: Spec) -> nn.Module:
+    timm = need("timm", "timm")
+    name = spec.name.partition(".")[0]
+    if not timm.is_model(name):
+        raise _unknown(spec, timm.list_models())
+    return _call(spec, timm.create_model, spec.name, pretrained=spec.pretrained, **spec.options)
+
+
+def _torchvision(spec: Spec) -> nn.Module:
+    models = need("torchvision", "demo").models
+    if spec.name not in models.list_models():
+        raise _unknown(spec, models.list_models())
+    options = dict(spec.options)
+    if "img_size" in options:
+        options["image_size"] = options.pop("img_size")
+    weights = "DEFAULT" if spec.pretrained else None
+    return _call(spec, models.get_model, spec.name, weights=weights, **options)
+
+
+def _hugging_face(spec: Spec) -> nn.Module:
+    """A model type such as ``dinov2`` with its default configuration; with weights, a name on the hub."""
+    transformers = need("transformers", "")
+    if spec.pretrained:
+        return _call(spec, transformers.AutoModel.from_pretrained, spec.name)
+    types = list(transformers.CONFIG_MAPPING)
+    if spec.name not in types:
+        raise _unknown(spec, types)
+    options = dict(spec.options)
+    if "img_size" in options:
+        options["image_size"] = options.pop("img_size")
+    if "depth" in options:
+        options["num_hidden_layers"] = options.pop("depth")
+    config = transformers.AutoConfig.for_model(spec.name, **options)
+    try:
+        return _call(spec, transformers.AutoModel.from_config, config)
+    except ValueError as error:
+        raise SpecError(
+            f"{spec} has no plain encoder: {error}", hint="build it yourself, with module:"
+        ) from error
+
+
+def _open_clip(spec: Spec) -> nn.Module:
+    open_clip = need("open_clip", "")
+    if spec.name not in open_clip.list_models():
+        raise _unknown(spec, open_clip.list_models())
+    options = dict(spec.options)
+    if "img_size" in options:
+        options["force_image_size"] = options.pop("img_size")
+    weights = "openai" if spec.pretrained else None
+    whole = _call(spec, open_clip.create_model, spec.name, pretrained=weights, **options)
+    visual = whole.visual
+    assert isinstance(visual, nn.Module)
+    return visual
+
+
+def _own(spec: Spec) -> nn.Module:
+    place, colon, factory = spec.name.rpartition(":")
+    if not colon:
+        raise SpecError(f"cannot read {str(spec)!r}", hint="write module:package.module:factory")
+    try:
+        make = getattr(importlib.import_module(place), factory)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise SpecError(
+            f"{factory!r} cannot be imported from {place!r}: {error}",
+            hint="the current directory is not on the path unless PYTHONPATH says so",
+        ) from error
+    return _call(spec, make, **spec.options)
+
+
+BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _hugging_face,
+    "open_clip": _open_clip,
+    "module": _own,
+}
+
+
+def parameter_bytes(spec: Spec) -> int:
+    """Bytes of the model's parameters and buffers, found without allocating them.
+
+    Raises:
+        SpecError: it cannot be built, or not on the meta device.
+    """
+    try:
+        with torch.device("meta"):
+            model = spec.build()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise SpecError(f"{spec} cannot be built on the meta device: {error}") from error
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

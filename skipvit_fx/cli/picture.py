@@ -1,0 +1,83 @@
+"""An image file in, a picture of the kept patches out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from skipvit_fx.cli.models import SpecError, need
+
+DIMMED = 0.25
+
+
+def read_image(path: Path, shape: tuple[int, int, int], model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The image at the model's size, as ``[3, H, W]`` in [0, 1], and normalised as a batch of one.
+
+    Mean and standard deviation are those of the model's ``pretrained_cfg``, or 0.5.
+
+    Raises:
+        SpecError: it is no readable image.
+    """
+    images = need("PIL.Image", "demo")
+    channels, height, width = shape
+    if channels != 3:
+        raise SpecError(
+            f"the model takes {channels} channels, not a colour picture",
+            hint="skipvit_fx.trace_tokens(fast, x) takes any input",
+        )
+    try:
+        with images.open(path) as opened:
+            image = opened.convert("RGB").resize((width, height), images.Resampling.BICUBIC)
+    except OSError as error:
+        raise SpecError(
+            f"{path} is not a readable image: {error}", hint="PNG and JPEG will do"
+        ) from error
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    picture = pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
+    config = getattr(model, "pretrained_cfg", None) or {}
+    mean, std = (
+        torch.tensor(config.get(key) or (0.5,) * 3)[:, None, None] for key in ("mean", "std")
+    )
+    return picture, ((picture - mean) / std)[None]
+
+
+def patch_grid(patches: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of square patches; ``None`` if the count fits no such grid."""
+    rows = round(math.sqrt(patches * height / width))
+    if rows and patches % rows == 0:
+        columns = patches // rows
+        if rows * width == columns * height and height % rows == 0:
+            return rows, columns
+    return None
+
+
+def dim_dropped(picture: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The picture ``[3, H, W]`` with every patch but the kept ones darkened."""
+    rows, columns = grid
+    light = torch.full((rows * columns,), DIMMED)
+    light[kept] = 1.0
+    light = light.view(rows, columns)
+    _, height, width = picture.shape
+    spread = light.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
+    return picture * spread
+
+
+def write_picture(panels: list[Tensor], path: Path) -> None:
+    """Write pictures side by side to an image file.
+
+    Raises:
+        SpecError: the file cannot be written.
+    """
+    images = need("PIL.Image", "demo")
+    row = torch.cat(panels, dim=2)
+    data = (row * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+    height, width, _ = data.shape
+    image: Any = images.frombytes("RGB", (width, height), bytes(data.flatten().tolist()))
+    try:
+        image.save(path)
+    except (OSError, ValueError) as error:
+        raise SpecError(f"cannot write {path}: {error}", hint="end its name with .png") from error

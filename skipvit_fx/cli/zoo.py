@@ -1,0 +1,276 @@
+"""Rewrite many models, compare each with the mask-and-freeze reference, and write down how it went."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import skipvit_fx
+from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.cli.models import SpecError, need, parameter_bytes, parse_spec
+from skipvit_fx.errors import SkipViTError, UnsupportedModelError
+from skipvit_fx.ir.example import example_of
+from skipvit_fx.testing import TOLERANCE, Reference, randomize
+
+ISOTROPIC = (
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vision_transformer_relpos",
+    "deit",
+    "beit",
+    "eva",
+    "cait",
+    "naflexvit",
+)
+"""Modules of timm in which every model is one sequence of tokens from the first layer to the last."""
+
+DEPTHS = (24, 16, 12, 8, 6, 4, 3, 2)
+"""How shallow a model that does not fit may be made: as deep of these as fits."""
+
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What one model may raise without stopping the others; each becomes a row that names it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """How it went with one model.
+
+    Attributes:
+        name: as the command takes it.
+        status: ``exact``, ``refused``, ``wrong``, ``skipped`` or ``error``.
+        layers, prefix, patches: what was found; ``None`` where nothing was.
+        plan: what was rewritten.
+        error: largest relative error against the reference.
+        seconds: that the rewrite took.
+        reason: why it was refused, skipped or failed.
+        note: what was done to the model beforehand.
+    """
+
+    name: str
+    status: str
+    layers: int | None = None
+    prefix: int | None = None
+    patches: int | None = None
+    plan: str = ""
+    error: float | None = None
+    seconds: float | None = None
+    reason: str = ""
+    note: str = ""
+
+
+def isotropic_names() -> list[str]:
+    """All of timm's isotropic Vision Transformers."""
+    timm = need("timm", "timm")
+    return [f"timm:{name}" for module in ISOTROPIC for name in timm.list_models(module=module)]
+
+
+def other_names() -> list[str]:
+    """One model of every other module of timm, a small one if its name says so."""
+    timm = need("timm", "timm")
+    names = []
+    for module in timm.list_modules():
+        if module not in ISOTROPIC and (known := timm.list_models(module=module)):
+            small = [
+                name for name in known if any(word in name for word in ("nano", "tiny", "xxs"))
+            ]
+            names.append(f"timm:{(small or known)[0]}")
+    return names
+
+
+def default_plan(depth: int) -> str:
+    """Two stages of 30 % and a return before the end, or as much of that as the layers allow."""
+    first = max(1, depth // 3)
+    second = max(first + 1, 2 * depth // 3)
+    if second > depth:
+        return f"{first}(30%)+{first + 1}"
+    return f"{first},{second}(30%,30%)+{min(second + 2, depth + 1)}"
+
+
+def survey(name: str, *, limit: float, seed: int = 0, **options: Any) -> Row:
+    """Build, rewrite and check one model. Never raises for what a model may do; see :data:`FAILURES`."""
+    note = ""
+    try:
+        options, note = _fit(name, limit, options)
+        torch.manual_seed(seed)
+        model = randomize(parse_spec(name, **options).build(), seed)
+        return _check(name, model, seed, note)
+    except SpecError as error:
+        return Row(name, "skipped", reason=str(error.args[0]), note=note)
+    except SkipViTError as error:
+        reason = error.reason if isinstance(error, UnsupportedModelError) else str(error.args[0])
+        return Row(name, "refused", reason=reason, note=note)
+    except FAILURES as error:
+        return Row(name, "error", reason=f"{type(error).__name__}: {error}", note=note)
+
+
+def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Options under which the model's parameters fit into ``limit`` bytes, and what that changes."""
+    try:
+        size = parameter_bytes(parse_spec(name, **options))
+    except SpecError as error:
+        if isinstance(error.__cause__, (NotImplementedError, RuntimeError, ValueError)):
+            return options, "size not known beforehand"
+        raise
+    if size <= limit:
+        return options, ""
+    for depth in DEPTHS:
+        shallow = {**options, "depth": depth}
+        smaller = parameter_bytes(parse_spec(name, **shallow))
+        if smaller <= limit:
+            return shallow, f"made {depth} layers deep ({size / 2**30:.1f} GiB of parameters)"
+    raise SpecError(f"{size / 2**30:.1f} GiB of parameters, and too large with {DEPTHS[-1]} layers")
+
+
+def _check(name: str, model: nn.Module, seed: int, note: str) -> Row:
+    (example, *_), _ = example_of(model, None)
+    x = torch.randn(example.shape, generator=torch.Generator().manual_seed(seed))
+    reference = Reference(model, x)
+    plan = default_plan(reference.depth)
+    start = perf_counter()
+    fast = skipvit_fx.rewrite(model, plan, example_inputs=x)
+    seconds = perf_counter() - start
+    check = reference.check(fast, x)
+    skipvit_fx.set_skipping(fast, False)
+    with torch.no_grad():
+        same = _same_bits(fast(x), model(x))
+    status = "exact" if check.exact and same else "wrong"
+    reason = ""
+    if not check.exact:
+        reason = "differs from the reference"
+    elif not same:
+        reason = "with skipping off, differs from the model"
+    return Row(
+        name,
+        status,
+        reference.depth,
+        reference.prefix_tokens,
+        reference.patches,
+        plan,
+        check.error,
+        seconds,
+        reason,
+        note,
+    )
+
+
+def _same_bits(a: Any, b: Any) -> bool:
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(y, Tensor))
+
+
+# -- many models ----------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> dict[str, Row]:
+    """Finished rows by name; a line cut off when the command was killed does not count."""
+    rows: dict[str, Row] = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = Row(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                continue
+            rows[row.name] = row
+    return rows
+
+
+def run(
+    names: Iterable[str],
+    log: Path,
+    advance: Callable[[str], None],
+    *,
+    limit: float,
+    **options: Any,
+) -> list[Row]:
+    """Survey every name that ``log`` does not have yet; every row is in ``log`` as soon as it is known."""
+    finished = read_rows(log)
+    rows = []
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        advance(name)
+        if name not in finished:
+            finished[name] = survey(name, limit=limit, **options)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(finished[name])) + "\n")
+            gc.collect()
+        rows.append(finished[name])
+    return rows
+
+
+# -- the page -------------------------------------------------------------------------------------------------
+
+
+def page(rows: Sequence[Row], command: str) -> str:
+    """The table as Markdown."""
+    counts = {status: sum(row.status == status for row in rows) for status in _MEANING}
+    lines = [
+        "# The zoo",
+        "",
+        f"Written by `{command}` with {versions('timm', 'torchvision', 'transformers')}, on {hardware()}.",
+        "",
+        "All weights are random, moved far from initialisation so that every term matters; they say nothing about "
+        "accuracy. Each model is rewritten, run on random images and compared with a reference that keeps all tokens "
+        "in place, masks the dropped ones and freezes their state; with skipping off it must equal the model to the "
+        "last bit. The reference shares the finding of layers with the compiler; see `skipvit_fx/testing.py`.",
+        "",
+        *(f"- {count} {status}: {_MEANING[status]}" for status, count in counts.items() if count),
+        "",
+        "| model | layers | prefix | patches | plan | result | max. relative error | seconds | |",
+        "|---|---:|---:|---:|---|---|---:|---:|---|",
+        *(_line(row) for row in rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_MEANING = {
+    "exact": f"relative error at most {TOLERANCE:g}, and the model itself with skipping off",
+    "refused": "with the reason given",
+    "wrong": "rewritten, but not equal",
+    "skipped": "could not be built here",
+    "error": "failed in a way that is no refusal",
+}
+
+
+def _line(row: Row) -> str:
+    def number(value: float | None, spec: str) -> str:
+        return "" if value is None or math.isnan(value) else format(value, spec)
+
+    cells = [
+        row.name,
+        number(row.layers, "d"),
+        number(row.prefix, "d"),
+        number(row.patches, "d"),
+        f"`{row.plan}`" if row.plan else "",
+        row.status,
+        number(row.error, ".1e"),
+        number(row.seconds, ".1f"),
+        "; ".join(part for part in (row.reason, row.note) if part),
+    ]
+    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _cell(text: str, most: int = 200) -> str:
+    flat = " ".join(text.split()).replace("|", "\\|")
+    return flat if len(flat) <= most else f"{flat[: most - 1]}…"
