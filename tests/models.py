@@ -129,7 +129,7 @@ class Family:
 
     def build(self, *, rate: float = 0.0, seed: int = 0, **options: Any) -> Any:
         """The model, scrambled, in eval mode; `rate` sets every kind of dropout."""
-        kwargs = {**self.options, **options, **dict.fromkeys(self.rates, rate)}
+        kwargs = {**dict.fromkeys(self.rates, rate), **self.options, **options}
         if isinstance(self.model, str):
             kwargs = {**SMALL, "img_size": self.image, **kwargs}
             model = timm.create_model(self.model, **kwargs)

@@ -100,7 +100,13 @@ def test_without_return_the_span_goes_on_to_the_end(name: str, layer: int) -> No
     assert_refused(mixing(name, "leaf", layer), image(), plan, within=f"blocks.{layer - 1}")
 
 
-@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if index % 3 else [])
+        for index, name in enumerate(sorted(MIXERS))
+    ],
+)
 def test_mixing_after_the_return_is_no_obstacle(name: str) -> None:
     assert_exact(mixing(name, "leaf", layer=4), SPAN)
 
