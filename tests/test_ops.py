@@ -1,0 +1,382 @@
+"""The inserted modules on any shape: counts add up, prefixes survive, and what left comes back to its place."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst
+from skipvit_fx.ops.positions import GatherPositions
+from skipvit_fx.ops.rows import sequence_rows, take_rows
+from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
+from skipvit_fx.ops.select import Select, Survivors
+from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
+from skipvit_fx.ops.switch import Switchable
+
+CHANNELS = 3
+MANY = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+class Case(NamedTuple):
+    """A sequence ``lead + n + tail`` of tokens at ``dim``, and what is dropped of its patches."""
+
+    ratio: Fraction
+    batch: int
+    n: int
+    lead: int
+    tail: int
+    dim: int
+    seed: int
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        return self.dim, self.lead, self.tail
+
+    def stream(self) -> Tensor:
+        """Every value its own, so that no row can pass for another."""
+        total = self.batch * (self.lead + self.n + self.tail) * CHANNELS
+        rows = torch.arange(float(total)).reshape(self.batch, -1, CHANNELS)
+        return rows if self.dim == 1 else rows.transpose(0, 1)
+
+    def batch_first(self, stream: Tensor) -> Tensor:
+        return stream if self.dim == 1 else stream.transpose(0, 1)
+
+    def scores(self, n: int | None = None, offset: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + offset)
+        return torch.rand(self.batch, self.n if n is None else n, generator=generator)
+
+
+ratios = st.integers(1, 20).flatmap(
+    lambda below: st.integers(0, below - 1).map(lambda above: Fraction(above, below))
+)
+cases = st.builds(
+    Case,
+    ratio=ratios,
+    batch=st.integers(1, 4),
+    n=st.integers(1, 30),
+    lead=st.integers(0, 3),
+    tail=st.integers(0, 2),
+    dim=st.integers(0, 1),
+    seed=st.integers(0, 1000),
+)
+ties = st.integers(1, 12).flatmap(
+    lambda n: st.lists(
+        st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=n, max_size=n), min_size=1, max_size=3
+    )
+)
+
+
+def place_of(indices: Tensor) -> list[list[int]]:
+    rows: list[list[int]] = indices.tolist()
+    return rows
+
+
+# -- select -------------------------------------------------------------------------------------------------------
+
+
+@MANY
+@given(cases)
+def test_counts_add_up_and_order_is_kept(case: Case) -> None:
+    scores = case.scores()
+    kept, dropped = Select(case.ratio)(scores)
+    n_drop = case.ratio.numerator * case.n // case.ratio.denominator
+    if n_drop == 0:
+        assert (kept, dropped) == (None, None)
+        return
+    assert kept.shape == (case.batch, case.n - n_drop)
+    assert dropped.shape == (case.batch, n_drop)
+    for row, (stay, leave) in enumerate(zip(place_of(kept), place_of(dropped), strict=True)):
+        assert stay == sorted(stay)
+        assert leave == sorted(leave)
+        assert sorted(stay + leave) == list(range(case.n))
+        assert scores[row, stay].min() >= scores[row, leave].max()
+
+
+@MANY
+@given(ties, ratios)
+def test_of_equal_scores_the_earlier_patch_stays(rows: list[list[float]], ratio: Fraction) -> None:
+    n = len(rows[0])
+    n_drop = ratio.numerator * n // ratio.denominator
+    kept, _ = Select(ratio)(torch.tensor(rows))
+    if n_drop == 0:
+        assert kept is None
+        return
+    for row, stay in zip(rows, place_of(kept), strict=True):
+        best = sorted(range(n), key=lambda i: (-row[i], i))[: n - n_drop]
+        assert stay == sorted(best)
+
+
+def test_the_papers_counts() -> None:
+    kept, dropped = Select(Fraction(55, 100))(torch.rand(2, 196))
+    assert (kept.shape, dropped.shape) == ((2, 89), (2, 107))
+    kept, _ = Select(Fraction(3, 10))(torch.rand(2, 196))
+    assert kept.shape == (2, 138)
+    kept, _ = Select(Fraction(3, 10))(torch.rand(2, 138))
+    assert kept.shape == (2, 97)
+
+
+def test_several_scores_count_equally_and_carry_no_gradient() -> None:
+    first = torch.tensor([[0.9, 0.0, 0.5, 0.1]], requires_grad=True)
+    second = torch.tensor([[0.0, 0.8, 0.5, 0.1]], requires_grad=True)
+    kept, dropped = Select(Fraction(1, 2))(first, second)
+    assert place_of(kept) == [[0, 2]]
+    assert place_of(dropped) == [[1, 3]]
+    assert not kept.requires_grad
+
+
+def test_steps_aside_where_every_score_does() -> None:
+    assert Select(Fraction(1, 2))(None) == (None, None)
+    kept, _ = Select(Fraction(1, 2))(None, torch.tensor([[1.0, 0.0]]))
+    assert place_of(kept) == [[0]]
+
+
+@MANY
+@given(cases)
+def test_survivors_are_named_in_the_full_sequence(case: Case) -> None:
+    first, _ = Select(case.ratio)(case.scores())
+    left = case.n if first is None else first.shape[1]
+    second, _ = Select(case.ratio)(case.scores(left, offset=1))
+    positions = Survivors()(first, second)
+    names = [list(range(case.n))] * case.batch
+    for chosen in (first, second):
+        if chosen is not None:
+            names = [
+                [row[i] for i in stay] for row, stay in zip(names, place_of(chosen), strict=True)
+            ]
+    if first is None and second is None:
+        assert positions is None
+    else:
+        assert place_of(positions) == names
+
+
+# -- keep, around, fuse, merge ------------------------------------------------------------------------------------
+
+
+@MANY
+@given(cases)
+def test_prefix_and_kept_rows_survive_in_order(case: Case) -> None:
+    stream = case.stream()
+    kept, dropped = Select(case.ratio)(case.scores())
+    shorter = Keep(*case.place)(stream, kept)
+    around = PassAround(*case.place)(stream, dropped)
+    if kept is None:
+        assert shorter is stream
+        assert around is None
+        return
+    whole, rows = case.batch_first(stream), case.batch_first(shorter)
+    assert rows.shape[1] + around.shape[1] == whole.shape[1]
+    end = case.lead + case.n
+    for b, (stay, leave) in enumerate(zip(place_of(kept), place_of(dropped), strict=True)):
+        patches = [case.lead + i for i in stay]
+        wanted = [*range(case.lead), *patches, *range(end, end + case.tail)]
+        assert torch.equal(rows[b], whole[b, wanted])
+        assert torch.equal(around[b], whole[b, [case.lead + i for i in leave]])
+
+
+@MANY
+@given(cases, st.booleans())
+def test_return_restores_the_original_order_exactly(case: Case, fused: bool) -> None:
+    """What happened to the kept rows meanwhile (here: a sign) stays; the others are as they left."""
+    stream = case.stream() + 1
+    scores = case.scores()
+    kept, dropped = Select(case.ratio)(scores)
+    shorter = Keep(*case.place)(stream, kept)
+    around = PassAround(*case.place)(stream, dropped)
+    if fused:
+        shorter = Fuse(*case.place)(shorter, around, dropped, scores)
+    back = Merge(*case.place, fused=fused)(-shorter, around, kept, dropped)
+    assert back.shape == stream.shape
+    assert torch.equal(back.abs(), stream)
+    left = torch.zeros(case.batch, case.lead + case.n + case.tail, dtype=torch.bool)
+    if dropped is not None:
+        left.scatter_(1, dropped + case.lead, True)
+    assert torch.equal(case.batch_first(back)[..., 0] > 0, left)
+
+
+@MANY
+@given(cases)
+def test_two_stages_nest(case: Case) -> None:
+    stream = case.stream() + 1
+    inner, opened = stream, []
+    for offset in range(2):
+        present = case.batch_first(inner).shape[1] - case.lead - case.tail
+        kept, dropped = Select(case.ratio)(case.scores(present, offset))
+        opened.append((PassAround(*case.place)(inner, dropped), kept, dropped))
+        inner = Keep(*case.place)(inner, kept)
+    for around, kept, dropped in reversed(opened):
+        inner = Merge(*case.place, fused=False)(inner, around, kept, dropped)
+    assert torch.equal(inner, stream)
+
+
+@MANY
+@given(cases, st.integers(1, 2))
+def test_fused_token_is_the_weighted_sum_behind_the_patches(case: Case, heads: int) -> None:
+    stream = case.stream()
+    scores = [case.scores(offset=i) for i in range(heads)]
+    kept, dropped = Select(case.ratio)(*scores)
+    shorter = Keep(*case.place)(stream, kept)
+    around = PassAround(*case.place)(stream, dropped)
+    longer = Fuse(*case.place)(shorter, around, dropped, *scores)
+    if dropped is None:
+        assert longer is shorter
+        return
+    whole, before, after = (case.batch_first(t) for t in (stream, shorter, longer))
+    at = after.shape[1] - case.tail - 1
+    assert torch.equal(torch.cat([after[:, :at], after[:, at + 1 :]], 1), before)
+    for b, leave in enumerate(place_of(dropped)):
+        total = torch.zeros(CHANNELS, dtype=torch.float64)
+        for i in leave:
+            weight = sum(float(s[b, i]) for s in scores) / heads
+            total += weight * whole[b, case.lead + i].double()
+        torch.testing.assert_close(after[b, at].double(), total, rtol=1e-5, atol=1e-5)
+
+
+@MANY
+@given(cases)
+def test_gradient_reaches_every_row_once(case: Case) -> None:
+    stream = case.stream().requires_grad_()
+    kept, dropped = Select(case.ratio)(case.scores())
+    around = PassAround(*case.place)(stream, dropped)
+    Merge(*case.place, fused=False)(
+        Keep(*case.place)(stream, kept), around, kept, dropped
+    ).sum().backward()
+    assert stream.grad is not None
+    assert torch.equal(stream.grad, torch.ones_like(stream))
+
+
+# -- rows and positions -------------------------------------------------------------------------------------------
+
+
+@MANY
+@given(cases)
+def test_rows_are_taken_per_sample(case: Case) -> None:
+    tokens = case.batch_first(case.stream())
+    kept, _ = Select(case.ratio)(case.scores())
+    if kept is None:
+        kept = torch.arange(case.n).expand(case.batch, case.n)
+    rows = sequence_rows(kept, case.lead, case.n, case.tail)
+    assert rows.shape == (case.batch, case.lead + kept.shape[1] + case.tail)
+    wanted = torch.stack([tokens[b, rows[b]] for b in range(case.batch)])
+    assert torch.equal(take_rows(tokens, rows), wanted)
+
+
+@MANY
+@given(cases, st.booleans())
+def test_positions_are_gathered_on_both_axes(case: Case, per_sample: bool) -> None:
+    """A bias ``[heads, tokens, tokens]`` of which each sample takes its own rows and columns."""
+    heads, total = 2, case.lead + case.n + case.tail
+    own = case.batch if per_sample else 1
+    bias = torch.arange(float(own * heads * total * total)).reshape(own, heads, total, total)
+    kept, _ = Select(case.ratio)(case.scores())
+    dims = tuple((d, case.lead, case.tail) for d in ((2, 3) if per_sample else (1, 2)))
+    gather = GatherPositions(dims, 4, 0, per_sample, 1)
+    operand = bias if per_sample else bias[0]
+    near = gather(operand, kept)
+    if kept is None:
+        assert near is operand
+        return
+    rows = sequence_rows(kept, case.lead, case.n, case.tail)
+    for b in range(case.batch):
+        wanted = bias[b if per_sample else 0][:, rows[b]][:, :, rows[b]]
+        assert torch.equal(near[b], wanted)
+
+
+# -- score --------------------------------------------------------------------------------------------------------
+
+
+@MANY
+@given(cases, st.booleans(), st.booleans(), st.integers(1, 3))
+def test_score_is_a_row_of_attention(
+    case: Case, by_class_token: bool, masked: bool, heads: int
+) -> None:
+    total = case.lead + case.n + case.tail
+    generator = torch.Generator().manual_seed(case.seed)
+    query, key = (torch.randn(case.batch, heads, total, 4, generator=generator) for _ in "qk")
+    mask = torch.randn(total, total, generator=generator) if masked else None
+    logits = query @ key.mT / 2
+    if mask is not None:
+        logits = logits + mask
+    row = logits[:, :, 0] if by_class_token else logits.mean(2)
+    wanted = row.softmax(-1).mean(1)[:, case.lead : case.lead + case.n]
+    score = ScoreByQuery(0 if by_class_token else None, case.lead, case.tail, heads, None)
+    torch.testing.assert_close(score(query, key, mask), wanted)
+    weights = ScoreByWeights(score.query, -2, -1, case.lead, case.tail, heads)
+    torch.testing.assert_close(weights(logits.softmax(-1) if by_class_token else logits), wanted)
+
+
+def test_scores_of_half_precision_are_float32() -> None:
+    query, key = (torch.randn(2, 2, 5, 4).to(torch.bfloat16) for _ in "qk")
+    assert ScoreByQuery(0, 1, 0, 2, None)(query, key).dtype == torch.float32
+
+
+def test_key_heads_may_be_shared() -> None:
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8)
+    score = ScoreByQuery(0, 1, 0, 4, None)
+    assert torch.equal(score(query, key), score(query, key.repeat_interleave(2, 1)))
+
+
+@MANY
+@given(cases)
+def test_other_scores_have_one_value_a_patch(case: Case) -> None:
+    stream = case.stream()
+    random = ScoreAtRandom(*case.place)(stream)
+    assert random.shape == (case.batch, case.n)
+    mine = ScoreByFunction(lambda patches: patches[..., 0], *case.place)(stream)
+    end = case.lead + case.n
+    assert torch.equal(mine, case.batch_first(stream)[:, case.lead : end, 0])
+
+
+def test_a_score_function_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 4, 3\), expected \(2, 4\)"):
+        ScoreByFunction(lambda patches: patches, 1, 1, 0)(torch.zeros(2, 5, 3))
+
+
+# -- dead tokens --------------------------------------------------------------------------------------------------
+
+
+@MANY
+@given(cases, st.booleans(), st.booleans())
+def test_queries_of_the_first_rows(case: Case, queries_first: bool, bias: bool) -> None:
+    rows = max(1, case.lead)
+    generator = torch.Generator().manual_seed(case.seed)
+    weight = torch.randn(9, CHANNELS, generator=generator)
+    offset = torch.randn(9, generator=generator) if bias else None
+    start, stop = (0, 3) if queries_first else (6, 9)
+    x = torch.randn(case.stream().shape, generator=generator)
+    project = ProjectQueriesOfFirst(case.dim, rows, start, stop)
+    whole = case.batch_first(torch.nn.functional.linear(x, weight, offset))
+    got = case.batch_first(project(x, weight, offset))
+    others = slice(3, 9) if queries_first else slice(0, 6)
+    torch.testing.assert_close(got[..., others], whole[..., others])
+    torch.testing.assert_close(got[:, :rows], whole[:, :rows])
+    assert not got[:, rows:, start:stop].any()
+
+
+def test_narrow() -> None:
+    x = torch.arange(12).reshape(3, 4)
+    assert torch.equal(Narrow(1, 2)(x), x[:, :2])
+    assert torch.equal(Narrow(-2, 1)(x), x[:1])
+
+
+def test_whatever_is_switched_off_steps_aside() -> None:
+    x, weight = torch.randn(2, 5, 3), torch.randn(9, 3)
+    modules: list[tuple[Switchable, tuple[Tensor, ...]]] = [
+        (ScoreByQuery(0, 1, 0, 1, None), (x[:, None], x[:, None])),
+        (ScoreByWeights(0, -2, -1, 1, 0, 1), (x[:, None],)),
+        (ScoreAtRandom(1, 1, 0), (x,)),
+        (ScoreByFunction(lambda patches: patches[..., 0], 1, 1, 0), (x,)),
+    ]
+    for module, args in modules:
+        assert module(*args) is not None
+        module.enabled = False
+        assert module(*args) is None
+    narrow, project = Narrow(1, 1), ProjectQueriesOfFirst(1, 1, 0, 3)
+    narrow.enabled = project.enabled = False
+    assert narrow(x) is x
+    assert torch.equal(project(x, weight), torch.nn.functional.linear(x, weight))
