@@ -11,14 +11,18 @@ from skipvit_fx.errors import (
     TraceError,
     UnsupportedModelError,
 )
+from skipvit_fx.export.atc import AtcReport, atc_check
+from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.inspect.inspection import Inspection, inspect
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.plan import Plan, Stage
 from skipvit_fx.saving import load, save
 
 __all__ = [
+    "AtcReport",
     "AttentionReport",
     "ExportError",
+    "ExportedFile",
     "Inspection",
     "NotRewrittenError",
     "Plan",
@@ -29,6 +33,8 @@ __all__ = [
     "TokenTrace",
     "TraceError",
     "UnsupportedModelError",
+    "atc_check",
+    "export_onnx",
     "find_attention",
     "inspect",
     "load",

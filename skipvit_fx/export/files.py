@@ -1,0 +1,75 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from skipvit_fx.errors import ExportError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXTERNAL_ABOVE = 2**31 - 2**20
+"""Bytes of weights above which they go into a file of their own: a protobuf ends at 2**31 - 1 bytes."""
+
+KEPT_INSIDE = 2**16
+"""Bytes up to which a constant stays in the model file all the same: shapes, axes, indices, biases."""
+
+
+def check_folder(path: Path) -> None:
+    """Refuse early what could not be written later.
+
+    Raises:
+        ExportError: the folder is not there or not writable, or ``path`` is a folder itself.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise ExportError(f"the folder {folder} does not exist", hint="create it first")
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder", hint="give the name of a file in it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ExportError(f"the folder {folder} is not writable", hint="choose another folder")
+
+
+def write_model(
+    model: ir.Model, path: Path, check: Callable[[Path], None] = lambda path: None
+) -> tuple[Path, ...]:
+    """Write ``model`` to ``path``, and large weights beside it where one file cannot hold them.
+
+    Everything is written under another name first, given to ``check``, and only then moved into place. Returns the
+    files, the model first.
+
+    Raises:
+        ExportError: the disk is full or refuses; then nothing of it is left behind.
+    """
+    import onnx_ir as ir
+
+    size = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
+    data = path.name + ".data" if size > EXTERNAL_ABOVE else None
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            ir.save(
+                model,
+                Path(folder) / path.name,
+                external_data=data,
+                size_threshold_bytes=KEPT_INSIDE,
+            )
+            names = [path.name] if data is None else [path.name, data]
+            for name in reversed(names):
+                with open(Path(folder) / name, "rb+") as file:
+                    os.fsync(file.fileno())
+            check(Path(folder) / path.name)
+            for name in reversed(names):
+                os.replace(Path(folder) / name, path.parent / name)
+    except OSError as error:
+        raise ExportError(
+            f"{path} could not be written: {error.strerror or error}",
+            hint="free some space or choose another folder; nothing was left behind",
+        ) from error
+    return tuple(path.parent / name for name in names)

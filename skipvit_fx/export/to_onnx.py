@@ -1,0 +1,388 @@
+"""From a model to an ONNX file."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.errors import ExportError
+from skipvit_fx.export.aten import decompose, free_attention_matrices
+from skipvit_fx.export.files import check_folder, write_model
+from skipvit_fx.export.legalize import KeptPositions, legalize
+from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
+from skipvit_fx.ir.cloning import clone_structure
+from skipvit_fx.ir.example import example_from_config
+from skipvit_fx.ops.score import ScoreAtRandom
+from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.pipeline.record import RECORD, RewriteRecord
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+EXPORTER_OPSET = 18
+"""What torch's exporter writes before anything is lowered."""
+
+_KEPT = "skipvit.kept_positions"
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs that ``verify`` accepts, relative to the largest output."""
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """What was written.
+
+    Attributes:
+        path: the ONNX file.
+        files: all files: ``path``, and beside it the weights where they are too large for one file.
+        target, opset: as written.
+        batch: the fixed batch size; ``None`` where it is free.
+        inputs, outputs: names, in order.
+        difference: largest difference to the PyTorch module in onnxruntime, relative to the largest output; ``None``
+            unless verified.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    target: str
+    opset: int
+    batch: int | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    difference: float | None
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | PathLike[str],
+    *,
+    target: Target | None = None,
+    example_inputs: Any = None,
+    opset: int | None = None,
+    batch: int | Literal["dynamic"] | None = None,
+    expose_kept: bool = False,
+    verify: bool = False,
+) -> ExportedFile:
+    """Write a model, rewritten or not, as ONNX. The model itself stays as it is, its mode too; evaluation is exported.
+
+    Args:
+        model: a rewritten model with skipping on, or any model to compare with.
+        path: the file; replaced as a whole if it exists.
+        target: ``"ascend"`` writes the form that ATC is documented to read (opset 13, fixed batch, LayerNorm and GELU
+            spelled out, int32 indices); ``None`` is ``"onnxruntime"``.
+        example_inputs: a tensor, a tuple or a dict, as for :func:`skipvit_fx.rewrite`; found like there.
+        opset: 11 to 16 for Ascend, 11 to 18 for onnxruntime.
+        batch: a fixed batch size, or ``"dynamic"`` (onnxruntime only). Left out: that of the example, 1 if there is
+            none, for Ascend; dynamic for onnxruntime.
+        expose_kept: add one output a stage that drops, ``kept_1``, ``kept_2``..., int32: the kept patches' positions in
+            the full grid. Fused tokens count on behind the grid.
+        verify: run the written file in onnxruntime and compare with the module.
+
+    Raises:
+        ExportError: skipping is off, an argument is outside the profile, an operator has no ONNX form, the file could
+            not be written, or it does not compute the same. Nothing half-written is left behind.
+    """
+    profile = profile_of(target)
+    opset = profile.check_opset(opset)
+    destination = Path(path)
+    check_folder(destination)
+    _require("onnx", "onnx_ir", "onnxscript", *(("onnxruntime",) if verify else ()))
+    _check_model(model)
+    (args, kwargs), fixed = _inputs(model, example_inputs, batch, profile)
+    clone = clone_structure(model).eval()
+    legalize(clone)
+    if expose_kept:
+        _expose_kept(clone)
+    _try(clone, args, kwargs)
+    program = _program(clone, args, kwargs, dynamic=fixed is None)
+    graph = _to_ir(program, opset, profile)
+    _name_outputs(graph, program, expose_kept)
+    differences: list[float] = []
+
+    def check(file: Path) -> None:
+        _check_file(file)
+        if verify:
+            differences.append(_verified(file, clone, (args, kwargs)))
+
+    files = write_model(graph, destination, check)
+    return ExportedFile(
+        destination,
+        files,
+        profile.name,
+        opset,
+        fixed,
+        tuple(str(value.name) for value in graph.graph.inputs),
+        tuple(str(value.name) for value in graph.graph.outputs),
+        differences[0] if verify else None,
+    )
+
+
+def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run once, so that an input that does not fit is told from a model that does not translate."""
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ExportError(
+            f"the model does not run on the example inputs: {_first_line(error)}",
+            hint="pass example_inputs of the shape that it was rewritten for",
+        ) from error
+
+
+def _verified(file: Path, module: nn.Module, inputs: Inputs) -> float:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    difference = difference_to(file, module, pytree.tree_map(random, inputs))
+    if difference > TOLERANCE:
+        raise ExportError(
+            f"the file computes something else than the module: off by {difference:.2g}",
+            hint="please report this with the model and the plan; no file was written",
+        )
+    return difference
+
+
+def _require(*names: str) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"writing ONNX needs {', '.join(missing)}", hint="pip install 'skipvit_fx[onnx]'"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Switchable) and not module.enabled:
+            raise ExportError(
+                "skipping is switched off, so this file would hold the original model",
+                hint="call set_skipping(fast, True) first, or export the original model itself",
+            )
+        if isinstance(module, ScoreAtRandom):
+            raise ExportError(
+                "a random score cannot be exported: every run of the file would drop other tokens",
+                hint="rewrite with score='auto'",
+            )
+
+
+# -- inputs --------------------------------------------------------------------------------------------------------
+
+
+def _inputs(
+    model: nn.Module, example: Any, batch: int | str | None, profile: Profile
+) -> tuple[Inputs, int | None]:
+    """Example inputs of the batch size to export, and that size; ``None`` where it stays free."""
+    if isinstance(batch, str):
+        if batch != "dynamic" or profile.fixed_batch:
+            raise ExportError(
+                f"batch={batch!r} is not possible for target {profile.name!r}",
+                hint="give a number"
+                + ("" if profile.fixed_batch else " or 'dynamic'")
+                + "; write one file for each batch size that is served",
+            )
+    elif batch is not None and batch < 1:
+        raise ExportError(f"a batch of {batch} is empty", hint="give a batch size of 1 or more")
+    dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
+    given = _split(example) if example is not None else _own_example(model)
+    own = _batch_of(given)
+    if isinstance(batch, int) and example is not None and own != batch:
+        raise ExportError(
+            f"batch={batch}, but the example inputs have a batch of {own}",
+            hint="leave one of the two out",
+        )
+    if dynamic:  # a size of 1 would be taken for a broadcast
+        return _with_batch(given, own, max(own, 2)), None
+    size = batch if isinstance(batch, int) else own if example is not None else 1
+    return _with_batch(given, own, size), size
+
+
+def _split(example: Any) -> Inputs:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
+
+
+def _own_example(model: nn.Module) -> Inputs:
+    record = getattr(model, "meta", {}).get(RECORD)
+    if not isinstance(record, RewriteRecord):
+        return example_from_config(model), {}
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def made(leaf: Any) -> Any:
+        return torch.zeros_like(leaf, device=like.device) if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(made, (record.args, record.kwargs))
+    return tuple(args), dict(kwargs)
+
+
+def _batch_of(inputs: Inputs) -> int:
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return leaf.shape[0]
+    raise ExportError(
+        "there is no tensor among the example inputs", hint="pass example_inputs=(images,)"
+    )
+
+
+def _with_batch(inputs: Inputs, own: int, batch: int) -> Inputs:
+    def sized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != own:
+            return leaf
+        return leaf[:1].expand(batch, *leaf.shape[1:]).clone() if own != batch else leaf
+
+    args, kwargs = pytree.tree_map(sized, inputs)
+    return args, kwargs
+
+
+# -- the kept indices ----------------------------------------------------------------------------------------------
+
+
+def _expose_kept(module: nn.Module) -> None:
+    """Add the kept positions of every stage to the outputs of the copy."""
+    record = getattr(module, "meta", {}).get(RECORD)
+    if not isinstance(record, RewriteRecord) or not isinstance(module, fx.GraphModule):
+        raise ExportError(
+            "only a rewritten model keeps tokens",
+            hint="leave expose_kept out for the original model",
+        )
+    graph = module.graph
+    calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+    selects = [calls[f"{stage.path}.select"] for stage in record.stages]
+    kept = tuple(next(u for u in select.users if u.args[1] == 0) for select in selects)
+    module.add_submodule(_KEPT, KeptPositions(record.patches, record.plan.fused))
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        positions = graph.call_module(_KEPT, kept)
+    output.args = ((output.args[0], positions),)
+    module.recompile()
+
+
+# -- the graph -----------------------------------------------------------------------------------------------------
+
+
+def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
+    from skipvit_fx.export.lower import finish, lower_opset
+
+    spelled_out = profile.spelled_out_norms or opset < LAYER_NORM_OPSET
+    free_attention_matrices(program)
+    try:
+        program = decompose(program, norms=spelled_out)
+        written = torch.onnx.export(
+            program, dynamo=True, verbose=False, opset_version=EXPORTER_OPSET, optimize=True
+        )
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"torch.onnx could not translate the model: {_first_line(error.__cause__ or error)}",
+            hint="the operator it names has no ONNX form; replace it in the model",
+        ) from error
+    assert written is not None
+    model = written.model
+    if opset != EXPORTER_OPSET:
+        lower_opset(model, opset)
+    finish(model, profile.ir_version)
+    return model
+
+
+def _name_outputs(model: ir.Model, program: ExportedProgram, expose_kept: bool) -> None:
+    """``output`` for the one output, the keys of a dict or dataclass, and ``kept_1``..."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    structure = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    kept: tuple[int, ...] = ()
+    if expose_kept:
+        structure, kept = structure
+    paths = pytree.tree_flatten_with_path(structure)[0]
+    names = [
+        re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") if path else "output"
+        for path, _ in paths
+    ]
+    names = [f"output_{name}" if name.isdigit() else name or "output" for name in names]
+    names += [f"kept_{index + 1}" for index in range(len(kept))]
+    taken = {value.name for node in model.graph for value in node.outputs}
+    taken |= {value.name for value in model.graph.inputs} | set(model.graph.initializers)
+    for value, name in zip(model.graph.outputs, names, strict=True):
+        value.name = name if name not in taken else f"{name}_out"
+
+
+def _check_file(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"the model has no valid form in this opset: {_first_line(error)}",
+            hint="choose a higher opset of the target's range",
+        ) from error
+
+
+def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, /) -> float:
+    """Largest difference of the file's outputs in onnxruntime to the module's, relative to the largest output.
+
+    Raises:
+        ExportError: onnxruntime cannot load or run the file.
+    """
+    import onnxruntime
+
+    args, kwargs = inputs
+    with torch.no_grad():
+        wanted = [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        got = session.run(None, dict(zip(names, (t.cpu().numpy() for t in tensors), strict=True)))
+    except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
+        raise ExportError(f"onnxruntime does not run the file: {_first_line(error)}") from error
+    differences = []
+    for ours, theirs in zip(got, wanted, strict=False):
+        reference = theirs.cpu().double()
+        scale = max(1.0, float(reference.abs().max()))
+        differences.append(float((torch.from_numpy(ours).double() - reference).abs().max()) / scale)
+    return max(differences)
+
+
+def _program(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool
+) -> ExportedProgram:
+    shapes: Any = None
+    if dynamic:
+        size = _batch_of((args, kwargs))
+
+        def axes(leaf: Any) -> Any:
+            has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+            return {0: Dim("batch", min=1)} if has else None
+
+        shapes = pytree.tree_map(axes, kwargs if kwargs else args)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except (RuntimeError, TypeError, ValueError) as error:
+        hint = "call the model with these example inputs first: does it run?"
+        if dynamic:
+            hint = "give a fixed batch size, batch=1: the model may depend on the batch size"
+        raise ExportError(
+            f"torch.export could not capture the model: {_first_line(error)}", hint=hint
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
