@@ -11,13 +11,13 @@ project's own tests use another reference besides, made of hooks on the original
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from skipvit_fx.analysis.axes import Axes, Batch, Tokens, tokens_of
 from skipvit_fx.analysis.explain import Located, locate
@@ -25,6 +25,7 @@ from skipvit_fx.analysis.layers import Layer, is_softmax
 from skipvit_fx.analysis.tokens import SDPA
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.ir.example import example_of
+from skipvit_fx.ops.skip import Merge
 from skipvit_fx.pipeline.record import RewriteRecord, record_of
 
 TOLERANCE = 1e-4
@@ -36,7 +37,9 @@ class Check:
     """A rewritten model beside the reference.
 
     Attributes:
-        error: largest difference between the outputs, relative to the reference's largest value; NaN if not finite.
+        error: largest difference, relative to the reference's largest value, between the outputs and between the
+            residual streams behind the return (a class token alone does not tell whether patches are in order); NaN
+            if not finite.
         traces: which tokens were dropped; the reference dropped the same.
     """
 
@@ -83,10 +86,13 @@ class Reference:
         """Patches in the full sequence."""
         return self._located.stream.tokens.count
 
-    def output(
+    def run(
         self, record: RewriteRecord, traces: Sequence[TokenTrace], *args: Any, **kwargs: Any
-    ) -> Any:
-        """What the model computes with the tokens of ``traces`` masked and frozen.
+    ) -> tuple[Any, Tensor]:
+        """Run the model with the tokens of ``traces`` masked and frozen.
+
+        Returns:
+            The model's output, and the residual stream where the tokens return.
 
         Raises:
             ValueError: the reference does not apply, because the plan never returns its tokens or makes a fused one.
@@ -97,22 +103,45 @@ class Reference:
         if plan.stages and plan.return_layer is None:
             raise ValueError("tokens that never return cannot stay in place")
         inputs = _inputs(self._located.capture.module.graph, args, kwargs)
+        masked = _Masked(self._located, record, traces)
         with torch.no_grad():
-            return _Masked(self._located, record, traces).run(*inputs)
+            output = masked.run(*inputs)
+        assert masked.returned is not None
+        return output, masked.returned
 
     def check(self, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:
         """Compare ``fast`` with the reference on these inputs.
 
         Raises:
-            ValueError: the reference does not apply; see :meth:`output`. Or ``fast`` is in train mode.
+            ValueError: the reference does not apply; see :meth:`run`. Or ``fast`` is in train mode.
         """
         if fast.training:
             raise ValueError("the rewritten model must be in eval mode: dropout would differ")
-        with torch.no_grad():
-            traces = tuple(trace_tokens(fast, *args, **kwargs))
-            got = fast(*args, **kwargs)
-        wanted = self.output(record_of(fast), traces, *args, **kwargs)
-        return Check(relative_error(got, wanted), traces)
+        record = record_of(fast)
+        returned: list[Tensor] = []
+        merges = [m for m in fast.modules() if isinstance(m, Merge)]
+        handles = [
+            m.register_forward_hook(lambda module, given, out: returned.append(out)) for m in merges
+        ]
+        try:
+            with torch.no_grad():
+                traces = tuple(trace_tokens(fast, *args, **kwargs))
+                returned.clear()
+                got = fast(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        wanted, stream = self.run(record, traces, *args, **kwargs)
+        error = relative_error(got, wanted)
+        if returned:  # rows behind the last that is read may be missing
+            rows = returned[-1].shape[record.token_dim]
+            there = stream.narrow(record.token_dim, 0, rows)
+            error = max(error, relative_error(returned[-1], there), key=_badness)
+        return Check(error, traces)
+
+
+def _badness(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def check_rewrite(model: nn.Module, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:
@@ -145,6 +174,7 @@ class _Masked(fx.Interpreter):
         self.on_stream = {n for layer in layers for n in (layer.input, layer.cut, layer.end)}
         self.gone: Tensor | None = None
         self.frozen: Tensor | None = None
+        self.returned: Tensor | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         value = (
@@ -158,6 +188,7 @@ class _Masked(fx.Interpreter):
             value = self._freeze(value)
         if n is self.back:
             self.gone = None
+            self.returned = value
         return value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -257,24 +288,32 @@ def _inputs(graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
 def relative_error(got: Any, wanted: Any) -> float:
     """Largest difference of two outputs, relative to the largest value of ``wanted``, over all tensors in them.
 
+    Mappings are compared by key, whatever their class. NaN if a tensor holds one.
+
     Raises:
         ValueError: the outputs differ in structure or shape.
     """
-    left, spec = tree_flatten(got)
-    right, other = tree_flatten(wanted)
-    if spec != other:
-        raise ValueError(f"outputs of different structure: {spec} and {other}")
-    worst = 0.0
-    for a, b in zip(left, right, strict=True):
-        if not isinstance(b, Tensor) or not b.numel():
-            continue
-        if a.shape != b.shape:
-            raise ValueError(f"outputs of different shape: {tuple(a.shape)} and {tuple(b.shape)}")
-        error = float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
-        worst = math.nan if math.isnan(error) else max(worst, error)
-        if math.isnan(worst):
-            return worst
-    return worst
+    if isinstance(wanted, Tensor):
+        if not isinstance(got, Tensor) or got.shape != wanted.shape:
+            raise ValueError(f"a tensor {tuple(wanted.shape)} is wanted, got {_outline(got)}")
+        if not wanted.numel():
+            return 0.0
+        return float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    if isinstance(wanted, Mapping):
+        if not isinstance(got, Mapping) or got.keys() != wanted.keys():
+            raise ValueError(f"a mapping with {list(wanted)} is wanted, got {_outline(got)}")
+        errors = [relative_error(got[key], wanted[key]) for key in wanted]
+    elif isinstance(wanted, (tuple, list)):
+        if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
+            raise ValueError(f"{len(wanted)} values are wanted, got {_outline(got)}")
+        errors = [relative_error(a, b) for a, b in zip(got, wanted, strict=True)]
+    else:
+        return 0.0
+    return max(errors, default=0.0, key=_badness)
+
+
+def _outline(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

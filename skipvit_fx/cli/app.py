@@ -282,7 +282,7 @@ def run_zoo(
     ] = Path("zoo.md"),
     limit: Annotated[
         float, typer.Option(help="GiB of parameters; larger models are made shallower")
-    ] = 2.0,
+    ] = 3.0,
     img_size: ImgSize = None,
     depth: Depth = None,
     fresh: Annotated[

@@ -136,7 +136,10 @@ def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, An
         return options, ""
     for depth in DEPTHS:
         shallow = {**options, "depth": depth}
-        smaller = parameter_bytes(parse_spec(name, **shallow))
+        try:
+            smaller = parameter_bytes(parse_spec(name, **shallow))
+        except SpecError as error:
+            raise SpecError(f"{size / 2**30:.1f} GiB of parameters, and takes no depth") from error
         if smaller <= limit:
             return shallow, f"made {depth} layers deep ({size / 2**30:.1f} GiB of parameters)"
     raise SpecError(f"{size / 2**30:.1f} GiB of parameters, and too large with {DEPTHS[-1]} layers")
@@ -153,13 +156,15 @@ def _check(name: str, model: nn.Module, seed: int, note: str) -> Row:
     check = reference.check(fast, x)
     skipvit_fx.set_skipping(fast, False)
     with torch.no_grad():
-        same = _same_bits(fast(x), model(x))
-    status = "exact" if check.exact and same else "wrong"
+        off, own = fast(x), model(x)
     reason = ""
     if not check.exact:
         reason = "differs from the reference"
-    elif not same:
+    elif type(off) is not type(own):
+        reason = f"returns a {type(off).__name__}, the model a {type(own).__name__}"
+    elif not _same_bits(off, own):
         reason = "with skipping off, differs from the model"
+    status = "wrong" if reason else "exact"
     return Row(
         name,
         status,
