@@ -1,0 +1,93 @@
+"""How long does a rewrite take? ViT-S/16 with 12, 24, 48 and 96 layers.
+
+The first call in the process is timed apart; then every depth takes its turn in each round, so that whatever else the
+machine does hits all alike.
+
+Run it with `make bench`, or `python benchmarks/compile_time.py --rounds 5`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import sys
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+
+import timm
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import skipvit_fx
+from skipvit_fx.cli.environment import hardware, versions
+
+DEPTHS = (12, 24, 48, 96)
+TARGETS = {"12 layers, first call": 3.0, "12 layers": 2.0, "96 layers / 12 layers": 9.0}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and return 1 if a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="where a 12-layer rewrite spends it")
+    args = parser.parse_args(argv)
+
+    models = {depth: vit(depth) for depth in DEPTHS}
+    first = seconds(models[DEPTHS[0]])
+    if args.profile:
+        profile(models[DEPTHS[0]])
+        return 0
+    rounds = [
+        {depth: seconds(model) for depth, model in models.items()} for _ in range(args.rounds)
+    ]
+
+    table = Table(title="Seconds to rewrite ViT-S/16 with two stages")
+    for heading in ("layers", "median", "min", "max", "median / 12 layers"):
+        table.add_column(heading, justify="right")
+    typical = {depth: median(times[depth] for times in rounds) for depth in DEPTHS}
+    table.add_row("12, first call", f"{first:.2f}", "", "", "")
+    for depth in DEPTHS:
+        own = [times[depth] for times in rounds]
+        figures = (typical[depth], min(own), max(own), typical[depth] / typical[DEPTHS[0]])
+        table.add_row(str(depth), *(f"{figure:.2f}" for figure in figures))
+    console = Console()
+    console.print(table)
+    console.print(f"{hardware()}; {versions('timm')}; {args.rounds} rounds.", highlight=False)
+
+    reached = {
+        "12 layers, first call": first,
+        "12 layers": typical[12],
+        "96 layers / 12 layers": typical[96] / typical[12],
+    }
+    missed = [name for name, figure in reached.items() if figure > TARGETS[name]]
+    for name in missed:
+        console.print(f"missed: {name} {reached[name]:.2f}, at most {TARGETS[name]:g} is wanted")
+    return 1 if missed else 0
+
+
+def vit(depth: int) -> nn.Module:
+    """ViT-S/16, as deep as wanted."""
+    return timm.create_model("vit_small_patch16_224", depth=depth).eval()
+
+
+def seconds(model: nn.Module) -> float:
+    """Of one rewrite."""
+    depth = len(model.get_submodule("blocks")._modules)
+    plan = f"{depth // 3},{depth // 2}(30%,30%)+{depth - 1}"
+    start = perf_counter()
+    skipvit_fx.rewrite(model, plan)
+    return perf_counter() - start
+
+
+def profile(model: nn.Module) -> None:
+    """Print the functions that take most of one rewrite."""
+    profiler = cProfile.Profile()
+    profiler.runcall(seconds, model)
+    pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
