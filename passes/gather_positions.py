@@ -116,5 +116,5 @@ def _scores_at(rewriting: Rewriting, node: fx.Node) -> list[fx.Node]:
     """Score nodes that read the same operands as the attention at ``node``."""
     stages: list[StageNodes] = rewriting.stages
     return [
-        score for stage in stages for site, score in stage.scores.items() if site.node is node
+        score for stage in stages for site, score in stage.scores.items() if site and site.node is node
     ]

@@ -11,6 +11,7 @@ from torch import fx, nn
 from skipvit_fx.analysis.axes import Axes, Batch, Tokens, size, tokens_of
 from skipvit_fx.analysis.layers import AttentionSite
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.capture import module_path
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 
@@ -46,6 +47,13 @@ class InsertScore:
             if callable(rewriting.score) or rewriting.score == "random":
                 _score_stream(rewriting, stage)
                 continue
+            if stage.layer.unclear:
+                raise UnsupportedModelError(
+                    f"the attention of layer {stage.layer.index} cannot score: {stage.layer.unclear}",
+                    node=stage.layer.cut.name,
+                    module_path=module_path(stage.layer.cut),
+                    hint="drop at another layer, or use score='random' or a score function",
+                )
             for i, site in enumerate(stage.layer.sites):
                 name = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
                 op, args = _score_of(rewriting, site, by_class_token)
@@ -72,7 +80,7 @@ def _score_stream(rewriting: Rewriting, stage: StageNodes) -> None:
         op = ScoreByFunction(rewriting.score, stream.dim, lead, tail)
     else:
         op = ScoreAtRandom(stream.dim, lead, tail)
-    stage.scores[stage.layer.sites[0]] = rewriting.editor.insert_module(
+    stage.scores[None] = rewriting.editor.insert_module(
         f"{stage.name}.score", op, (stage.cut,), after=stage.cut
     )
 

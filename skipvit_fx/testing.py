@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from skipvit_fx.analysis.axes import Axes, Batch, Tokens, tokens_of
 from skipvit_fx.analysis.explain import Located, locate
-from skipvit_fx.analysis.layers import Layer, is_softmax
+from skipvit_fx.analysis.layers import Layer
+from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.tokens import SDPA
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.ir.example import example_of

@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import networkx as nx
-import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, token_dim, tokens_of
+from skipvit_fx.analysis.residual import Span, attention_spans, refuse_sequence, residual_chain
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.capture import module_path
-
-SOFTMAX = (
-    torch.softmax,
-    torch.nn.functional.softmax,
-    torch.ops.aten.softmax.int,
-    torch.ops.aten._softmax.default,
-)
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,7 @@ class Layer:
         cut: the residual stream after the layer's attention, before its feed-forward network.
         end: the residual stream after the layer; the next layer's input.
         sites: its attentions (two in a layer of parallel blocks).
+        unclear: why it has none that can score, where its attention mixes tokens in some other way as well.
     """
 
     index: int
@@ -64,6 +56,7 @@ class Layer:
     cut: fx.Node
     end: fx.Node
     sites: tuple[AttentionSite, ...]
+    unclear: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,10 +92,8 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     Raises:
         UnsupportedModelError: there is no stream of tokens that attention reads and a residual connection carries.
     """
-    graph = analysis.module.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    chain = _chain(analysis)
-    spans = _attention_spans(analysis, chain, order)
+    chain = residual_chain(analysis)
+    spans = attention_spans(analysis, chain)
     if not spans:
         raise UnsupportedModelError(
             "no attention was found between two points of a residual stream",
@@ -111,95 +102,20 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     first = _first_layer(analysis, spans, prefix_tokens)
     axes = analysis.axes(first)
     assert axes is not None
-    stream_nodes = set(chain[chain.index(first) :])
-    spans = [span for span in spans if span[0] in stream_nodes]
-    for start, _, _ in spans:
-        _continue_stream(analysis, start, first, axes, prefix_tokens)
+    spans = spans[_first_of_stream(analysis, spans, first, axes) :]
+    for span in spans:
+        _continue_stream(analysis, span.start, spans[0].start, axes, prefix_tokens)
     layers = _layers(analysis, chain, spans)
-    if not layers:
-        raise UnsupportedModelError(
-            "no attention reads the token axis with one query per token",
-            hint="skipvit_fx.find_attention(model) lists what was found",
-        )
+    for layer in layers:
+        if analysis.axes(layer.input) != axes:
+            raise UnsupportedModelError(
+                f"layer {layer.index} has another sequence of tokens than layer 1",
+                node=layer.input.name,
+                module_path=module_path(layer.input),
+                hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be "
+                "rewritten",
+            )
     return Stream(layers, axes, _starts_with_class_token(analysis, first, axes))
-
-
-# -- dominators ---------------------------------------------------------------------------------------------------
-
-
-def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
-    """The node where the image enters: the floating-point input with most elements."""
-    best: tuple[int, fx.Node] | None = None
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
-        value = analysis[node].value
-        if not isinstance(value, Tensor):
-            for user in node.users:
-                best = _larger(best, analysis[user].value, user)
-        best = _larger(best, value, node)
-    if best is None:
-        raise UnsupportedModelError("no floating-point tensor among the model's inputs")
-    return best[1]
-
-
-def _larger(best: tuple[int, fx.Node] | None, value: Any, node: fx.Node) -> tuple[int, fx.Node] | None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return best
-    return (value.numel(), node) if best is None or value.numel() > best[0] else best
-
-
-def _chain(analysis: TokenAnalysis) -> list[fx.Node]:
-    """The nodes that every path from the image to the output passes, first to last."""
-    graph = analysis.module.graph
-    source = _image(analysis, graph)
-    flow = nx.DiGraph()
-    flow.add_node(source)
-    for node in graph.nodes:
-        if node.op == "output" or tensors_in(analysis[node].value):
-            for argument in node.all_input_nodes:
-                if argument in flow:
-                    flow.add_edge(argument, node)
-    output = next(reversed(graph.nodes))
-    if output not in flow:
-        raise UnsupportedModelError("the model's output does not depend on its image input")
-    parents = nx.immediate_dominators(flow, source)
-    chain = [output]
-    while chain[-1] is not source:
-        chain.append(parents[chain[-1]])
-    return chain[:0:-1]
-
-
-def _attention_spans(
-    analysis: TokenAnalysis, chain: list[fx.Node], order: dict[fx.Node, int]
-) -> list[tuple[fx.Node, fx.Node, list[fx.Node]]]:
-    """Consecutive chain nodes with attention (or any softmax) between them, and these attentions."""
-    positions = [order[node] for node in chain]
-    spans: list[tuple[fx.Node, fx.Node, list[fx.Node]]] = []
-    on_chain = set(chain)
-    ahead = 0
-    for node in analysis.module.graph.nodes:
-        if not is_softmax(analysis, node) or node in on_chain:
-            continue
-        while ahead < len(chain) and positions[ahead] < order[node]:
-            ahead += 1
-        if ahead in (0, len(chain)):
-            continue
-        start, end = chain[ahead - 1], chain[ahead]
-        if spans and spans[-1][0] is start:
-            spans[-1][2].append(node)
-        else:
-            spans.append((start, end, [node]))
-    return spans
-
-
-def is_softmax(analysis: TokenAnalysis, node: fx.Node) -> bool:
-    """Whether the node is a fused attention or some softmax."""
-    if node.op == "call_module":
-        return isinstance(analysis.module.get_submodule(str(node.target)), torch.nn.Softmax)
-    if node.op == "call_method":
-        return node.target == "softmax"
-    return node.target in SDPA or node.target in SOFTMAX
 
 
 # -- the token axis -----------------------------------------------------------------------------------------------
@@ -207,12 +123,13 @@ def is_softmax(analysis: TokenAnalysis, node: fx.Node) -> bool:
 
 def _first_layer(
     analysis: TokenAnalysis,
-    spans: list[tuple[fx.Node, fx.Node, list[fx.Node]]],
+    spans: list[Span],
     prefix_tokens: int | None,
 ) -> fx.Node:
     """The input of the first layer; afterwards its axes are known."""
     reasons = []
-    for start, end, nodes in spans:
+    for span in spans:
+        start, nodes = span.start, span.softmaxes
         stream = analysis[start].value
         if not isinstance(stream, Tensor) or stream.ndim != 3:
             reasons.append(f"{start.name} is not a [batch, tokens, channels] tensor")
@@ -246,7 +163,7 @@ def _first_layer(
             if any(_reads_tokens(analysis, node) for node in nodes):
                 return start
         reasons.append(f"the attention after {start.name} does not run over an axis of it")
-    start, _, nodes = spans[0]
+    start, nodes = spans[0].start, spans[0].softmaxes
     mixing = next((analysis[n].mixing for n in _between(start, nodes[0]) if analysis[n].mixing), "")
     raise UnsupportedModelError(
         f"the model's attention does not run over one axis of a residual stream: {mixing or reasons[0]}",
@@ -254,6 +171,23 @@ def _first_layer(
         module_path=module_path(nodes[0]),
         hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be rewritten",
     )
+
+
+def _first_of_stream(
+    analysis: TokenAnalysis, spans: list[Span], first: fx.Node, axes: Axes
+) -> int:
+    """Index of the first span on the stream: its attention may mix tokens beyond recognition, and still counts."""
+    shape = analysis[first].value.shape
+    for i, span in enumerate(spans):
+        if span.start is first:
+            return i
+        value, known = analysis[span.start].value, analysis.axes(span.start)
+        if isinstance(value, Tensor) and value.shape == shape and known in (axes, None):
+            if known is None:
+                analysis.seed(span.start, axes)
+            if any(_is_opaque(analysis, node) for node in span.softmaxes):
+                return i
+    raise AssertionError("the first layer is not among the spans")
 
 
 def _between(start: fx.Node, stop: fx.Node) -> Iterable[fx.Node]:
@@ -282,9 +216,9 @@ def _continue_stream(
     if known is None and stream.shape == analysis[first].value.shape:
         prefix = next(t for dim in axes if (t := tokens_of(dim)))
         if prefix_tokens is None and prefix.lead + prefix.tail:
-            culprit = next(n for n in _between(first, node) if analysis[n].mixing)
+            culprit = next((n for n in _between(first, node.next) if analysis[n].mixing), node)
             raise UnsupportedModelError(
-                f"{analysis[culprit].mixing}; where the prefix tokens are behind it cannot be told",
+                f"{analysis[culprit].mixing or 'the token axis was lost'}; where the prefix tokens are behind it cannot be told",
                 node=culprit.name,
                 module_path=module_path(culprit),
                 hint="if the prefix tokens stay in front, pass prefix_tokens=N",
@@ -295,29 +229,74 @@ def _continue_stream(
 # -- layers -------------------------------------------------------------------------------------------------------
 
 
-def _layers(
-    analysis: TokenAnalysis,
-    chain: list[fx.Node],
-    spans: list[tuple[fx.Node, fx.Node, list[fx.Node]]],
-) -> tuple[Layer, ...]:
+def _is_opaque(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    """Whether the token axis was lost before or at this softmax."""
+    return bool(analysis[node].mixing) or any(
+        is_lost(t) for a in node.all_input_nodes for t in tensors_in(analysis[a].value)
+    )
+
+
+def _sites(analysis: TokenAnalysis, span: Span) -> tuple[tuple[AttentionSite, ...], str]:
+    """The span's attentions with a query per token, or why there are none to be scored."""
+    sites: list[AttentionSite] = []
+    unclear = ""
+    counted = []
+    for node in span.softmaxes:
+        if _is_opaque(analysis, node):
+            unclear = unclear or "an operator before the attention mixes tokens"
+            counted.append(node)
+        elif _reads_tokens(analysis, node):
+            keys = analysis[node].softmax_over
+            assert keys is not None
+            fused = node.target in SDPA
+            weights_meet_values, mixing = (True, "") if fused else _values_of(analysis, span, node)
+            if weights_meet_values:
+                counted.append(node)
+                unclear = unclear or mixing
+                sites.append(AttentionSite(node, fused, keys))
+    if len(counted) > 1:
+        refuse_sequence(span, counted)
+    return ((), unclear) if unclear else (tuple(sites), "")
+
+
+def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[bool, str]:
+    """Whether a softmax's weights are summed with values before the span ends, and what mixes tokens on the way."""
+    reached = {softmax}
+    ends = []
+    node = softmax
+    while node is not span.end:
+        if node in reached:
+            if analysis[node].sums_weights:
+                ends.append(node)
+            else:
+                reached.update(node.users)
+        node = node.next
+    before_values: set[fx.Node] = set()
+    waiting = list(ends)
+    while waiting:
+        for argument in waiting.pop().all_input_nodes:
+            if argument in reached and argument not in before_values:
+                before_values.add(argument)
+                waiting.append(argument)
+    mixing = next((m for n in sorted(before_values) if (m := analysis[n].mixing)), "")
+    return bool(ends), mixing
+
+
+def _layers(analysis: TokenAnalysis, chain: list[fx.Node], spans: list[Span]) -> tuple[Layer, ...]:
     """Turn the spans whose attention has a query per token into layers."""
     kept = []
-    for start, end, nodes in spans:
-        sites = tuple(
-            AttentionSite(node, node.target in SDPA, keys)
-            for node in nodes
-            if _reads_tokens(analysis, node) and (keys := analysis[node].softmax_over)
-        )
-        if sites:
-            kept.append((start, end, sites))
+    for span in spans:
+        sites, unclear = _sites(analysis, span)
+        if sites or unclear:
+            kept.append((span.start, span.end, sites, unclear))
     places = {node: i for i, node in enumerate(chain)}
     # A stream node forks: the sum behind it adds it to what a branch made of it. Nodes that do not fork, such as the
     # norm of a post-norm layer, still belong to the layer before.
     forks = [len([u for u in node.users if tensors_in(analysis[u].value)]) > 1 for node in chain]
-    starts = [places[start] for start, _, _ in kept]
+    starts = [places[start] for start, *_ in kept]
     layers: list[Layer] = []
     to_cut = to_end = 0
-    for i, (start, after_attention, sites) in enumerate(kept):
+    for i, (start, after_attention, sites, unclear) in enumerate(kept):
         joined = places[after_attention]
         if i + 1 < len(kept):
             end = starts[i + 1]
@@ -329,7 +308,7 @@ def _layers(
         else:  # nothing follows that would end the last layer: it ends as the one before it did
             cut = min(joined + to_cut, len(chain) - 1)
             end = min(cut + to_end, len(chain) - 1)
-        layers.append(Layer(i + 1, start, chain[cut], chain[end], sites))
+        layers.append(Layer(i + 1, start, chain[cut], chain[end], sites, unclear))
     return tuple(layers)
 
 

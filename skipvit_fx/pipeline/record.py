@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import NotRewrittenError
+from skipvit_fx.ir.capture import module_path
 from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.pipeline.runner import PassRecord
 from skipvit_fx.plan import Plan
@@ -119,7 +120,7 @@ def make_record(
             layer.cut.name,
             layer.end.name,
             tuple(site.node.name for site in layer.sites),
-            layer.sites[0].module_path,
+            module_path(layer.sites[0].node if layer.sites else layer.cut),
         )
         for layer in stream.layers
     )

@@ -28,7 +28,7 @@ class StageNodes:
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
         span: the author's nodes that work on fewer tokens because of this stage.
-        scores: the score nodes, one a site.
+        scores: the score nodes, one a site; under ``None`` one that reads the stream.
         kept, dropped: patch indices within this stage's sequence; ``positions``: of the kept ones in the full one.
         shorter: the sequence without the dropped rows (with the fused token, if the plan has one).
         around: the dropped rows.
@@ -39,7 +39,7 @@ class StageNodes:
     layer: Layer
     cut: fx.Node
     span: set[fx.Node] = field(default_factory=set)
-    scores: dict[AttentionSite, fx.Node] = field(default_factory=dict)
+    scores: dict[AttentionSite | None, fx.Node] = field(default_factory=dict)
     kept: fx.Node | None = None
     dropped: fx.Node | None = None
     positions: fx.Node | None = None

@@ -1,0 +1,127 @@
+"""The residual stream: the chain of nodes that everything the output knows of the image passes through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.capture import module_path
+
+SOFTMAX = (
+    torch.softmax,
+    torch.nn.functional.softmax,
+    torch.ops.aten.softmax.int,
+    torch.ops.aten._softmax.default,
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Two neighbours on the chain with attention (or any softmax) between them.
+
+    Attributes:
+        start, end: the chain nodes.
+        softmaxes: fused attentions and softmaxes between them, in graph order; none feeds another.
+    """
+
+    start: fx.Node
+    end: fx.Node
+    softmaxes: tuple[fx.Node, ...]
+
+
+
+def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
+    """The node where the image enters: the floating-point input with most elements."""
+    best: tuple[int, fx.Node] | None = None
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = analysis[node].value
+        if not isinstance(value, Tensor):
+            for user in node.users:
+                best = _larger(best, analysis[user].value, user)
+        best = _larger(best, value, node)
+    if best is None:
+        raise UnsupportedModelError("no floating-point tensor among the model's inputs")
+    return best[1]
+
+
+def _larger(best: tuple[int, fx.Node] | None, value: Any, node: fx.Node) -> tuple[int, fx.Node] | None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return best
+    return (value.numel(), node) if best is None or value.numel() > best[0] else best
+
+
+def residual_chain(analysis: TokenAnalysis) -> list[fx.Node]:
+    """The nodes that every path from the image to the output passes, first to last."""
+    graph = analysis.module.graph
+    source = _image(analysis, graph)
+    flow = nx.DiGraph()
+    flow.add_node(source)
+    for node in graph.nodes:
+        if node.op == "output" or tensors_in(analysis[node].value):
+            for argument in node.all_input_nodes:
+                if argument in flow:
+                    flow.add_edge(argument, node)
+    output = next(reversed(graph.nodes))
+    if output not in flow:
+        raise UnsupportedModelError("the model's output does not depend on its image input")
+    parents = nx.immediate_dominators(flow, source)
+    chain = [output]
+    while chain[-1] is not source:
+        chain.append(parents[chain[-1]])
+    return chain[:0:-1]
+
+
+def attention_spans(analysis: TokenAnalysis, chain: list[fx.Node]) -> list[Span]:
+    """The spans of the chain, first to last."""
+    order = {node: i for i, node in enumerate(analysis.module.graph.nodes)}
+    found: dict[int, list[fx.Node]] = {}
+    on_chain = set(chain)
+    ahead = 0
+    for node in analysis.module.graph.nodes:
+        if not is_softmax(analysis, node) or node in on_chain:
+            continue
+        while ahead < len(chain) and order[chain[ahead]] < order[node]:
+            ahead += 1
+        if 0 < ahead < len(chain):
+            found.setdefault(ahead, []).append(node)
+    return [Span(chain[i - 1], chain[i], tuple(nodes)) for i, nodes in found.items()]
+
+
+def refuse_sequence(span: Span, nodes: list[fx.Node]) -> None:
+    """Refuse a span in which one attention feeds another: the layers between them are not on the chain.
+
+    Raises:
+        UnsupportedModelError: something bypasses the stream, so that layers could not even be counted.
+    """
+    reached: set[fx.Node] = set()
+    node = nodes[0]
+    while node is not span.end:
+        if node in nodes and node in reached:
+            raise UnsupportedModelError(
+                f"an attention feeds another one between {span.start.name} and {span.end.name}, past which a "
+                "connection leads; so the layers are not one residual stream",
+                node=node.name,
+                module_path=module_path(node),
+                hint="long skip connections between layers cannot be rewritten",
+            )
+        if node in nodes or node in reached:
+            reached.update(node.users)
+        node = node.next
+
+
+def is_softmax(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    """Whether the node is a fused attention or some softmax."""
+    if node.op == "call_module":
+        return isinstance(analysis.module.get_submodule(str(node.target)), torch.nn.Softmax)
+    if node.op == "call_method":
+        return node.target == "softmax"
+    return node.target in SDPA or node.target in SOFTMAX
