@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from skipvit_fx.analysis.apart import why_not_apart
+from skipvit_fx.analysis.masks import is_causal
 from skipvit_fx.analysis.tokens import carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.capture import module_path
@@ -40,6 +41,7 @@ class CheckSpan:
             UnsupportedModelError: a node is not sound; it is named.
             OpenModules: leaf modules are not sound as a whole, and must be looked into.
         """
+        _refuse_causal_scores(rewriting)
         end = rewriting.stream.layers[-1].end
         leaves = []
         for node in rewriting.span_nodes():
@@ -65,15 +67,43 @@ class CheckSpan:
             raise OpenModules(leaves)
 
 
+def _refuse_causal_scores(rewriting: Rewriting) -> None:
+    """The attention that scores is outside the span, but no less bound to the order of tokens if it is causal."""
+    for stage in rewriting.stages:
+        node = stage.layer.input
+        while node is not stage.layer.cut:
+            if node in rewriting.analysis.facts and (reason := _causal_operand(rewriting, node)):
+                raise UnsupportedModelError(
+                    f"{reason}, at layer {stage.layer.index}",
+                    node=node.name,
+                    module_path=module_path(node),
+                    hint="causal models cannot be rewritten: their tokens are not a set",
+                )
+            node = node.next
+
+
 def why_unsound(rewriting: Rewriting, node: fx.Node) -> str:
     """Why the node may not see fewer tokens; empty if it may."""
     analysis = rewriting.analysis
     if reason := why_not_apart(analysis, node):
         return reason
+    if hidden := _causal_operand(rewriting, node):
+        return hidden
     tokens_come_in = [a for a in node.all_input_nodes if carries_tokens(analysis[a])]
     if analysis[node].positions and rewriting.plan.fused:
         return "a fused token has no position, but here every token needs one"
     for argument in tokens_come_in:
         if not rewriting.active(argument) and argument not in (s.cut for s in rewriting.stages):
             return f"{argument.name}, which was computed before the drop, is read again"
+    return ""
+
+
+def _causal_operand(rewriting: Rewriting, node: fx.Node) -> str:
+    positions = rewriting.analysis[node].positions
+    for argument in node.all_input_nodes:
+        value = rewriting.analysis[argument].value
+        if sum(p.operand is value for p in positions) == 2 and is_causal(
+            rewriting.analysis, argument
+        ):
+            return "causal attention depends on the order of all tokens"
     return ""

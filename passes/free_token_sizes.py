@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, size, tokens_of
+from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.capture import module_path
 from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
@@ -25,6 +26,20 @@ _SPLITS: frozenset[Any] = frozenset(
     {"split", "split_with_sizes", torch.split, torch.functional.split}
     | {aten.split_with_sizes.default, torch.split_with_sizes}
 )
+
+
+_SIZED: frozenset[Any] = (
+    _RESHAPES
+    | _SPLITS
+    | {operator.getitem, "expand_as", "repeat", "tile", "narrow", "unflatten", "chunk", "unfold"}
+    | {torch.arange, torch.empty, torch.eye, torch.full, torch.ones, torch.rand, torch.randn}
+    | {torch.zeros, torch.narrow, torch.chunk, torch.unflatten, torch._assert}
+    | {"new_empty", "new_full", "new_ones", "new_zeros"}
+    | {aten.slice.Tensor, aten.narrow.default, aten.arange.default, aten.arange.start_step}
+    | {aten.arange.start, aten.zeros.default, aten.ones.default, aten.full.default}
+    | {aten.empty.memory_format, aten.repeat.default, aten.new_zeros.default}
+)
+"""Operators that take numbers as sizes, bounds or counts."""
 
 
 @dataclass(frozen=True)
@@ -240,7 +255,31 @@ def _redirect(rewriting: Rewriting, node: fx.Node, dim: Any) -> None:
     for user in list(node.users):
         if _follows(rewriting, user, node):
             continue
+        _refuse_arithmetic(rewriting, user)
         rewriting.editor.rewire(user, node, full_size(rewriting, dim))
+
+
+def _refuse_arithmetic(rewriting: Rewriting, node: fx.Node) -> None:
+    """A token count may say how long something is; what it means as a factor, on fewer tokens, nobody can tell.
+
+    Raises:
+        UnsupportedModelError: a tensor is computed with a number made of the count.
+    """
+    facts = rewriting.analysis.facts.get(node)
+    if facts is None:
+        return
+    if not tensors_in(facts.value):
+        for user in node.users:
+            _refuse_arithmetic(rewriting, user)
+        return
+    if node.op == "output" or node.target in _SIZED:
+        return
+    raise UnsupportedModelError(
+        "a tensor is computed with the number of tokens",
+        node=node.name,
+        module_path=module_path(node),
+        hint="pass the number in as a constant of the module instead",
+    )
 
 
 def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:

@@ -106,6 +106,14 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     for span in spans:
         _continue_stream(analysis, span.start, spans[0].start, axes, prefix_tokens)
     layers = _layers(analysis, chain, spans)
+    if not layers:
+        softmax = spans[0].softmaxes[0]
+        raise UnsupportedModelError(
+            "a softmax over tokens whose weights are not summed with values, so it is no attention known here",
+            node=softmax.name,
+            module_path=module_path(softmax),
+            hint="skipvit_fx.find_attention(model) lists what was found",
+        )
     for layer in layers:
         if analysis.axes(layer.input) != axes:
             raise UnsupportedModelError(
@@ -243,7 +251,8 @@ def _sites(analysis: TokenAnalysis, span: Span) -> tuple[tuple[AttentionSite, ..
     counted = []
     for node in span.softmaxes:
         if _is_opaque(analysis, node):
-            unclear = unclear or "an operator before the attention mixes tokens"
+            mixing = analysis[node].mixing or "an operator before the attention mixes tokens"
+            unclear = unclear or mixing
             counted.append(node)
         elif _reads_tokens(analysis, node):
             keys = analysis[node].softmax_over

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +30,10 @@ FORWARD_FAILURES = (
     ValueError,
 )
 """What an author's forward may raise when it meets proxies instead of tensors."""
+
+
+FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+"""Functions that make tensors from sizes: torch does not dispatch them on proxies, so they are recorded by hand."""
 
 
 class _Witnessed:
@@ -87,7 +93,20 @@ class SymbolicTracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: None = None) -> fx.Graph:  # type: ignore[override]
         named = [*root.named_parameters(), *root.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
-        return super().trace(root)
+        recorded = {name: self._recorded(getattr(torch, name)) for name in FACTORIES}
+        with unittest.mock.patch.multiple(torch, **recorded):
+            return super().trace(root)
+
+    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, which becomes a node where it is called with proxies."""
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return self.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return call
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.open_paths
