@@ -1,5 +1,6 @@
 """skipvit_fx: a graph compiler that gives any Vision Transformer a token-level skip connection."""
 
+import skipvit_fx._autoload  # noqa: F401  (before torch)
 from skipvit_fx.analysis.explain import AttentionReport, find_attention
 from skipvit_fx.api import rewrite, set_skipping
 from skipvit_fx.errors import (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from skipvit_fx.errors import ExportError
-from skipvit_fx.export.rules import LEVELS, Knowledge, Level, Rule, knowledge, release_key
+from skipvit_fx.export.rules import LEVELS, Level, Rule, knowledge, release_key
 
 CANN = "8.0.0"
 SOC = "Ascend310P3"
@@ -59,7 +59,7 @@ class AtcReport:
         findings: in the order of severity; none of level ``fail`` or ``slow`` means that nothing is known against the
             file, not that ATC was seen to take it.
         attentions, layer_norms: fusible patterns found, and all that were meant to be.
-        command: the ATC command to run.
+        shapes: of the inputs.
     """
 
     path: Path
@@ -69,7 +69,16 @@ class AtcReport:
     findings: tuple[Finding, ...]
     attentions: tuple[int, int]
     layer_norms: tuple[int, int]
-    command: str
+    shapes: dict[str, tuple[int | str | None, ...]]
+
+    def moved(self, path: Path) -> AtcReport:
+        """The same report on a file that has another name now."""
+        return replace(self, path=path)
+
+    @property
+    def command(self) -> str:
+        """The ATC command to run."""
+        return atc_command(self.path, self.soc, self.shapes)
 
     def of(self, level: Level) -> tuple[Finding, ...]:
         """The findings of one level."""
@@ -194,8 +203,7 @@ def atc_check(
             f"reading ONNX needs {error.name}", hint="pip install 'skipvit_fx[onnx]'"
         ) from error
     known = knowledge()
-    release_key(cann)
-    _check_soc(known, soc)
+    check_target(cann, soc)
     facts = read_model(path)
     case = Case(facts, known, cann, None if baseline is None else read_model(baseline))
     findings = []
@@ -214,11 +222,11 @@ def atc_check(
         tuple(findings),
         (sum(not p.broken for p in case.attentions), len(case.attentions)),
         (sum(not p.broken for p in case.layer_norms), len(case.layer_norms)),
-        atc_command(facts.path, soc, shapes),
+        shapes,
     )
 
 
-def atc_command(path: Path, soc: str, shapes: dict[str, tuple[Any, ...]]) -> str:
+def atc_command(path: Path, soc: str, shapes: dict[str, tuple[int | str | None, ...]]) -> str:
     """The command line for a machine that has ATC; sizes that the file leaves open are to be filled in."""
     sizes = ";".join(f"{name}:{','.join(map(_atc_size, shape))}" for name, shape in shapes.items())
     parts = [
@@ -238,7 +246,14 @@ def _atc_size(size: int | str | None) -> str:
     return str(size) if isinstance(size, int) else f"<{size or 'size'}>"
 
 
-def _check_soc(known: Knowledge, soc: str) -> None:
+def check_target(cann: str, soc: str) -> None:
+    """Refuse what is no release or no chip.
+
+    Raises:
+        ExportError: one of them makes no sense.
+    """
+    release_key(cann)
+    known = knowledge()
     if soc in known.socs or any(soc.startswith(family) for family in known.soc_families):
         return
     raise ExportError(

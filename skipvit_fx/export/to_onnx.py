@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import ExportError
+from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.export.aten import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
 from skipvit_fx.export.legalize import KeptPositions, legalize
@@ -50,6 +51,7 @@ class ExportedFile:
         target, opset: as written.
         batch: the fixed batch size; ``None`` where it is free.
         inputs, outputs: names, in order.
+        check: for Ascend, what is known of ATC and this file; ATC was not run.
         difference: largest difference to the PyTorch module in onnxruntime, relative to the largest output; ``None``
             unless verified.
     """
@@ -61,6 +63,7 @@ class ExportedFile:
     batch: int | None
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    check: AtcReport | None
     difference: float | None
 
 
@@ -72,6 +75,8 @@ def export_onnx(
     example_inputs: Any = None,
     opset: int | None = None,
     batch: int | Literal["dynamic"] | None = None,
+    cann: str = CANN,
+    soc: str = SOC,
     expose_kept: bool = False,
     verify: bool = False,
 ) -> ExportedFile:
@@ -86,6 +91,8 @@ def export_onnx(
         opset: 11 to 16 for Ascend, 11 to 18 for onnxruntime.
         batch: a fixed batch size, or ``"dynamic"`` (onnxruntime only). Left out: that of the example, 1 if there is
             none, for Ascend; dynamic for onnxruntime.
+        cann, soc: for Ascend, the release and chip that :func:`atc_check` is asked about. A file that would fail there
+            is not written; what would be slow or is unknown stands in the result.
         expose_kept: add one output a stage that drops, ``kept_1``, ``kept_2``..., int32: the kept patches' positions in
             the full grid. Fused tokens count on behind the grid.
         verify: run the written file in onnxruntime and compare with the module.
@@ -96,6 +103,7 @@ def export_onnx(
     """
     profile = profile_of(target)
     opset = profile.check_opset(opset)
+    check_target(cann, soc)
     destination = Path(path)
     check_folder(destination)
     _require("onnx", "onnx_ir", "onnxscript", *(("onnxruntime",) if verify else ()))
@@ -110,9 +118,12 @@ def export_onnx(
     graph = _to_ir(program, opset, profile)
     _name_outputs(graph, program, expose_kept)
     differences: list[float] = []
+    reports: list[AtcReport] = []
 
     def check(file: Path) -> None:
         _check_file(file)
+        if profile.name == "ascend":
+            reports.append(_accepted(atc_check(file, cann=cann, soc=soc), destination))
         if verify:
             differences.append(_verified(file, clone, (args, kwargs)))
 
@@ -125,8 +136,24 @@ def export_onnx(
         fixed,
         tuple(str(value.name) for value in graph.graph.inputs),
         tuple(str(value.name) for value in graph.graph.outputs),
+        reports[0] if reports else None,
         differences[0] if verify else None,
     )
+
+
+def _accepted(report: AtcReport, destination: Path) -> AtcReport:
+    """The report, with the file's final name.
+
+    Raises:
+        ExportError: the file would fail.
+    """
+    if failures := report.of("fail"):
+        first = failures[0]
+        raise ExportError(
+            f"ATC would not take the file: {first.rule.id}: {first.rule.title}: {first.places[0]}",
+            hint=first.rule.advice,
+        )
+    return report.moved(destination)
 
 
 def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
