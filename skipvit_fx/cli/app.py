@@ -149,7 +149,8 @@ def rewrite(
     plan: PlanText = None,
     plan_file: PlanFile = None,
     save: Annotated[
-        Path | None, typer.Option(help="directory for plan and weights", show_default=False)
+        Path | None,
+        typer.Option(help="file for plan and weights, .safetensors", show_default=False),
     ] = None,
     img_size: ImgSize = None,
     depth: Depth = None,

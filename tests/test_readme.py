@@ -1,0 +1,40 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from skipvit_fx.cli.app import app
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a smaller model and smaller images."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for shown, used in (
+        ('"vit_small_patch16_224"', '"vit_tiny_patch16_224", img_size=64'),
+        ("224, 224", "64, 64"),
+    ):
+        assert shown in code
+        code = code.replace(shown, used)
+    exec(code, {"__name__": "readme"})
+    assert list(tmp_path.iterdir())
+
+
+def test_the_commands_exist() -> None:
+    """With the options that are named."""
+    lines = [line for line in README.splitlines() if line.startswith("skipvit ")]
+    assert lines
+    for line in lines:
+        _, command, *arguments = shlex.split(line, comments=True)
+        shown = CliRunner().invoke(app, [command, "--help"])
+        assert shown.exit_code == 0, line
+        for argument in arguments:
+            assert not argument.startswith("--") or argument in shown.stdout, line
