@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx
-from models import BY_NAME, Family
+from models import BY_NAME, TORCHVISION, Family, scramble
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import files
 from skipvit_fx.export.legalize import legalize
@@ -304,3 +304,89 @@ def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
         for e in t.external_data
     }
     assert keys <= {"location", "offset", "length"}
+
+
+# -- every family --------------------------------------------------------------------------------------------------
+
+
+def hugging_face() -> nn.Module:
+    """A small ViT of transformers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=64,
+        patch_size=16,
+        num_labels=10,
+    )
+    return scramble(transformers.ViTForImageClassification(config)).eval()
+
+
+def export_and_compare(model: nn.Module, x: Tensor, plan: str, path: Path, **options: Any) -> None:
+    fast = skipvit_fx.rewrite(model, plan, example_inputs=(x,))
+    file = export_onnx(fast, path, example_inputs=x, expose_kept=True, verify=True, **options)
+    assert file.difference is not None
+    assert file.difference < TOLERANCE
+    got = run(path, x)
+    for i, stage in enumerate(skipvit_fx.trace_tokens(fast, x)):
+        wanted = stage.kept.numpy()
+        ours = got[f"kept_{i + 1}"]
+        if stage.fused_kept is None:
+            np.testing.assert_array_equal(ours, wanted)
+        else:  # a fused token of an earlier stage is in some rows
+            grid = got["kept_1"].shape[1] + skipvit_fx.trace_tokens(fast, x)[0].dropped.shape[1]
+            for row, line in zip(ours, wanted, strict=True):
+                np.testing.assert_array_equal(row[row < grid], line[line >= 0])
+    if file.check is not None:
+        assert file.check.clean, str(file.check)
+        assert file.check.attentions[0] == file.check.attentions[1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [ONE, TWO, FUSED])
+@pytest.mark.parametrize("target", ["ascend", "onnxruntime"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vit", "vit-unfused", "deit3", "beit", "eva02", "dinov3", "dinov2", "dinov2-reg4"),
+        *("cait", "torchvision", "hugging-face", "relpos-shared", "naflex-gap", "siglip-map"),
+    ],
+)
+def test_families(name: str, target: Any, plan: str, tmp_path: Path) -> None:
+    if name == "hugging-face":
+        model, x = hugging_face(), torch.randn(BATCH, 3, 64, 64)
+    else:
+        family = TORCHVISION if name == "torchvision" else BY_NAME[name]
+        model, x = family.build(), family.input(BATCH)
+    try:
+        skipvit_fx.rewrite(model, plan, example_inputs=(x,))
+    except skipvit_fx.UnsupportedModelError as error:
+        pytest.skip(f"no rewrite, so no export: {error.reason}")
+    batch = BATCH if target == "ascend" else None
+    export_and_compare(model, x, plan, tmp_path / "m.onnx", target=target, batch=batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", [11, 12, 14, 15, 16])
+def test_opsets(opset: int, tmp_path: Path) -> None:
+    family = BY_NAME["eva02"]
+    path = tmp_path / "m.onnx"
+    export_and_compare(family.build(), family.input(BATCH), TWO, path, target="ascend", opset=opset)
+    assert onnx.load(path).opset_import[0].version == opset
+
+
+@pytest.mark.slow
+def test_weights_are_folded(tmp_path: Path) -> None:
+    """No weight is transposed or sliced again in every run, however large."""
+    import timm
+
+    model = timm.create_model("vit_base_patch16_224", depth=2).eval()
+    fast = skipvit_fx.rewrite(model, "1(55%)+3")
+    path = tmp_path / "m.onnx"
+    export_onnx(fast, path, target="ascend")
+    graph = onnx.load(path).graph
+    constants = {tensor.name for tensor in graph.initializer}
+    again = [n.name for n in graph.node if n.input and set(n.input) <= constants]
+    assert not again

@@ -81,8 +81,8 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
 
 def test_export(tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
-    what = "export vit_tiny_patch16_224 1(50%) --depth 1 --img-size 32".split()
-    how = "--target ascend --batch 2 --verify --cann 9.0.0".split()
+    what = ["export", "vit_tiny_patch16_224", "1(50%)", "--depth", "1", "--img-size", "32"]
+    how = ["--target", "ascend", "--batch", "2", "--verify", "--cann", "9.0.0"]
     result = runner.invoke(app, [*what, *how, "-o", str(out)])
     assert result.exit_code == 0, result.output
     assert "opset 13, batch 2" in result.output

@@ -20,6 +20,7 @@ import skipvit_fx
 from skipvit_fx.cli import picture, zoo
 from skipvit_fx.cli.models import SOURCES, SpecError, expand, parse_spec
 from skipvit_fx.errors import PlanError, SkipViTError
+from skipvit_fx.export.cli import register as register_export
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.plan import Plan
 
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Give any Vision Transformer a token-level skip connection.",
 )
+register_export(app)
 
 Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 PlanText = Annotated[
