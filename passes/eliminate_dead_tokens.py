@@ -280,9 +280,10 @@ def _project_fewer_queries(
     probe: dict[fx.Node, Any] = {linear: torch.arange(channels).expand(out.shape)}
     for node in reshapes:
         probe[node] = _evaluate(rewriting, node, probe)
-    wanted = probe[queries].unique()
-    start, stop = int(wanted[0]), int(wanted[-1]) + 1
-    if stop - start != len(wanted) or (start != 0 and stop != channels) or len(wanted) == channels:
+    wanted = _channels_in(probe[queries], channels)
+    places = wanted.nonzero().flatten().tolist()
+    start, stop = places[0], places[-1] + 1
+    if stop - start != len(places) or (start != 0 and stop != channels) or len(places) == channels:
         return
     for node, successor in zip(path, reshapes, strict=False):
         for user in node.users:
@@ -291,7 +292,7 @@ def _project_fewer_queries(
             if user.target not in _CHANNEL_RESHAPES:
                 return
             for part in tensors_in(_evaluate(rewriting, user, probe)):
-                if torch.isin(part, wanted).any():
+                if (_channels_in(part, channels) & wanted).any():
                     return
     editor = rewriting.editor
     source, weight, bias = _linear_operands(rewriting, linear)
@@ -301,6 +302,13 @@ def _project_fewer_queries(
     projected = editor.insert_module(name, op, operands, after=linear)
     editor.rewire_all(linear, projected)
     editor.erase(linear)
+
+
+def _channels_in(probe: Tensor, channels: int) -> Tensor:
+    """Which channel numbers occur in a probe: booleans ``[channels]``."""
+    seen = torch.zeros(channels, dtype=torch.bool)
+    seen[probe.reshape(-1)] = True
+    return seen
 
 
 def _facts_value(rewriting: Rewriting, node: fx.Node) -> Any:
