@@ -1,8 +1,8 @@
 """How long does a rewrite take? ViT-S/16 with 12, 24, 48 and 96 layers.
 
 The first call in the process is timed apart; then every depth takes its turn in each round, so that whatever else the
-machine does hits all alike. Processor seconds, of all threads together, tell how busy it was besides: on a quiet machine
-they are close to the seconds on the clock.
+machine does hits all alike. Processor seconds, of all threads together, tell how busy it was besides: on a quiet
+machine they are close to the seconds on the clock.
 
 Run it with `make bench`, or `python benchmarks/compile_time.py --rounds 5`.
 """
