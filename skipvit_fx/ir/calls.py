@@ -49,9 +49,9 @@ class Calls:
     attention: tuple[AttentionCall, ...]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[str] = []
         self.modules: dict[str, None] = {}
         self.attention: list[AttentionCall] = []
