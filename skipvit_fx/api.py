@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.module import SkipViTModule
@@ -30,7 +33,41 @@ def rewrite(
     eliminate_dead_tokens: bool = True,
     verify: bool = False,
 ) -> SkipViTModule:
+    """Give a Vision Transformer a token-level skip connection.
+
+    Args:
+        model: any ``nn.Module`` with one sequence of tokens from its first layer to its last. It is not changed.
+        plan: where tokens leave and return, as a :class:`Plan` or in the paper's notation: ``"6(55%)+11"`` drops
+            55 % of the patch tokens at layer 6 and returns them at the input of layer 11. ``Plan()`` drops nothing.
+        example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of
+            keyword arguments. Only shapes, dtypes and devices matter. Default: images of the size that the model's
+            own configuration names.
+        frontend: how the model is captured: ``"symbolic"`` traces it with torch.fx; ``"auto"`` picks.
+        cut: ``"attention"`` cuts behind the attention of the layer, in front of its feed-forward network (as EViT);
+            ``"block"`` behind the whole layer.
+        score: what makes a patch important. ``"cls"``: the attention that the class token pays it in that layer;
+            ``"mean"``: the attention of the mean query; ``"auto"``: the first if there is a class token, else the
+            second; ``"random"``; or a function from patch tokens ``[batch, patches, channels]`` to scores
+            ``[batch, patches]``.
+        prefix_tokens: leading tokens that are no patches (class, distillation, registers). Default: found.
+        eliminate_dead_tokens: also leave out, exactly, what no output reads: behind the last attention often all
+            rows but the class token's. Not applied where the plan drops 0 %, which is bit-identical to the model.
+        verify: run the model and the rewritten one, skipping off, on random inputs, and compare every bit.
+
+    Returns:
+        A ``torch.fx.GraphModule`` that takes and returns what the model does. It shares the model's parameters and
+        buffers, and has its ``state_dict`` keys.
+
+    Raises:
+        PlanError: the plan contradicts itself, or does not fit the model's depth.
+        TraceError: the model's Python code cannot be captured.
+        UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
+    """
     plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    _check_choice("frontend", frontend, ("auto", "symbolic"))
+    _check_choice("cut", cut, ("attention", "block"))
+    if not callable(score):
+        _check_choice("score", score, ("auto", "cls", "mean", "random"))
     args, kwargs = example_of(model, example_inputs)
     drops = any(stage.ratio for stage in plan.stages) or not plan.stages
     elimination = eliminate_dead_tokens and drops
@@ -44,10 +81,61 @@ def rewrite(
         )
         return capture.module
 
-    return with_capture(model, args, kwargs, work)
+    fast = with_capture(model, args, kwargs, work)
+    if verify:
+        _verify(model, fast, args, kwargs)
+    return fast
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise PlanError(
+            f"{name}={value!r} is none of {', '.join(map(repr, choices))}",
+            hint=f"pass one of these as {name}",
+        )
+
+
+def _verify(model: nn.Module, fast: SkipViTModule, args: Any, kwargs: Any) -> None:
+    """Compare the rewritten model, skipping off, with the model on random inputs.
+
+    Raises:
+        UnsupportedModelError: they differ.
+    """
+    args, kwargs = pytree.tree_map(_noise, (args, kwargs))
+    set_skipping(fast, False)
+    try:
+        with torch.no_grad():
+            torch.manual_seed(0)
+            wanted = model(*args, **kwargs)
+            torch.manual_seed(0)
+            got = fast(*args, **kwargs)
+    finally:
+        set_skipping(fast, True)
+    pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(got), strict=True)
+    if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+        raise UnsupportedModelError(
+            "with skipping off, the rewritten model does not equal the model to the last bit",
+            hint="the model's forward does something that its graph does not show, such as changing its own state",
+        )
+
+
+def _noise(leaf: Any) -> Any:
+    is_image = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return torch.randn_like(leaf) if is_image else leaf
 
 
 def set_skipping(fast: nn.Module, on: bool) -> None:
+    """Switch skipping off, or on again. Off, the module computes bit for bit what the model does, in train and eval.
+
+    Nothing is traced again; a compiled module compiles once more for each of the two settings.
+
+    Raises:
+        NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
+    """
+    if not any(isinstance(module, SkipViTModule) for module in fast.modules()):
+        raise NotRewrittenError(
+            f"{type(fast).__name__} is not a rewritten model", hint="call skipvit_fx.rewrite first"
+        )
     for module in fast.modules():
         if isinstance(module, Switchable):
             module.enabled = on
