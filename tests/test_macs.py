@@ -150,6 +150,12 @@ def test_train_mode_counts_the_same() -> None:
     assert count_macs(fast.train(), (family.input(),)) == count_macs(fast.eval(), (family.input(),))
 
 
+def test_patches_dropped_in_training_count() -> None:
+    model = BY_NAME["vit"].build(patch_drop_rate=0.5)
+    x = (BY_NAME["vit"].input(),)
+    assert count_macs(model.train(), x) == count_macs(model.eval(), x)
+
+
 def test_after_a_change_of_dtype() -> None:
     family = BY_NAME["vit"]
     fast = skipvit_fx.rewrite(family.build(), "2(50%)+4", example_inputs=family.input())

@@ -281,7 +281,9 @@ def test_overwrites_and_has_ordinary_permissions(tmp_path: Path) -> None:
     path, other = tmp_path / "fast", tmp_path / "other"
     path.write_text("old")
     other.touch()
+    before = path.stat().st_ino
     skipvit_fx.save(rewritten(), path)
+    assert path.stat().st_ino != before, "replaced as a whole, not written over"
     assert stored(path)["plan"] == "2(55%)+4"
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
