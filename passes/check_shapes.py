@@ -105,7 +105,7 @@ def _compare(rewriting: Rewriting, node: fx.Node, value: Any) -> None:
 
 def _length(rewriting: Rewriting, node: fx.Node, dim: Dim) -> int:
     return math.prod(
-        size(factor._replace(count=_patches(rewriting, node, factor)))
+        size(factor._replace(patches=_patches(rewriting, node, factor)))
         if isinstance(factor, Tokens)
         else size(factor)
         for factor in dim
@@ -114,7 +114,7 @@ def _length(rewriting: Rewriting, node: fx.Node, dim: Dim) -> int:
 
 def _patches(rewriting: Rewriting, node: fx.Node, tokens: Tokens) -> int:
     """Patches that are left where the node stands."""
-    count = tokens.count
+    count = tokens.patches
     for stage in rewriting.active(node):
         dropped = stage.stage.dropped(count)
         count -= dropped

@@ -207,7 +207,11 @@ class _Liveness:
 
     def _can_be_narrow(self, node: fx.Node) -> bool:
         need = self.need.get(node, NONE)
-        if node not in self.analysis.facts or need in (ALL, NONE) or isinstance(self._op(node), Merge):
+        if (
+            node not in self.analysis.facts
+            or need in (ALL, NONE)
+            or isinstance(self._op(node), Merge)
+        ):
             return False
         if any(node is stage.shorter for stage in self.rewriting.stages):
             return False
@@ -342,7 +346,9 @@ def _linear_operands(
     rewriting: Rewriting, linear: fx.Node
 ) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     if linear.op == "call_function":
-        given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(linear.kwargs)
+        given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(
+            linear.kwargs
+        )
         return given["input"], given["weight"], given.get("bias")  # type: ignore[return-value]
     editor, path = rewriting.editor, str(linear.target)
     weight = editor.insert_attribute(f"{path}.weight", before=linear)
@@ -360,11 +366,12 @@ def _evaluate(rewriting: Rewriting, node: fx.Node, known: dict[fx.Node, Any]) ->
         facts = rewriting.analysis.facts.get(argument)
         if facts is not None and not tensors_in(facts.value):
             return facts.value
-        assert argument.op == "call_method" and argument.target == "size", argument
-        source, dim = argument.args
-        return (known.get(source, _facts_value(rewriting, source))).shape[dim]  # type: ignore[arg-type]
+        given: Any = argument.args  # of an inserted size
+        source, dim = given
+        return known.get(source, _facts_value(rewriting, source)).shape[dim]
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+    inputs: Any = fx.node.map_arg((node.args, node.kwargs), value)
+    args, kwargs = inputs
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -90,15 +90,11 @@ def _follow_in_reshape(
     rewriting: Rewriting, node: fx.Node, axes: Axes, shape: Sequence[int], always: bool
 ) -> None:
     source, sizes, rebuild = _sizes_argument(node)
-    slots: list[Any] = (
-        list(sizes) if not isinstance(sizes, fx.Node) else [None] * len(axes)
-    )
+    slots: list[Any] = list(sizes) if not isinstance(sizes, fx.Node) else [None] * len(axes)
     if len(slots) != len(axes):
         return
     token_dims = [d for d, dim in enumerate(axes) if tokens_of(dim)]
-    moved = [
-        d for d in token_dims if always or not _is_live(rewriting, node, slots[d], axes[d])
-    ]
+    moved = [d for d in token_dims if always or not _is_live(rewriting, node, slots[d], axes[d])]
     if not moved and not isinstance(sizes, fx.Node):
         return
     editor = rewriting.editor
@@ -128,7 +124,9 @@ def _sizes_argument(node: fx.Node) -> tuple[fx.Node, Any, Any]:
     """The reshaped tensor, its size arguments, and how to put other sizes in."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if (len(node.args) == 2 and isinstance(node.args[1], (tuple, list, fx.Node))) or not node.args[1:]:
+    if (len(node.args) == 2 and isinstance(node.args[1], (tuple, list, fx.Node))) or not node.args[
+        1:
+    ]:
         given = node.args[1] if len(node.args) == 2 else next(iter(node.kwargs.values()))
         if isinstance(given, fx.Node) and not sizes_of(given):
             return source, [given], lambda slots: ((source, *slots), {})
@@ -204,8 +202,10 @@ def _fix_to_full(rewriting: Rewriting, node: fx.Node) -> None:
     if not isinstance(facts[source].value, Tensor):
         return
     axes = rewriting.analysis.axes(source)
-    if axes is None or node.target in SIZE_FREE or (
-        node.target is getattr and node.args[1] in SIZE_FREE
+    if (
+        axes is None
+        or node.target in SIZE_FREE
+        or (node.target is getattr and node.args[1] in SIZE_FREE)
     ):
         return
     found = dimension_of(node, rewriting.rank)

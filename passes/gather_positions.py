@@ -50,7 +50,8 @@ class GatherPositionOperands:
                 key = (stage.index, operand, repr(sorted(vars_of(op).items())))
                 if key not in gathered:
                     count = len(gathered) + 1
-                    assert stage.positions is not None and stage.shorter is not None
+                    assert stage.positions is not None
+                    assert stage.shorter is not None
                     gathered[key] = rewriting.editor.insert_module(
                         f"{stage.name}.gather_{count}",
                         op,
@@ -116,5 +117,8 @@ def _scores_at(rewriting: Rewriting, node: fx.Node) -> list[fx.Node]:
     """Score nodes that read the same operands as the attention at ``node``."""
     stages: list[StageNodes] = rewriting.stages
     return [
-        score for stage in stages for site, score in stage.scores.items() if site and site.node is node
+        score
+        for stage in stages
+        for site, score in stage.scores.items()
+        if site and site.node is node
     ]

@@ -35,7 +35,8 @@ class InsertFusedToken:
         editor, stream = rewriting.editor, rewriting.stream
         place = (stream.dim, stream.tokens.lead, stream.tokens.tail)
         for stage in rewriting.stages:
-            assert stage.shorter is not None and stage.around is not None
+            assert stage.shorter is not None
+            assert stage.around is not None
             readers = list(stage.shorter.users)
             fused = editor.insert_module(
                 f"{stage.name}.fuse",

@@ -57,9 +57,7 @@ class InsertScore:
             for i, site in enumerate(stage.layer.sites):
                 name = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
                 op, args = _score_of(rewriting, site, by_class_token)
-                stage.scores[site] = rewriting.editor.insert_module(
-                    name, op, args, after=site.node
-                )
+                stage.scores[site] = rewriting.editor.insert_module(name, op, args, after=site.node)
 
 
 def _by_class_token(rewriting: Rewriting) -> bool:
@@ -92,7 +90,8 @@ def _score_of(
         query, key, mask, scale = attention_operands(site.node)
         axes = rewriting.analysis.axes(query)
         keys = rewriting.analysis.axes(key)
-        assert axes is not None and keys is not None
+        assert axes is not None
+        assert keys is not None
         row = _query_row(rewriting, site, axes[-2]) if by_class_token else None
         heads = _heads(site, axes[:-2])
         first, tail = site.keys.lead, site.keys.tail
@@ -153,5 +152,3 @@ def _heads(site: AttentionSite, leading: Axes) -> int:
             hint="use score='random' or a score function, which do not read the attention",
         )
     return math.prod(size(factor) for factor in factors[1:])
-
-

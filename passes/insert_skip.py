@@ -37,7 +37,8 @@ class InsertSkip:
         place = (stream.dim, stream.tokens.lead, stream.tokens.tail)
         for stage in rewriting.stages:
             cut, kept, dropped = stage.cut, stage.kept, stage.dropped
-            assert kept is not None and dropped is not None
+            assert kept is not None
+            assert dropped is not None
             readers = [user for user in cut.users if user not in rewriting.own_readers]
             stage.shorter = editor.insert_module(
                 f"{stage.name}.keep", Keep(*place), (cut, kept), after=dropped

@@ -85,7 +85,7 @@ class Reference:
     @property
     def patches(self) -> int:
         """Patches in the full sequence."""
-        return self._located.stream.tokens.count
+        return self._located.stream.tokens.patches
 
     def run(
         self, record: RewriteRecord, traces: Sequence[TokenTrace], *args: Any, **kwargs: Any
@@ -260,7 +260,7 @@ class _Masked(fx.Interpreter):
         return (flags if self.stream.dim == 1 else flags.T).unsqueeze(-1)
 
     def _leave(self, state: Tensor, patches: Tensor) -> None:
-        count = self.stream.tokens.count
+        count = self.stream.tokens.patches
         leaving = torch.zeros(patches.shape[0], count, dtype=torch.bool, device=state.device)
         leaving.scatter_(1, patches, True)
         if self.gone is None or self.frozen is None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 
-class MixesTokens(Exception):
+class MixesTokens(Exception):  # noqa: N818 - a finding of the analysis, caught within it
     """An operator that does not keep tokens apart, or is not known to."""
 
 
@@ -22,13 +22,13 @@ class PoolsTokens(MixesTokens):
 
 
 class Tokens(NamedTuple):
-    """The token axis: ``lead`` prefix rows, then ``count`` patch rows, then ``tail`` rows.
+    """The token axis: ``lead`` prefix rows, then ``patches`` patch rows, then ``tail`` rows.
 
     ``weights`` marks the key axis of a softmax: the one axis over which values may be summed.
     """
 
     lead: int
-    count: int
+    patches: int
     tail: int
     weights: bool = False
 
@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
 class Batch(NamedTuple):
     """The batch axis."""
 
-    count: int
+    samples: int
 
 
 Factor: TypeAlias = int | Tokens | Batch
@@ -45,9 +45,10 @@ Axes: TypeAlias = tuple[Dim, ...]
 
 
 def size(factor: Factor) -> int:
+    """The length of one factor."""
     if isinstance(factor, Tokens):
-        return factor.lead + factor.count + factor.tail
-    return factor.count if isinstance(factor, Batch) else factor
+        return factor.lead + factor.patches + factor.tail
+    return factor.samples if isinstance(factor, Batch) else factor
 
 
 def tokens_of(dim: Dim) -> Tokens | None:
@@ -56,6 +57,7 @@ def tokens_of(dim: Dim) -> Tokens | None:
 
 
 def has_tokens(axes: Axes | None) -> bool:
+    """Whether any dimension carries tokens."""
     return axes is not None and any(tokens_of(dim) for dim in axes)
 
 
@@ -72,6 +74,7 @@ def token_dim(axes: Axes) -> int:
 
 
 def plain(shape: Sequence[int]) -> Axes:
+    """The axes of a tensor without tokens."""
     return tuple((s,) if s != 1 else () for s in shape)
 
 
@@ -131,6 +134,7 @@ def axes_of(tensor: Tensor) -> Axes | None:
 
 
 def set_axes(tensor: Tensor, axes: Axes | None) -> None:
+    """Label a tensor; without a token factor in ``axes`` it has no label."""
     setattr(tensor, _LABEL, axes if has_tokens(axes) else None)
 
 
@@ -140,6 +144,7 @@ def is_data(tensor: Tensor) -> bool:
 
 
 def mark_data(tensor: Tensor) -> None:
+    """Note that the tensor depends on the model's input."""
     setattr(tensor, _DATA, True)
 
 
@@ -149,4 +154,5 @@ def is_lost(tensor: Tensor) -> bool:
 
 
 def mark_lost(tensor: Tensor) -> None:
+    """Note that a token axis was lost on the way to this tensor."""
     setattr(tensor, _LOST, True)

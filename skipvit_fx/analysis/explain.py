@@ -210,7 +210,7 @@ class AttentionReport:
 
     def _describe(self, stream: Stream) -> None:
         tokens = stream.tokens
-        self.prefix_tokens, self.patches = tokens.lead, tokens.count
+        self.prefix_tokens, self.patches = tokens.lead, tokens.patches
         self.trailing_tokens = tokens.tail
         self.class_token = stream.has_class_token
         self.layers = tuple(

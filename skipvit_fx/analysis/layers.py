@@ -181,9 +181,7 @@ def _first_layer(
     )
 
 
-def _first_of_stream(
-    analysis: TokenAnalysis, spans: list[Span], first: fx.Node, axes: Axes
-) -> int:
+def _first_of_stream(analysis: TokenAnalysis, spans: list[Span], first: fx.Node, axes: Axes) -> int:
     """Index of the first span on the stream: its attention may mix tokens beyond recognition, and still counts."""
     shape = analysis[first].value.shape
     for i, span in enumerate(spans):
@@ -226,7 +224,8 @@ def _continue_stream(
         if prefix_tokens is None and prefix.lead + prefix.tail:
             culprit = next((n for n in _between(first, node.next) if analysis[n].mixing), node)
             raise UnsupportedModelError(
-                f"{analysis[culprit].mixing or 'the token axis was lost'}; where the prefix tokens are behind it cannot be told",
+                f"{analysis[culprit].mixing or 'the token axis was lost'}; "
+                "where the prefix tokens are behind it cannot be told",
                 node=culprit.name,
                 module_path=module_path(culprit),
                 hint="if the prefix tokens stay in front, pass prefix_tokens=N",
@@ -341,5 +340,3 @@ def _prefix_sources(analysis: TokenAnalysis, first: fx.Node) -> list[str]:
         if len(shape) > 1 and shape[-1] == channels and 0 < rows <= tokens.lead:
             names.append(name)
     return names
-
-

@@ -36,7 +36,6 @@ class Span:
     softmaxes: tuple[fx.Node, ...]
 
 
-
 def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
     """The node where the image enters: the floating-point input with most elements."""
     best: tuple[int, fx.Node] | None = None
@@ -53,7 +52,9 @@ def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
     return best[1]
 
 
-def _larger(best: tuple[int, fx.Node] | None, value: Any, node: fx.Node) -> tuple[int, fx.Node] | None:
+def _larger(
+    best: tuple[int, fx.Node] | None, value: Any, node: fx.Node
+) -> tuple[int, fx.Node] | None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return best
     return (value.numel(), node) if best is None or value.numel() > best[0] else best

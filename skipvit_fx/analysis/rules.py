@@ -88,6 +88,8 @@ RULES: dict[Any, Rule] = {}
 
 
 def rule(*packets: Any) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of these operators."""
+
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(packets, function))
         return function
@@ -136,24 +138,31 @@ def pointwise(call: Call) -> Axes:
     """Token axes that line up stay; an operand of fixed token length is noted as a :class:`Position`."""
     out = call.out[0] if isinstance(call.out, (tuple, list)) else call.out
     operands = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim]
-    return align(call, operands, tuple(out.shape))
+    return align(call, [(t, axes_of(t)) for t in operands], tuple(out.shape))
 
 
-def align(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Axes:
+def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Sequence[int]) -> Axes:
+    """The axes of operands that are broadcast to ``shape``; notes operands of fixed token length in the call.
+
+    Every operand comes with its axes, ``None`` for one without tokens.
+
+    Raises:
+        MixesTokens: token axes meet that are out of step.
+    """
     rank = len(shape)
     result: list[Dim] = []
     noted: dict[tuple[int, int], Tokens] = {}
     for d in range(rank):
         present = []
-        for i, tensor in enumerate(operands):
+        for i, (tensor, axes) in enumerate(operands):
             own = d - rank + tensor.ndim
             if own >= 0 and tensor.shape[own] != 1:
-                present.append((i, own, _axes(tensor)[own]))
+                present.append((i, own, (axes or plain(tensor.shape))[own]))
         with_tokens = {dim for _, _, dim in present if tokens_of(dim)}
         if len(with_tokens) > 1:
             raise MixesTokens(f"token axes that are out of step meet in {call.func.overloadpacket}")
         if not with_tokens:
-            labelled = [dim for i, _, dim in present if axes_of(operands[i]) is not None]
+            labelled = [dim for i, _, dim in present if operands[i][1] is not None]
             result.append(next(iter(labelled), merge_ints((shape[d],))))
             continue
         (dim,) = with_tokens
@@ -162,19 +171,20 @@ def align(call: Call, operands: Sequence[Tensor], shape: Sequence[int]) -> Axes:
             if not tokens_of(other):
                 tokens = _whole(dim, "an operand of fixed length")
                 assert tokens is not None
-                if axes_of(operands[i]) is not None:
-                    raise MixesTokens("a token axis meets an axis of fixed length that moves with tokens")
+                if operands[i][1] is not None:
+                    raise MixesTokens(
+                        "a token axis meets an axis of fixed length that moves with tokens"
+                    )
                 noted[i, own] = tokens
     batch = next((d for d, dim in enumerate(result) if _is_batch(dim)), None)
     for (i, own), tokens in noted.items():
+        operand = operands[i][0]
         per_sample, repeat = False, 1
         if batch is not None:
-            at = batch - rank + operands[i].ndim
-            per_sample = at >= 0 and operands[i].shape[at] != 1
+            at = batch - rank + operand.ndim
+            per_sample = at >= 0 and operand.shape[at] != 1
             repeat = math.prod(size(factor) for factor in result[batch][1:])
-        call.positions.append(
-            Position(operands[i], own, tokens, rank, batch, per_sample, repeat)
-        )
+        call.positions.append(Position(operand, own, tokens, rank, batch, per_sample, repeat))
     return tuple(result)
 
 
@@ -183,6 +193,7 @@ def _is_batch(dim: Dim) -> bool:
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, dict):
@@ -317,7 +328,7 @@ def _select(call: Call) -> Axes:
     tokens = _whole(axes[d], "select")
     if tokens:
         index = call.argument(2, "index") % size(tokens)
-        if tokens.lead <= index < tokens.lead + tokens.count:
+        if tokens.lead <= index < tokens.lead + tokens.patches:
             raise MixesTokens("a patch token is picked out by its position")
         call.reads = index + 1 - tokens.lead
     del axes[d]
@@ -326,7 +337,7 @@ def _select(call: Call) -> Axes:
 
 def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
     """The rows ``start:stop`` of a token axis: all patches with part of the rest, or none of them."""
-    first, last = tokens.lead, tokens.lead + tokens.count
+    first, last = tokens.lead, tokens.lead + tokens.patches
     if start <= first and stop >= last:
         return (tokens._replace(lead=first - start, tail=stop - last),)
     if stop <= first or start >= last:
@@ -387,11 +398,11 @@ def _cat(call: Call) -> Axes:
     along = [_axes(t)[d] for t in tensors]
     carriers = [i for i, dim in enumerate(along) if tokens_of(dim)]
     # everywhere but along d, the parts must line up; there they are joined
-    stand_in = [t.narrow(d, 0, 1) for t in tensors]
-    for original, part in zip(tensors, stand_in, strict=True):
-        if (axes := axes_of(original)) is not None:
-            part._skipvit_axes = (*axes[:d], (), *axes[d + 1 :])  # type: ignore[attr-defined]
-    across = align(call, stand_in, [1 if i == d else s for i, s in enumerate(call.out.shape)])
+    parts = [
+        (t.narrow(d, 0, 1), None if (own := axes_of(t)) is None else (*own[:d], (), *own[d + 1 :]))
+        for t in tensors
+    ]
+    across = align(call, parts, [1 if i == d else s for i, s in enumerate(call.out.shape)])
     if call.positions:
         raise MixesTokens("tokens are joined to a tensor of fixed token length")
     if not carriers:
@@ -412,7 +423,8 @@ def _cat(call: Call) -> Axes:
 def _stack(call: Call) -> Axes:
     tensors = call.argument(0, "tensors")
     d = call.argument(1, "dim", 0) % call.out.ndim
-    axes = align(call, tensors, [s for i, s in enumerate(call.out.shape) if i != d])
+    shape = [s for i, s in enumerate(call.out.shape) if i != d]
+    axes = align(call, [(t, axes_of(t)) for t in tensors], shape)
     if call.positions:
         raise MixesTokens("tokens are stacked with a tensor of fixed token length")
     return (*axes[:d], merge_ints((len(tensors),)), *axes[d:])
@@ -432,7 +444,16 @@ def _pad(call: Call) -> Axes:
 # -- along one dimension --------------------------------------------------------------------------------------
 
 
-@rule(aten.cumsum, aten.cumprod, aten.sort, aten.topk, aten.glu, aten.flip, aten.roll, aten._log_softmax)
+@rule(
+    aten.cumsum,
+    aten.cumprod,
+    aten.sort,
+    aten.topk,
+    aten.glu,
+    aten.flip,
+    aten.roll,
+    aten._log_softmax,
+)
 def _along(call: Call) -> list[Axes | None] | Axes:
     """Operators that run along dimensions which are not the token axis, and may change their length."""
     axes = _labelled_self(call)
@@ -534,7 +555,9 @@ def contract(call: Call, a: Axes, b: Axes, a_dim: int, b_dim: int) -> None:
     if left is None or right is None:
         raise MixesTokens("a matrix of fixed size is multiplied over the token axis")
     same = left._replace(weights=False) == right._replace(weights=False)
-    if not (same and left.weights != right.weights and a[a_dim] == (left,) and b[b_dim] == (right,)):
+    if not (
+        same and left.weights != right.weights and a[a_dim] == (left,) and b[b_dim] == (right,)
+    ):
         raise MixesTokens("a sum over the token axis that is not attention weights times values")
     call.sums_weights = True
 
@@ -569,9 +592,11 @@ def _matrix_vector(call: Call) -> Axes:
 def _add_matrix_product(call: Call) -> Axes:
     bias, a, b = call.args[:3]
     axes = _mm(call, a, b)
-    stand_in = call.out.detach()
-    stand_in._skipvit_axes = axes
-    return align(call, [bias, stand_in], call.out.shape) if bias.ndim else axes
+    return (
+        align(call, [(bias, axes_of(bias)), (call.out, axes)], call.out.shape)
+        if bias.ndim
+        else axes
+    )
 
 
 @rule(aten.linear)
@@ -619,11 +644,10 @@ def attend(
         raise MixesTokens("causal attention depends on the order of all tokens")
     leading = tuple(next((d for d in dims if d), ()) for dims in zip(q[:-2], k[:-2], strict=False))
     if mask is not None:
-        stand_in = query.new_empty((*query.shape[:-1], key.shape[-2]))
-        stand_in._skipvit_axes = (*leading, q[-2], k[-2])  # type: ignore[attr-defined]
-        align(call, [stand_in, mask], stand_in.shape)
+        logits = query.new_empty((*query.shape[:-1], key.shape[-2]))
+        its_axes = (*leading, q[-2], k[-2])
+        align(call, [(logits, its_axes), (mask, axes_of(mask))], logits.shape)
     if keys:
         call.softmax_over = keys
         call.sums_weights = True
     return (*leading, q[-2], v[-1])
-

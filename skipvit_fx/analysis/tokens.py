@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ class AxisMode(TorchDispatchMode):
     """Labels the outputs of every operator with their axes, and notes what the rules say in ``facts``."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.facts = NodeFacts()
 
     def __torch_dispatch__(
@@ -126,19 +127,17 @@ class AxisMode(TorchDispatchMode):
             self.facts.reads = max(call.reads, self.facts.reads or call.reads)
 
 
-_SHAPING = frozenset(
-    getattr(torch.ops.aten, name)
-    for name in ("view", "_unsafe_view", "reshape", "expand", "slice", "split", "split_with_sizes")
-    + ("empty", "zeros", "ones", "full", "rand", "randn", "arange", "as_strided", "repeat")
-    + ("new_empty", "new_zeros", "new_ones", "new_full")
-)
+_RESHAPES = ("view", "_unsafe_view", "reshape", "expand", "slice", "split", "split_with_sizes")
+_FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange")
+_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "as_strided", "repeat")
+_SHAPING = frozenset(getattr(torch.ops.aten, name) for name in (*_RESHAPES, *_FACTORIES, *_NEW))
 
 
 class _Recorder(TorchDispatchMode):
     """The operators that run and their plain arguments, without sizes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Any] = []
 
     def __torch_dispatch__(
@@ -189,10 +188,9 @@ def stream_axes(stream: Tensor, dim: int, tokens: Tokens) -> Axes:
 
 
 class TokenAnalysis:
-    """The facts of every node of a graph, for one set of seeds.
+    """The facts of every node of a graph.
 
-    ``seeds`` gives axes to nodes whose token axis no constant prefix reveals. :meth:`seed` adds one and interprets
-    again what depends on it.
+    A token axis is known from where a constant prefix is joined to it, or from :meth:`seed`.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -200,16 +198,25 @@ class TokenAnalysis:
         self.facts: dict[fx.Node, NodeFacts] = {}
         self.fake_mode = new_fake_mode()
         self._fake = fake_structure(self.module, self.fake_mode)
-        self._interpret(self.module.graph.nodes, capture, {})
+        inputs = iter(_fake_arguments(self.fake_mode, capture))
+        with self.fake_mode, torch.no_grad():
+            for node in self.module.graph.nodes:
+                self.facts[node] = self._run(node, inputs)
 
-    def seed(self, node: fx.Node, axes: Axes, *, until: fx.Node | None = None) -> None:
-        """Give ``node`` these axes and follow them (up to and with ``until``)."""
-        later = []
-        for other in _from(node):
-            later.append(other)
-            if other is until:
-                break
-        self._interpret(later, None, {node: axes})
+    def seed(self, node: fx.Node, axes: Axes) -> None:
+        """Give ``node`` these axes and follow them to the output."""
+        facts = self.facts[node]
+        changed = {node}
+        with self.fake_mode, torch.no_grad():
+            facts.value = facts.value.detach()
+            mark_data(facts.value)
+            set_axes(facts.value, axes)
+            later = node.next
+            while later.op != "root":
+                if changed & set(later.all_input_nodes):
+                    changed.add(later)
+                    self.facts[later] = self._run(later, iter(()))
+                later = later.next
 
     def __getitem__(self, node: fx.Node) -> NodeFacts:
         return self.facts[node]
@@ -226,29 +233,11 @@ class TokenAnalysis:
     def axes(self, node: fx.Node) -> Axes | None:
         return self.facts[node].axes
 
-    def _interpret(
-        self, nodes: Any, capture: Capture | None, seeds: Mapping[fx.Node, Axes]
-    ) -> None:
-        inputs = iter(_fake_arguments(self.fake_mode, capture)) if capture else iter(())
-        changed: set[fx.Node] = set()
-        with self.fake_mode, torch.no_grad():
-            for node in nodes:
-                first_time = capture is not None
-                if not first_time and node not in seeds and not (changed & set(node.all_input_nodes)):
-                    continue
-                changed.add(node)
-                if node in seeds and not first_time:
-                    facts = self.facts[node]
-                    facts.value = facts.value.detach()
-                    mark_data(facts.value)
-                    set_axes(facts.value, seeds[node])
-                    continue
-                self.facts[node] = self._run(node, inputs)
-
     def _run(self, node: fx.Node, inputs: Iterator[Any]) -> NodeFacts:
-        args, kwargs = fx.node.map_arg(
+        inputs_: Any = fx.node.map_arg(
             (node.args, node.kwargs), lambda argument: self.facts[argument].value
         )
+        args, kwargs = inputs_
         if node.op == "placeholder":
             return NodeFacts(next(inputs))
         if node.op == "get_attr":
@@ -268,11 +257,14 @@ class TokenAnalysis:
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
         except FORWARD_FAILURES as error:
             raise TraceError(
-                f"{node.format_node()} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
+                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
                 hint="check that the example inputs fit the model",
             ) from error
         mode.facts.value = value
         return mode.facts
+
+    def _shorter_value(self, node: fx.Node, less: int) -> Any:
+        return _shorter(self.facts[node].value, less)
 
     def counts_tokens(self, node: fx.Node) -> str:
         """Whether a leaf module computes with the number of tokens: the reason why it may, or nothing.
@@ -284,10 +276,9 @@ class TokenAnalysis:
             recorder = _Recorder()
             try:
                 with self.fake_mode, torch.no_grad():
-                    args, kwargs = fx.node.map_arg(
-                        (node.args, node.kwargs),
-                        lambda n, less=less: _shorter(self.facts[n].value, less),
-                    )
+                    shorter = functools.partial(self._shorter_value, less=less)
+                    inputs: Any = fx.node.map_arg((node.args, node.kwargs), shorter)
+                    args, kwargs = inputs
                     with recorder:
                         self.fake_module(str(node.target))(*args, **kwargs)
             except FORWARD_FAILURES:
@@ -296,15 +287,11 @@ class TokenAnalysis:
         return "" if runs[0] == runs[1] else "a module computes with the number of tokens"
 
 
-def _from(node: fx.Node) -> Iterator[fx.Node]:
-    while node.op != "root":
-        yield node
-        node = node.next
-
-
 def _fake_arguments(mode: Any, capture: Capture) -> list[Any]:
     example = [*capture.args, *capture.kwargs.values()]
-    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim]
+    tensors = [
+        leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim
+    ]
     alone = any(t.shape[0] == 1 for t in tensors)
     values = [
         fake_inputs(mode, value, more_batch=int(alone))

@@ -31,7 +31,7 @@ class _Watch(TorchDispatchMode):
     """Notes every module on the call stack while an attention operator runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[str] = []
         self.found: dict[str, None] = {}
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -32,7 +32,18 @@ FORWARD_FAILURES = (
 """What an author's forward may raise when it meets proxies instead of tensors."""
 
 
-FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+FACTORIES = (
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+)
 """Functions that make tensors from sizes: torch does not dispatch them on proxies, so they are recorded by hand."""
 
 
@@ -43,19 +54,19 @@ class _Witnessed:
     node: fx.Node
 
     def __len__(self) -> int:
-        return self.tracer.concrete(self.node, len)
+        return int(self.tracer.concrete(self.node, len))
 
     def __int__(self) -> int:
-        return self.tracer.concrete(self.node, int)
+        return int(self.tracer.concrete(self.node, int))
 
     def __index__(self) -> int:
-        return self.tracer.concrete(self.node, int)
+        return int(self.tracer.concrete(self.node, int))
 
     def __float__(self) -> float:
-        return self.tracer.concrete(self.node, float)
+        return float(self.tracer.concrete(self.node, float))
 
     def __getattr__(self, name: str) -> Any:
-        return _WitnessedAttribute(self, name)
+        return _WitnessedAttribute(cast(Proxy, self), name)
 
 
 class _WitnessedProxy(_Witnessed, Proxy):  # type: ignore[misc]
@@ -93,7 +104,9 @@ class SymbolicTracer(fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: None = None) -> fx.Graph:  # type: ignore[override]
         named = [*root.named_parameters(), *root.named_buffers()]
         self._names = {id(tensor): name for name, tensor in named}
-        recorded = {name: self._recorded(getattr(torch, name)) for name in FACTORIES}
+        recorded: dict[str, Any] = {
+            name: self._recorded(getattr(torch, name)) for name in FACTORIES
+        }
         with unittest.mock.patch.multiple(torch, **recorded):
             return super().trace(root)
 
@@ -148,7 +161,7 @@ class SymbolicTracer(fx.Tracer):
         def part(path: tuple[Any, ...], leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor):
                 return leaf
-            value = proxy
+            value: Any = proxy
             for key in path:
                 value = value[getattr(key, "key", getattr(key, "idx", None))]
             return value
@@ -189,10 +202,11 @@ class SymbolicTracer(fx.Tracer):
         return _WitnessedProxy(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
-        return self.concrete(obj.node, bool)
+        return bool(self.concrete(obj.node, bool))
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
-        return iter([obj[i] for i in range(self.concrete(obj.node, len))])
+        sequence: Any = obj
+        return iter([sequence[i] for i in range(self.concrete(obj.node, len))])
 
     def keys(self, obj: Proxy) -> Any:
         return self.concrete(obj.node, lambda value: tuple(value.keys()))

@@ -56,5 +56,3 @@ class GatherPositions(nn.Module):
         if not self.per_sample and self.repeat > 1:
             full = full.repeat_interleave(self.repeat, self.batch_dim)
         return full
-
-

@@ -137,7 +137,7 @@ def make_record(
         eliminate_dead_tokens=eliminate_dead_tokens,
         token_dim=stream.dim,
         prefix=stream.tokens.lead,
-        patches=stream.tokens.count,
+        patches=stream.tokens.patches,
         tail=stream.tokens.tail,
         args=_on_meta(capture.args),
         kwargs=_on_meta(capture.kwargs),
