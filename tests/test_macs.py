@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torchvision.models import VisionTransformer
 
 import skipvit_fx
