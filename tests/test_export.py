@@ -390,3 +390,12 @@ def test_weights_are_folded(tmp_path: Path) -> None:
     constants = {tensor.name for tensor in graph.initializer}
     again = [n.name for n in graph.node if n.input and set(n.input) <= constants]
     assert not again
+
+
+def test_a_tiny_epsilon_stays(tmp_path: Path) -> None:
+    """Without it, a constant row would be divided by zero."""
+    path = tmp_path / "m.onnx"
+    model = nn.Sequential(nn.LayerNorm(4, eps=1e-12))
+    export_onnx(model, path, target="ascend", example_inputs=torch.randn(2, 4))
+    got = run(path, torch.ones(2, 4))
+    np.testing.assert_array_equal(got["output"], np.zeros((2, 4), np.float32))

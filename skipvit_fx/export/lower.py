@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import onnx
 import onnx_ir as ir
 from onnx import defs
 from onnx_ir.passes import common
+from onnxscript import optimizer
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules import common as rules
 
 from skipvit_fx.errors import ExportError
 
@@ -14,6 +19,25 @@ _CHANGED_MEANING = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13}
 
 _IRRELEVANT = frozenset({"num_outputs", "allowzero"})
 """Attributes that say nothing here: a Split is even without sizes, and no tensor has a dimension of zero."""
+
+
+_ANY_SIZE = 2**62
+
+_MOVES_ONLY = (
+    rules.materialize_reshape_shape_rule,
+    rules.one_reshape_matmul_reshape_rule,
+    rules.two_reshapes_matmul_reshape_rule,
+    rules.reshape_reshape_rule,
+    rules.squeeze_reshape_1d_rule,
+    rules.transpose_transpose_rule,
+    rules.unsqueeze_unsqueeze_rule,
+    rules.no_op_cast_rule,
+    rules.no_op_expand_rule,
+    rules.no_op_transpose_rule,
+    rules.collapse_slice_rule,
+    rules.collapse_slice2_rule,
+)
+"""Rewrites that move data and never touch a number."""
 
 
 def lower_opset(model: ir.Model, opset: int) -> None:
@@ -87,6 +111,36 @@ def _check_last_axis(node: ir.Node, opset: int) -> None:
     if shape is None or axis not in (-1, len(shape) - 1):
         raise _no_counterpart(node, f"{node.op_type} over another axis than the last", opset)
     node.attributes["axis"] = ir.AttrInt64("axis", len(shape) - 1)
+
+
+def tidy(model: ir.Model) -> None:
+    """Fold what depends on weights only, however large: a slice of a weight, a table of positions. Remove the rest.
+
+    The exporter's own optimiser is not used: it takes an epsilon of 1e-12 for zero and drops the addition.
+    """
+    common.InlinePass()(model)
+    logger = logging.getLogger("onnxscript.optimizer._constant_folding")
+    level = logger.level
+    logger.setLevel(
+        logging.ERROR
+    )  # it reports every operator with several outputs that it leaves alone
+    try:
+        optimizer.fold_constants(model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
+    finally:
+        logger.setLevel(level)
+    for step in (
+        RewritePass(_MOVES_ONLY),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
+        common.RemoveUnusedOpsetsPass(),
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.ShapeInferencePass(),
+    ):
+        step(model)
 
 
 def finish(model: ir.Model, ir_version: int) -> None:

@@ -305,14 +305,14 @@ def _expose_kept(module: nn.Module) -> None:
 
 
 def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
-    from skipvit_fx.export.lower import finish, lower_opset
+    from skipvit_fx.export.lower import finish, lower_opset, tidy
 
     spelled_out = profile.spelled_out_norms or opset < LAYER_NORM_OPSET
     free_attention_matrices(program)
     try:
         program = decompose(program, norms=spelled_out)
         written = torch.onnx.export(
-            program, dynamo=True, verbose=False, opset_version=EXPORTER_OPSET, optimize=True
+            program, dynamo=True, verbose=False, opset_version=EXPORTER_OPSET, optimize=False
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
@@ -321,6 +321,7 @@ def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
         ) from error
     assert written is not None
     model = written.model
+    tidy(model)
     if opset != EXPORTER_OPSET:
         lower_opset(model, opset)
     finish(model, profile.ir_version)
