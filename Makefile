@@ -8,7 +8,7 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
 
 lint: .venv/.dev
 	$(BIN)/ruff check

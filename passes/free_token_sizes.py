@@ -269,8 +269,9 @@ def _refuse_arithmetic(rewriting: Rewriting, node: fx.Node) -> None:
     if facts is None:
         return
     if not tensors_in(facts.value):
-        for user in node.users:
-            _refuse_arithmetic(rewriting, user)
+        if facts.value is not None:
+            for user in node.users:
+                _refuse_arithmetic(rewriting, user)
         return
     if node.op == "output" or node.target in _SIZED:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import new_fake_mode
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
@@ -85,7 +85,7 @@ def count_macs(
                 child.enabled = skipping
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     try:
-        with _unfused_modules(), mode, torch.no_grad(), flops:
+        with slow_attention(), mode, torch.no_grad(), flops:
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs or {}))
             if not isinstance(module, fx.GraphModule):
                 faked(*fake_args, **fake_kwargs)
@@ -116,17 +116,6 @@ class _NodeCounter(fx.Interpreter):
         if isinstance(value, Tensor):
             self.shapes[n.name] = tuple(value.shape)
         return value
-
-
-@contextmanager
-def _unfused_modules() -> Iterator[None]:
-    """``nn.MultiheadAttention`` without its fused kernel for inference, which the counter cannot look into."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _one_sample(

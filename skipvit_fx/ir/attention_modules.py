@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +44,17 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def slow_attention() -> Iterator[None]:
+    """Keep ``nn.MultiheadAttention`` from its inference kernel, which hides the attention in one operator."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def attention_modules(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[str, ...]:
@@ -56,6 +68,6 @@ def attention_modules(
     for path, module in watched.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: watch.stack.append(path))
         module.register_forward_hook(lambda *_: watch.stack.pop() and None, always_call=True)
-    with mode, watch, torch.no_grad():
+    with mode, watch, torch.no_grad(), slow_attention():
         watched(*fake_inputs(mode, args), **fake_inputs(mode, dict(kwargs)))
     return tuple(watch.found)

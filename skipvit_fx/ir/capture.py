@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.attention_modules import attention_modules
+from skipvit_fx.ir.attention_modules import attention_modules, slow_attention
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
@@ -60,7 +60,8 @@ def capture_symbolic(
     for training in (False, True):
         tracer = SymbolicTracer(opened, args, kwargs)
         try:
-            graph = tracer.trace(traced.train(training))
+            with slow_attention():
+                graph = tracer.trace(traced.train(training))
         except FORWARD_FAILURES as error:
             raise TraceError(
                 f"{type(model).__name__} cannot be traced symbolically in "
@@ -148,14 +149,36 @@ def _keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Grap
                         path = f"{_owner(here)}.{child}".removeprefix(".")
                         pairs[owner, b, a] = evaluation.call_module(path)
                 here_leaves[i] = pairs[owner, b, a]
-        here.args, here.kwargs = pytree.tree_unflatten(here_leaves, spec)
+        here.args, here.kwargs = _arguments(here_leaves, spec)
         twins[there] = here
     if len(eval_nodes) != len(train_nodes):
         _refuse_paths(eval_nodes[-1], train_nodes[-1])
 
 
+class _Slice(NamedTuple):
+    """A slice that pytree looks into."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
 def _leaves(node: fx.Node) -> tuple[list[Any], pytree.TreeSpec]:
-    return pytree.tree_flatten((node.args, node.kwargs))
+    """The arguments of a node, one by one, also those within slices."""
+    opened = pytree.tree_map(
+        lambda v: _Slice(v.start, v.stop, v.step) if isinstance(v, slice) else v,
+        (node.args, node.kwargs),
+    )
+    return pytree.tree_flatten(opened)
+
+
+def _arguments(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    """The inverse of :func:`_leaves`."""
+    return pytree.tree_map(
+        lambda v: slice(*v) if isinstance(v, _Slice) else v,
+        pytree.tree_unflatten(leaves, spec),
+        is_leaf=lambda v: isinstance(v, _Slice),
+    )
 
 
 def _owner(node: fx.Node) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import Attribute, Proxy
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
@@ -70,7 +71,14 @@ class _Witnessed:
 
 
 class _WitnessedProxy(_Witnessed, Proxy):  # type: ignore[misc]
-    pass
+    @classmethod
+    def __torch_function__(
+        cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
+    ) -> Any:
+        if orig_method is F.multi_head_attention_forward:  # written in Python: look into it
+            with unittest.mock.patch.object(F, "has_torch_function", return_value=False):
+                return orig_method(*args, **(kwargs or {}))
+        return super().__torch_function__(orig_method, types, args, kwargs)
 
 
 class _WitnessedAttribute(_Witnessed, Attribute):  # type: ignore[misc]
@@ -194,6 +202,9 @@ class SymbolicTracer(fx.Tracer):
                 "the model computes with a parameter that tracing cannot see, so it would be frozen at its value",
                 hint="read parameters as attributes of the module that owns them, or use frontend='export'",
             )
+        if isinstance(a, dict) and type(a) is not dict:  # an output class that is also a dict
+            fields = {str(k): self.create_arg(v) for k, v in a.items()}
+            return self.create_node("call_function", type(a), (), fields)
         return super().create_arg(a)
 
     # -- values -----------------------------------------------------------------------------------------------
