@@ -38,7 +38,7 @@ def flat_rows(x: Tensor, rows: Tensor) -> Tensor:
 def _flat(rows: Tensor, batch: int, count: int) -> Tensor:
     if isinstance(batch, int) and batch == 1:
         return rows.flatten()
-    offsets = torch.arange(batch, dtype=torch.int32) * count
+    offsets = torch.arange(batch, dtype=torch.int32, device=rows.device) * count
     return (rows + offsets.unsqueeze(1)).flatten()
 
 
@@ -48,17 +48,17 @@ def _ascending(rows: Tensor) -> Tensor:
     return values.to(torch.int32)
 
 
-def _constant_rows(start: int, stop: int, batch: int) -> Tensor:
-    return torch.arange(start, stop, dtype=torch.int32).unsqueeze(0).expand(batch, stop - start)
+def _constant_rows(start: int, stop: int, like: Tensor) -> Tensor:
+    row = torch.arange(start, stop, dtype=torch.int32, device=like.device)
+    return row.unsqueeze(0).expand(like.shape[0], stop - start)
 
 
 def _sequence(patches: Tensor, lead: int, count: int, tail: int) -> Tensor:
-    batch = patches.shape[0]
     parts = [patches + lead if lead else patches]
     if lead:
-        parts.insert(0, _constant_rows(0, lead, batch))
+        parts.insert(0, _constant_rows(0, lead, patches))
     if tail:
-        parts.append(_constant_rows(lead + count, lead + count + tail, batch))
+        parts.append(_constant_rows(lead + count, lead + count + tail, patches))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -214,8 +214,8 @@ class KeptPositions(nn.Module):
                 continue
             before = found[-1] if found else None
             if before is not None and self.fused:
-                name = torch.full((1, 1), self.patches + len(found) - 1, dtype=torch.int32)
-                before = torch.cat([before, name.expand(before.shape[0], 1)], 1)
+                name = self.patches + len(found) - 1
+                before = torch.cat([before, _constant_rows(name, name + 1, before)], 1)
             found.append(choice if before is None else flat_rows(before, choice))
         return tuple(found)
 
