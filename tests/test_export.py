@@ -20,6 +20,7 @@ import skipvit_fx
 from models import BY_NAME, TORCHVISION, Family, scramble
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import files
+from skipvit_fx.export.aten import free_attention_matrices
 from skipvit_fx.export.legalize import legalize
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.ir.cloning import clone_structure
@@ -399,3 +400,32 @@ def test_a_tiny_epsilon_stays(tmp_path: Path) -> None:
     export_onnx(model, path, target="ascend", example_inputs=torch.randn(2, 4))
     got = run(path, torch.ones(2, 4))
     np.testing.assert_array_equal(got["output"], np.zeros((2, 4), np.float32))
+
+
+class SpelledOut(nn.Module):
+    """Attention whose matrix is also read row by row, as a score does."""
+
+    def __init__(self, dropout: bool, start: int) -> None:
+        super().__init__()
+        self.start = start
+        self.drop = nn.Dropout(0.1) if dropout else nn.Identity()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.drop(((q * 0.5) @ k.transpose(-2, -1) + bias).softmax(-1))
+        return weights @ v, weights.narrow(-2, self.start, 1).mean(1)
+
+
+@pytest.mark.parametrize(("dropout", "start"), [(False, 0), (True, 0), (False, -1)])
+@pytest.mark.parametrize("bias", [(1, 3, 5, 5), (5, 5), (1, 1, 1, 5)])
+def test_a_row_of_attention_is_computed_apart(
+    dropout: bool, start: int, bias: tuple[int, ...]
+) -> None:
+    args = (*(torch.randn(2, 3, 5, 4) for _ in range(3)), torch.randn(bias))
+    module = SpelledOut(dropout, start).eval()
+    program = torch.export.export(module, args, strict=False)
+    free_attention_matrices(program)
+    softmaxes = [n for n in program.graph.nodes if n.target is torch.ops.aten.softmax.int]
+    assert sorted(tuple(n.meta["val"].shape) for n in softmaxes) == [(2, 3, 1, 5), (2, 3, 5, 5)]
+    assert all(len(node.users) == 1 for node in softmaxes)
+    for ours, theirs in zip(program.module()(*args), module(*args), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -118,7 +118,7 @@ def free_attention_matrices(program: ExportedProgram) -> None:
     """
     graph = program.graph
     for node in list(graph.nodes):
-        if node.target is not aten.slice.Tensor:
+        if node.target not in (aten.slice.Tensor, aten.narrow.default):
             continue
         source, dim = node.args[0], _positive(node.args[1], node.args[0])
         softmax = source
@@ -128,9 +128,21 @@ def free_attention_matrices(program: ExportedProgram) -> None:
             continue
         if len(source.users) > 1 or len(softmax.users) > 1:
             with graph.inserting_before(node):
-                node.replace_all_uses_with(_sliced(graph, source, dim, node.args[2:], {}))
+                node.replace_all_uses_with(_sliced(graph, source, dim, _span(node), {}))
     graph.eliminate_dead_code()
     graph.lint()
+
+
+def _span(node: fx.Node) -> tuple[Any, ...]:
+    """Start and end of a slice."""
+    if node.target is not aten.narrow.default:
+        return node.args[2:]
+    source, dim, start, length = node.args
+    assert isinstance(source, fx.Node)
+    assert isinstance(dim, int)
+    if isinstance(start, int) and start < 0:
+        start += source.meta["val"].shape[dim]
+    return start, start + length  # type: ignore[operator]
 
 
 def _rank(node: fx.Node) -> int:
