@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 import skipvit_fx
 from models import BY_NAME, DEPTH, Family

@@ -9,6 +9,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from skipvit_fx.analysis.axes import is_data
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
@@ -67,7 +68,7 @@ def residual_chain(analysis: TokenAnalysis) -> list[fx.Node]:
     flow = nx.DiGraph()
     flow.add_node(source)
     for node in graph.nodes:
-        if node.op == "output" or tensors_in(analysis[node].value):
+        if node.op == "output" or any(is_data(t) for t in tensors_in(analysis[node].value)):
             for argument in node.all_input_nodes:
                 if argument in flow:
                     flow.add_edge(argument, node)
