@@ -70,7 +70,8 @@ def rewrite(
         _check_choice("score", score, ("auto", "cls", "mean", "random"))
     if any(isinstance(module, SkipViTModule) for module in model.modules()):
         raise UnsupportedModelError(
-            "the model was rewritten already", hint="rewrite the original model with the plan that you want"
+            "the model was rewritten already",
+            hint="rewrite the original model with the plan that you want",
         )
     args, kwargs = example_of(model, example_inputs)
     drops = any(stage.ratio for stage in plan.stages) or not plan.stages
