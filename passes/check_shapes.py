@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Dim, Tokens, axes_of, size
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
 from skipvit_fx.ir.editor import INSERTED_BY
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 from skipvit_fx.ops.score import ScoreByFunction
 from skipvit_fx.pipeline.rewriting import Rewriting

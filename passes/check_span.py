@@ -11,8 +11,8 @@ from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.masks import is_causal
 from skipvit_fx.analysis.tokens import carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
 from skipvit_fx.ir.opening import OpenModules
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.pipeline.rewriting import Rewriting
 
 

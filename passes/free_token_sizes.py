@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import Axes, Tokens, size, tokens_of
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.pipeline.rewriting import Rewriting
 

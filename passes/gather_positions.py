@@ -9,7 +9,7 @@ from torch import fx
 
 from skipvit_fx.analysis.rules import Position
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 

@@ -11,7 +11,7 @@ from torch import fx, nn
 from skipvit_fx.analysis.axes import Axes, Batch, Tokens, size, tokens_of
 from skipvit_fx.analysis.layers import AttentionSite
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 

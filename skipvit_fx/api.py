@@ -26,7 +26,7 @@ def rewrite(
     plan: Plan | str,
     *,
     example_inputs: Any = None,
-    frontend: Literal["auto", "symbolic"] = "auto",
+    frontend: Literal["auto", "symbolic", "export"] = "auto",
     cut: Cut = "attention",
     score: Score = "auto",
     prefix_tokens: int | None = None,
@@ -42,7 +42,8 @@ def rewrite(
         example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of
             keyword arguments. Only shapes, dtypes and devices matter. Default: images of the size that the model's
             own configuration names.
-        frontend: how the model is captured: ``"symbolic"`` traces it with torch.fx; ``"auto"`` picks.
+        frontend: how the model is captured: ``"symbolic"`` traces it with torch.fx, ``"export"`` takes what
+            ``torch.export`` makes of it, and ``"auto"`` exports what cannot be traced.
         cut: ``"attention"`` cuts behind the attention of the layer, in front of its feed-forward network (as EViT);
             ``"block"`` behind the whole layer.
         score: what makes a patch important. ``"cls"``: the attention that the class token pays it in that layer;
@@ -64,7 +65,7 @@ def rewrite(
         UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
     """
     plan = Plan.parse(plan) if isinstance(plan, str) else plan
-    _check_choice("frontend", frontend, ("auto", "symbolic"))
+    _check_choice("frontend", frontend, ("auto", "symbolic", "export"))
     _check_choice("cut", cut, ("attention", "block"))
     if not callable(score):
         _check_choice("score", score, ("auto", "cls", "mean", "random"))
@@ -86,7 +87,7 @@ def rewrite(
         )
         return capture.module
 
-    fast = with_capture(model, args, kwargs, work)
+    fast = with_capture(model, args, kwargs, work, frontend=frontend)
     if verify:
         _verify(model, fast, args, kwargs)
     return fast

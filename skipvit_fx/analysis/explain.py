@@ -18,9 +18,10 @@ from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
 from skipvit_fx.ir.calls import Calls, watch_calls
-from skipvit_fx.ir.capture import Capture, module_path
+from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.opening import OpenModules, with_capture
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 
 

@@ -16,7 +16,7 @@ from skipvit_fx.analysis.residual import Span, attention_spans, refuse_sequence,
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.places import module_path
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from skipvit_fx.analysis.axes import is_data
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.places import module_path
 
 SOFTMAX = (
     torch.softmax,

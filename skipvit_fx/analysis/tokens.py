@@ -30,10 +30,11 @@ from skipvit_fx.analysis.axes import (
     tokens_of,
 )
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.capture import Capture, module_path
+from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.cloning import fake_structure
-from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+from skipvit_fx.ir.fakes import fake_inputs
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, attribute
 
 SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -196,7 +197,7 @@ class TokenAnalysis:
     def __init__(self, capture: Capture) -> None:
         self.module: SkipViTModule = capture.module
         self.facts: dict[fx.Node, NodeFacts] = {}
-        self.fake_mode = new_fake_mode()
+        self.fake_mode = capture.fake_mode
         self._fake = fake_structure(self.module, self.fake_mode)
         inputs = iter(_fake_arguments(self.fake_mode, capture))
         with self.fake_mode, torch.no_grad():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.cloning import fake_structure
-from skipvit_fx.ir.fakes import new_fake_mode
+from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 from skipvit_fx.ops.switch import Switchable
 
@@ -77,7 +77,7 @@ def count_macs(
     Raises:
         TraceError: the module does not run on inputs of this kind, or not without data.
     """
-    mode = new_fake_mode()
+    mode = TracelessFakeMode()
     faked = fake_structure(module, mode).eval()
     if skipping is not None:
         for child in faked.modules():

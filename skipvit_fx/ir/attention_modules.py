@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.ir.cloning import fake_structure
-from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
 
 aten = torch.ops.aten
 
@@ -56,13 +56,15 @@ def slow_attention() -> Iterator[None]:
 
 
 def attention_modules(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    mode: TracelessFakeMode,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Paths of the modules in whose forward an attention (or any softmax) runs, in call order.
 
     Every ancestor on the call stack is included, the model itself (path ``""``) too.
     """
-    mode = new_fake_mode()
     watched = fake_structure(model, mode)
     watch = _Watch()
     for path, module in watched.named_modules():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.ir.attention_modules import ATTENTION_OPS
 from skipvit_fx.ir.cloning import fake_structure
-from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
 
 _SOFTMAX = frozenset({torch.ops.aten._softmax, torch.ops.aten._safe_softmax})
 
@@ -78,7 +78,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def watch_calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
     """Run ``model`` on fake tensors and note which modules and which attentions run."""
-    mode = new_fake_mode()
+    mode = TracelessFakeMode()
     watched = fake_structure(model, mode)
     watch = _Watch()
     for path, module in watched.named_modules():

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import gc
+import sys
+from types import TracebackType
+from typing import Any, Self, TypeAlias
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+_Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
+_SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
 
-def new_fake_mode() -> FakeTensorMode:
-    """A mode under which real parameters may meet fake activations, and nothing is computed."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+
+class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """A mode under which real parameters may meet fake activations, and nothing is computed or left behind.
+
+    A function of the author's under ``functools.lru_cache`` that makes a table would keep a fake one, and hand it to
+    the author's own model later. So on leaving the mode, every such cache that caught a fake tensor is emptied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._caches = {cache: cache.cache_info().misses for cache in _caches()}
+        self._entered = 0  # operators enter it again while they run
+
+    def __enter__(self) -> Self:
+        self._entered += 1
+        return super().__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._entered -= 1
+        if not self._entered:
+            self.empty_caches()
+
+    def empty_caches(self) -> None:
+        """Empty every cache that caught a fake tensor since the last time."""
+        for cache, known in self._caches.items():
+            if cache.cache_info().misses != known:
+                if any(isinstance(x, FakeTensor) for x in pytree.tree_leaves(_results(cache))):
+                    cache.cache_clear()
+                self._caches[cache] = cache.cache_info().misses
+
+
+def _caches() -> list[_Cached]:
+    """The caching functions of all imported packages, but for those that never see a tensor of a model."""
+    return [
+        found
+        for found in gc.get_referrers(functools._lru_cache_wrapper)
+        if type(found) is functools._lru_cache_wrapper
+        and (found.__module__ or "").partition(".")[0] not in _SPARED
+    ]
+
+
+def _results(cache: _Cached) -> list[Any]:
+    """What a cache holds, keys and function included."""
+    return gc.get_referents(cache)
 
 
 def fake_inputs(mode: FakeTensorMode, example: Any, *, more_batch: int = 0) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from skipvit_fx.ir.capture import Capture, capture_symbolic
+from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.capture import Capture, Frontend, capture
+from skipvit_fx.ir.fakes import TracelessFakeMode
 
 T = TypeVar("T")
 
@@ -25,19 +27,42 @@ def with_capture(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     work: Callable[[Capture], T],
+    *,
+    frontend: Frontend | Literal["auto"] = "auto",
 ) -> T:
     """What ``work`` returns for a capture of ``model``.
 
-    Where it raises :class:`OpenModules` instead, it gets a new capture in which these modules are open, too.
+    Where it raises :class:`OpenModules` instead, it gets a new capture in which these modules are open, too. Where
+    ``"auto"`` cannot trace the model symbolically, it is exported.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
+    mode = TracelessFakeMode()
+    if frontend != "auto":
+        return _opening(model, args, kwargs, work, frontend, mode)
+    try:
+        return _opening(model, args, kwargs, work, "symbolic", mode)
+    except TraceError as first:
+        try:
+            return _opening(model, args, kwargs, work, "export", mode)
+        except TraceError as second:
+            raise first from second
+
+
+def _opening(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    work: Callable[[Capture], T],
+    frontend: Frontend,
+    mode: TracelessFakeMode,
+) -> T:
     opened: frozenset[str] = frozenset()
     while True:
-        capture = capture_symbolic(model, args, kwargs, opened)
+        captured = capture(model, args, kwargs, frontend=frontend, mode=mode, also_open=opened)
         try:
-            return work(capture)
+            return work(captured)
         except OpenModules as leaves:
             if leaves.paths <= opened:
                 raise

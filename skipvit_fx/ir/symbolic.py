@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,9 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.fakes import fake_inputs, new_fake_mode
+from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
+from skipvit_fx.ir.inputs import Inputs, parts_of
+from skipvit_fx.ir.outputs import KeepsOutputClass
 
 FORWARD_FAILURES = (
     fx.proxy.TraceError,
@@ -85,7 +86,7 @@ class _WitnessedAttribute(_Witnessed, Attribute):  # type: ignore[misc]
     pass
 
 
-class SymbolicTracer(fx.Tracer):
+class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     """Traces through the modules named in ``open_paths``; every other module stays one ``call_module`` node.
 
     Where Python needs a value (a branch, a length), the node is evaluated on fake tensors of two batch sizes. If
@@ -96,13 +97,16 @@ class SymbolicTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(
-        self, open_paths: frozenset[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        open_paths: frozenset[str],
+        mode: TracelessFakeMode,
+        inputs: Inputs,
     ) -> None:
         super().__init__()
         self.open_paths = open_paths
         self.fixed_sizes = False
-        self._args, self._kwargs = args, dict(kwargs)
-        self._mode = new_fake_mode()
+        self._inputs = inputs
+        self._mode = mode
         self._witnesses: list[dict[fx.Node, Any]] = [{}, {}]
         self._evaluating = False
         self._names: dict[int, str] = {}
@@ -137,44 +141,15 @@ class SymbolicTracer(fx.Tracer):
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Placeholders for the arguments that the example passes; the others keep their defaults."""
         del is_module, concrete_args
-        signature = inspect.signature(root_fn)
-        given = signature.bind(self.root, *self._args, **self._kwargs).arguments
-        _, *parameters = signature.parameters.values()
-        positional: list[Any] = []
-        keywords: dict[str, Any] = {}
-        for parameter in parameters:
-            if parameter.name not in given:
-                continue
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                for i, value in enumerate(given[parameter.name]):
-                    positional.append(self._placeholder(f"{parameter.name}_{i}", value))
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                for name, value in given[parameter.name].items():
-                    keywords[name] = self._placeholder(name, value)
-            elif parameter.kind is parameter.POSITIONAL_ONLY:
-                positional.append(self._placeholder(parameter.name, given[parameter.name]))
-            else:
-                keywords[parameter.name] = self._placeholder(parameter.name, given[parameter.name])
         root = self.root
-        return (lambda: root_fn(root, *positional, **keywords)), []
+        args, kwargs = self._inputs.placed(self._placeholder)
+        return (lambda: root_fn(root, *args, **kwargs)), []
 
     def _placeholder(self, name: str, example: Any) -> Any:
-        leaves = pytree.tree_leaves_with_path(example)
-        if not any(isinstance(leaf, torch.Tensor) for _, leaf in leaves):
-            return example
         proxy = self.create_proxy("placeholder", name, (), {})
         for more_batch, values in enumerate(self._witnesses):
             values[proxy.node] = fake_inputs(self._mode, example, more_batch=more_batch)
-
-        def part(path: tuple[Any, ...], leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
-                return leaf
-            value: Any = proxy
-            for key in path:
-                value = value[getattr(key, "key", getattr(key, "idx", None))]
-            return value
-
-        return pytree.tree_map_with_path(part, example)
+        return parts_of(example, proxy)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
@@ -200,11 +175,8 @@ class SymbolicTracer(fx.Tracer):
         if isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
             raise TraceError(
                 "the model computes with a parameter that tracing cannot see, so it would be frozen at its value",
-                hint="read parameters as attributes of the module that owns them, or use frontend='export'",
+                hint="read parameters as attributes of the module that owns them",
             )
-        if isinstance(a, dict) and type(a) is not dict:  # an output class that is also a dict
-            fields = {str(k): self.create_arg(v) for k, v in a.items()}
-            return self.create_node("call_function", type(a), (), fields)
         return super().create_arg(a)
 
     # -- values -----------------------------------------------------------------------------------------------
@@ -234,7 +206,7 @@ class SymbolicTracer(fx.Tracer):
             raise TraceError(
                 f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
                 f"what the tensors hold: {error}",
-                hint="the branch or loop at that place cannot be captured; try frontend='export'",
+                hint="move the branch or loop into a module that runs no attention",
             ) from error
         if first != second:
             raise TraceError(

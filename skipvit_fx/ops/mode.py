@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class ByMode(nn.Module):
@@ -25,7 +26,7 @@ class ByMode(nn.Module):
 
 
 class FixedSize(nn.Module):
-    """Passes a tensor through after checking its shape (all but the batch axis).
+    """Passes an input through after checking the shapes of its tensors (all but the batch axis).
 
     Stands at an input when tracing had to fix a size, such as a branch on the image's height: another size would
     silently take the wrong branch.
@@ -34,18 +35,24 @@ class FixedSize(nn.Module):
         ValueError: the shape differs.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
         super().__init__()
         self.name = name
-        self.shape = shape
+        self.shapes = shapes
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
-        if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"input {self.name!r} has shape {tuple(x.shape)}, but the model was rewritten for "
-                f"[batch, {', '.join(map(str, self.shape))}]; rewrite it again with such an example input"
-            )
-        return x
+    def forward(self, given):  # type: ignore[no-untyped-def]
+        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        for tensor, shape in zip(tensors, self.shapes, strict=True):
+            if tuple(tensor.shape[1:]) != shape:
+                raise ValueError(
+                    f"input {self.name!r} has shape {tuple(tensor.shape)}, but the model was rewritten for "
+                    f"{_batch_of(shape)}; rewrite it again with such an example input"
+                )
+        return given
 
     def extra_repr(self) -> str:
-        return f"[batch, {', '.join(map(str, self.shape))}]"
+        return ", ".join(map(_batch_of, self.shapes))
+
+
+def _batch_of(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(['batch', *map(str, shape)])}]"

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import NotRewrittenError
-from skipvit_fx.ir.capture import module_path
+from skipvit_fx.ir.places import module_path
 from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.pipeline.runner import PassRecord
 from skipvit_fx.plan import Plan

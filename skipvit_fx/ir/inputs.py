@@ -1,0 +1,104 @@
+"""The arguments of one example call, by the names that the model gives them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.utils import _pytree as pytree
+
+Place = Callable[[str, Any], Any]
+"""From the name of a placeholder and an example of it to what stands for it in a graph."""
+
+
+class Inputs:
+    """The arguments that an example call passes to a forward; the others keep their defaults.
+
+    Args:
+        forward: a bound method.
+        args, kwargs: of the call.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self._bound = inspect.signature(forward).bind(*args, **kwargs)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What can be passed by position, in the order of the signature."""
+        return self._bound.args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """What must be passed by keyword, in the order of the signature."""
+        return self._bound.kwargs
+
+    def placed(self, place: Place) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments with what ``place`` returns for every argument that holds a tensor."""
+        parameters = self._bound.signature.parameters.values()
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        count = len(self.args)
+        for parameter in parameters:
+            if parameter.name not in self._bound.arguments:
+                continue
+            value = self._bound.arguments[parameter.name]
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                args += [_place(place, f"{parameter.name}_{i}", v) for i, v in enumerate(value)]
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                kwargs |= {name: _place(place, name, v) for name, v in value.items()}
+            elif len(args) < count and parameter.kind is not parameter.KEYWORD_ONLY:
+                args.append(_place(place, parameter.name, value))
+            else:
+                kwargs[parameter.name] = _place(place, parameter.name, value)
+        return tuple(args), kwargs
+
+    def with_tensors(self) -> dict[str, Any]:
+        """Every argument that holds a tensor, by the name of its placeholder, in the order of the signature."""
+        found: dict[str, Any] = {}
+        self.placed(found.__setitem__)
+        return found
+
+    def by_parameter(self, leaf: Callable[[Any], Any]) -> dict[str, Any]:
+        """``leaf`` of every leaf of the arguments, by the name of the parameter that takes them."""
+        return {name: pytree.tree_map(leaf, v) for name, v in self._bound.arguments.items()}
+
+    def several_samples(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with a second sample where there is one only."""
+        args, kwargs = pytree.tree_map(_several, (self.args, self.kwargs))
+        return args, kwargs
+
+
+def _place(place: Place, name: str, value: Any) -> Any:
+    holds_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return place(name, value) if holds_tensor else value
+
+
+def _several(leaf: Any) -> Any:
+    alone = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1
+    return torch.cat([leaf, leaf]) if alone else leaf
+
+
+def parts_of(example: Any, whole: Proxy) -> Any:
+    """``example`` with every tensor in it replaced by the part of ``whole`` that stands at its place."""
+
+    def part(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        value: Any = whole
+        for key in path:
+            if isinstance(key, pytree.GetAttrKey):
+                value = getattr(value, key.name)
+            else:
+                value = value[key.key if isinstance(key, pytree.MappingKey) else key.idx]
+        return value
+
+    return pytree.tree_map_with_path(part, example)
