@@ -13,6 +13,7 @@ from skipvit_fx.analysis.tokens import carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.opening import OpenModules
 from skipvit_fx.ir.places import module_path
+from skipvit_fx.passes.fill_taps import refuse_taps
 from skipvit_fx.pipeline.rewriting import Rewriting
 
 
@@ -41,6 +42,7 @@ class CheckSpan:
             UnsupportedModelError: a node is not sound; it is named.
             OpenModules: leaf modules are not sound as a whole, and must be looked into.
         """
+        refuse_taps(rewriting)
         _refuse_causal_scores(rewriting)
         end = rewriting.stream.layers[-1].end
         leaves = []

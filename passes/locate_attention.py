@@ -8,13 +8,14 @@ from typing import ClassVar
 from torch import fx
 
 from skipvit_fx.analysis.layers import find_stream
-from skipvit_fx.analysis.tokens import TokenAnalysis
+from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 
 
 @dataclass(frozen=True)
 class LocateAttention:
-    """Changes nothing. Afterwards the layers are known, and for every stage its cut and its span.
+    """Changes nothing. Afterwards the layers are known, for every stage its cut and its span, and who taps it.
 
     ::
 
@@ -28,7 +29,7 @@ class LocateAttention:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, rewriting: Rewriting) -> None:
-        """Fill in ``rewriting.stream`` and ``rewriting.stages``."""
+        """Fill in ``rewriting.stream``, ``rewriting.stages`` and ``rewriting.taps``."""
         analysis = TokenAnalysis(rewriting.capture)
         rewriting.locate(analysis, find_stream(analysis, rewriting.prefix_tokens))
         layers = rewriting.stream.layers
@@ -40,6 +41,49 @@ class LocateAttention:
             cut = layer.cut if rewriting.cut == "attention" else layer.end
             span = _descendants(cut) - beyond if cut is not returns else set()
             rewriting.stages.append(StageNodes(index, stage, layer, cut, span))
+        _note_taps(rewriting)
+
+
+def _note_taps(rewriting: Rewriting) -> None:
+    """Note who reads tokens under a drop without being on the way to where they return (or to the last layer's end).
+
+    With ``fill_taps``, such a reader, and all that is computed from it, will see every token again.
+    """
+    goal = rewriting.return_node or rewriting.stream.layers[-1].end
+    way = _ancestors(goal)
+    under: set[fx.Node] = set().union(*(stage.span | {stage.cut} for stage in rewriting.stages))
+    for node in rewriting.editor.graph.nodes:
+        if node not in way or node not in under or not carries_tokens(rewriting.analysis[node]):
+            continue
+        readers = [u for u in node.users if u not in way and u is not goal]
+        taps = [u for u in readers if not _takes_prefix(rewriting, u)]
+        if taps:
+            rewriting.taps[node] = taps
+    if rewriting.fill_taps:
+        for readers in rewriting.taps.values():
+            for reader in readers:
+                beyond = {reader} | _descendants(reader)
+                for stage in rewriting.stages:
+                    stage.span -= beyond
+
+
+def _takes_prefix(rewriting: Rewriting, node: fx.Node) -> bool:
+    """Whether a node takes nothing but prefix rows, or sizes, from the tokens that it reads."""
+    facts = rewriting.analysis[node]
+    if not tensors_in(facts.value):
+        return node.op != "output"
+    return facts.reads is not None and not facts.mixing and not carries_tokens(facts)
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        for argument in waiting.pop().all_input_nodes:
+            if argument not in found:
+                found.add(argument)
+                waiting.append(argument)
+    return found
 
 
 def _descendants(node: fx.Node) -> set[fx.Node]:

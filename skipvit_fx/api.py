@@ -30,6 +30,7 @@ def rewrite(
     cut: Cut = "attention",
     score: Score = "auto",
     prefix_tokens: int | None = None,
+    fill_taps: bool = False,
     eliminate_dead_tokens: bool = True,
     verify: bool = False,
 ) -> SkipViTModule:
@@ -51,6 +52,9 @@ def rewrite(
             second; ``"random"``; or a function from patch tokens ``[batch, patches, channels]`` to scores
             ``[batch, patches]``.
         prefix_tokens: leading tokens that are no patches (class, distillation, registers). Default: found.
+        fill_taps: what a model hands out besides its last result (hidden states, a token grid of an earlier layer)
+            and computes under a drop is refused; with ``True`` it is handed out in full, the dropped tokens in the
+            state in which they left.
         eliminate_dead_tokens: also leave out, exactly, what no output reads: behind the last attention often all
             rows but the class token's. Not applied where the plan drops 0 %, which is bit-identical to the model.
         verify: run the model and the rewritten one, skipping off, on random inputs, and compare every bit.
@@ -80,7 +84,7 @@ def rewrite(
 
     def work(capture: Capture) -> SkipViTModule:
         before = graph_lines(capture.module.graph)
-        rewriting = Rewriting(capture, plan, cut, score, prefix_tokens)
+        rewriting = Rewriting(capture, plan, cut, score, prefix_tokens, fill_taps)
         records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
         capture.module.meta[RECORD] = make_record(
             type(model).__name__, rewriting, records, before, eliminate_dead_tokens=elimination

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, token_dim, tokens_of
-from skipvit_fx.analysis.residual import Span, attention_spans, refuse_sequence, residual_chain
+from skipvit_fx.analysis.residual import (
+    Chain,
+    Span,
+    attention_spans,
+    refuse_sequence,
+    residual_chain,
+)
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
@@ -290,8 +296,9 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
     return bool(ends), mixing
 
 
-def _layers(analysis: TokenAnalysis, chain: list[fx.Node], spans: list[Span]) -> tuple[Layer, ...]:
+def _layers(analysis: TokenAnalysis, way: Chain, spans: list[Span]) -> tuple[Layer, ...]:
     """Turn the spans whose attention has a query per token into layers."""
+    chain = way.nodes
     kept = []
     for span in spans:
         sites, unclear = _sites(analysis, span)
@@ -300,7 +307,7 @@ def _layers(analysis: TokenAnalysis, chain: list[fx.Node], spans: list[Span]) ->
     places = {node: i for i, node in enumerate(chain)}
     # A stream node forks: the sum behind it adds it to what a branch made of it. Nodes that do not fork, such as the
     # norm of a post-norm layer, still belong to the layer before.
-    forks = [len([u for u in node.users if tensors_in(analysis[u].value)]) > 1 for node in chain]
+    forks = [sum(user in way.way for user in node.users) > 1 for node in chain]
     starts = [places[start] for start, *_ in kept]
     layers: list[Layer] = []
     to_cut = to_end = 0

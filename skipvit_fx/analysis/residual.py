@@ -61,35 +61,78 @@ def _larger(
     return (value.numel(), node) if best is None or value.numel() > best[0] else best
 
 
-def residual_chain(analysis: TokenAnalysis) -> list[fx.Node]:
-    """The nodes that every path from the image to the output passes, first to last."""
+@dataclass(frozen=True)
+class Chain:
+    """The residual stream from the image to what the model computes last.
+
+    Attributes:
+        nodes: the nodes that every path between the two passes, first to last.
+        way: all nodes on any of these paths. What is off it only taps the stream.
+    """
+
+    nodes: list[fx.Node]
+    way: frozenset[fx.Node]
+
+
+def residual_chain(analysis: TokenAnalysis) -> Chain:
+    """The chain that leads to the outputs behind most attentions; outputs behind fewer are taps on its way.
+
+    Raises:
+        UnsupportedModelError: no output depends on the image.
+    """
     graph = analysis.module.graph
     source = _image(analysis, graph)
     flow = nx.DiGraph()
     flow.add_node(source)
     for node in graph.nodes:
-        if node.op == "output" or any(is_data(t) for t in tensors_in(analysis[node].value)):
+        if any(is_data(t) for t in tensors_in(analysis[node].value)):
             for argument in node.all_input_nodes:
                 if argument in flow:
                     flow.add_edge(argument, node)
     output = next(reversed(graph.nodes))
-    if output not in flow:
+    last = _last_computed(analysis, flow, output)
+    if not last:
         raise UnsupportedModelError("the model's output does not depend on its image input")
+    way: set[fx.Node] = set()
+    for node in last:
+        way |= {node, *nx.ancestors(flow, node)}
+    flow = nx.DiGraph(flow.subgraph([node for node in graph.nodes if node in way]))
+    flow.add_edges_from((node, output) for node in last)
     parents = nx.immediate_dominators(flow, source)
     chain = [output]
     while chain[-1] is not source:
         chain.append(parents[chain[-1]])
-    return chain[:0:-1]
+    return Chain(chain[:0:-1], frozenset(way))
 
 
-def attention_spans(analysis: TokenAnalysis, chain: list[fx.Node]) -> list[Span]:
+def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -> list[fx.Node]:
+    """The tensors that the model returns which have most attentions, one behind the other, before them."""
+    depth: dict[fx.Node, int] = {}
+    for node in analysis.module.graph.nodes:
+        if node in flow:
+            before = max((depth[a] for a in node.all_input_nodes if a in depth), default=0)
+            depth[node] = before + is_softmax(analysis, node)
+    returned: dict[fx.Node, None] = {}
+    waiting = list(output.all_input_nodes)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(analysis[node].value, Tensor) or isinstance(node.target, str):
+            returned[node] = None
+        else:  # an output class of the author's
+            waiting += node.all_input_nodes
+    deepest = max((depth[node] for node in returned if node in depth), default=0)
+    return [node for node in returned if depth.get(node) == deepest]
+
+
+def attention_spans(analysis: TokenAnalysis, way: Chain) -> list[Span]:
     """The spans of the chain, first to last."""
+    chain = way.nodes
     order = {node: i for i, node in enumerate(analysis.module.graph.nodes)}
     found: dict[int, list[fx.Node]] = {}
     on_chain = set(chain)
     ahead = 0
     for node in analysis.module.graph.nodes:
-        if not is_softmax(analysis, node) or node in on_chain:
+        if node not in way.way or not is_softmax(analysis, node) or node in on_chain:
             continue
         while ahead < len(chain) and order[chain[ahead]] < order[node]:
             ahead += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,13 +118,27 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 def _refuse_hooks(model: nn.Module, opened: frozenset[str]) -> None:
+    """Hooks that the model's own package put there are part of its forward, and are traced with it; others are not.
+
+    Raises:
+        TraceError: somebody else's hook would run once at tracing and never again.
+    """
+    author = _package(type(model))
     for path in sorted(opened):
         module = model.get_submodule(path)
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            raise TraceError(
-                f"module {path or '<root>'!r} carries a hook, which would run once at tracing and never again",
-                hint="remove the hook before rewriting, or place it on a module that runs no attention",
-            )
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for hook in (hook for kind in hooks for hook in kind.values()):
+            if _package(hook) != author or author == "__main__":
+                raise TraceError(
+                    f"module {path or '<root>'!r} carries a hook, which would run once at tracing and never again",
+                    hint="remove the hook before rewriting, or place it on a module that runs no attention",
+                )
+
+
+def _package(thing: Any) -> str:
+    """The package that a class or function was written in."""
+    function = thing.func if isinstance(thing, functools.partial) else thing
+    return str(getattr(function, "__module__", None)).partition(".")[0]
 
 
 def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torch.Tensor]) -> None:

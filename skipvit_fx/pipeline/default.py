@@ -5,6 +5,7 @@ from __future__ import annotations
 from skipvit_fx.passes.check_shapes import CheckShapes
 from skipvit_fx.passes.check_span import CheckSpan
 from skipvit_fx.passes.eliminate_dead_tokens import EliminateDeadTokens
+from skipvit_fx.passes.fill_taps import FillTaps
 from skipvit_fx.passes.free_token_sizes import FreeTokenSizes
 from skipvit_fx.passes.gather_positions import GatherPositionOperands
 from skipvit_fx.passes.insert_fused_token import InsertFusedToken
@@ -26,6 +27,7 @@ def default_pipeline(*, eliminate_dead_tokens: bool) -> tuple[Pass, ...]:
         InsertSelect(),
         InsertSkip(),
         InsertFusedToken(),
+        FillTaps(),
         GatherPositionOperands(),
         InsertMerge(),
     )

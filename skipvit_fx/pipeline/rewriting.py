@@ -53,15 +53,21 @@ class StageNodes:
 
 @dataclass
 class Rewriting:
-    """One rewrite under way."""
+    """One rewrite under way.
+
+    Attributes:
+        taps: nodes under a drop, each with those of its readers that do not lead to where the dropped tokens return.
+    """
 
     capture: Capture
     plan: Plan
     cut: Cut = "attention"
     score: Score = "auto"
     prefix_tokens: int | None = None
+    fill_taps: bool = False
     facts: set[str] = field(default_factory=set)
     stages: list[StageNodes] = field(default_factory=list)
+    taps: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     full_sizes: dict[int, fx.Node] = field(default_factory=dict)
     narrow: set[fx.Node] = field(default_factory=set)
 
@@ -99,9 +105,10 @@ class Rewriting:
 
     @property
     def own_readers(self) -> set[fx.Node]:
-        """Inserted nodes that read the whole stream at a cut, and go on doing so when its other readers do not."""
+        """Nodes that read the whole stream at a cut, and go on doing so when its other readers do not."""
         scores = {score for stage in self.stages for score in stage.scores.values()}
-        return scores | set(self.full_sizes.values())
+        taps = {reader for stage in self.stages for reader in self.taps.get(stage.cut, ())}
+        return scores | taps | set(self.full_sizes.values())
 
     def rank(self, node: fx.Node) -> int:
         """Number of dimensions of a tensor node."""
