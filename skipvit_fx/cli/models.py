@@ -218,7 +218,7 @@ def parameter_bytes(spec: Spec) -> int:
     try:
         with torch.device("meta"):
             model = spec.build()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         raise SpecError(f"{spec} cannot be built on the meta device: {error}") from error
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
