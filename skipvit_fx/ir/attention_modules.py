@@ -70,6 +70,7 @@ def attention_modules(
     for path, module in watched.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: watch.stack.append(path))
         module.register_forward_hook(lambda *_: watch.stack.pop() and None, always_call=True)
+    fake_args, fake_kwargs = fake_inputs(mode, (args, dict(kwargs)))
     with mode, watch, torch.no_grad(), slow_attention():
-        watched(*fake_inputs(mode, args), **fake_inputs(mode, dict(kwargs)))
+        watched(*fake_args, **fake_kwargs)
     return tuple(watch.found)

@@ -10,6 +10,10 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
@@ -62,6 +66,11 @@ def capture(
     """
     try:
         opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise TraceError(
+            f"what {type(model).__name__} computes depends on the values in its input tensors ({error})",
+            hint="pass what its Python code reads from tensors as numbers, if the model takes them",
+        ) from error
     except FORWARD_FAILURES as error:
         raise TraceError(
             f"{type(model).__name__} does not run on the example inputs: {error}",

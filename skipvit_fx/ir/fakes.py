@@ -16,11 +16,18 @@ _Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 _SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
 
 
+MOST_KNOWN = 4096
+"""Elements of the largest integer tensor whose values stay known."""
+
+
 class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A mode under which real parameters may meet fake activations, and nothing is computed or left behind.
 
     A function of the author's under ``functools.lru_cache`` that makes a table would keep a fake one, and hand it to
     the author's own model later. So on leaving the mode, every such cache that caught a fake tensor is emptied.
+
+    Values of small integer inputs stay known, for modules that read them, such as an embedding that wants the heights
+    and widths of images. What is captured never depends on them: proxies stand for tensors, and have no values.
     """
 
     def __init__(self) -> None:
@@ -42,6 +49,11 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self._entered -= 1
         if not self._entered:
             self.empty_caches()
+
+    def may_turn_const(self, t: torch.Tensor) -> bool:
+        """Whether values stay known while operators work on them: of small integer tensors, not on the meta device."""
+        small = t.numel() <= MOST_KNOWN and not t.is_floating_point() and not t.is_complex()
+        return small and not t.is_sparse and not t.is_meta and not self.is_our_fake(t)
 
     def empty_caches(self) -> None:
         """Empty every cache that caught a fake tensor since the last time."""
@@ -67,19 +79,30 @@ def _results(cache: _Cached) -> list[Any]:
     return gc.get_referents(cache)
 
 
-def fake_inputs(mode: FakeTensorMode, example: Any, *, more_batch: int = 0) -> Any:
-    """``example`` with every tensor made fake, its batch axis (axis 0) longer by ``more_batch``."""
+def fake_inputs(
+    mode: TracelessFakeMode, example: Any, *, more_batch: int = 0, known: bool = True
+) -> Any:
+    """``example`` with every tensor made fake, its batch axis (axis 0) longer by ``more_batch``.
+
+    Args:
+        mode: the mode that they belong to.
+        example: nested tuples, lists and dicts of real tensors.
+        more_batch: how often the first sample is repeated.
+        known: whether the values of small integer tensors (the shapes of images, say) stay known.
+    """
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
+        real = leaf.detach()
         if more_batch and leaf.ndim:
-            with mode:
-                return torch.empty(
-                    (leaf.shape[0] + more_batch, *leaf.shape[1:]),
-                    dtype=leaf.dtype,
-                    device=leaf.device,
-                )
-        return mode.from_tensor(leaf.detach(), static_shapes=True)
+            if leaf.is_floating_point():  # no need to copy pixels
+                size = (leaf.shape[0] + more_batch, *leaf.shape[1:])
+                with mode:
+                    return torch.empty(size, dtype=leaf.dtype, device=leaf.device)
+            real = torch.cat([real, *[real[:1]] * more_batch])
+        if known and mode.may_turn_const(real):
+            return mode.fake_tensor_converter.from_real_tensor(mode, real, make_constant=True)
+        return mode.from_tensor(real, static_shapes=True)
 
     return pytree.tree_map(fake, example)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import unittest.mock
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,9 @@ FACTORIES = (
     "arange",
     "empty",
     "eye",
+    "finfo",
     "full",
+    "iinfo",
     "linspace",
     "ones",
     "rand",
@@ -46,7 +49,12 @@ FACTORIES = (
     "tensor",
     "zeros",
 )
-"""Functions that make tensors from sizes: torch does not dispatch them on proxies, so they are recorded by hand."""
+"""Functions of sizes and dtypes: torch does not dispatch them on proxies, so they are recorded by hand."""
+
+
+def _none_or_dtype(tensor: Any) -> Any:
+    """What ``torch.nn.MultiheadAttention`` asks of its masks, also where they are proxies."""
+    return None if tensor is None else tensor.dtype
 
 
 class _Witnessed:
@@ -86,6 +94,19 @@ class _WitnessedAttribute(_Witnessed, Attribute):  # type: ignore[misc]
     pass
 
 
+@dataclass
+class _Witness:
+    """An example call on fake tensors, as far as it was needed.
+
+    Attributes:
+        values: of nodes; what their tensors hold is not known.
+        known: of inputs, small integer tensors with what they hold: for leaf modules alone, which stay live.
+    """
+
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    known: dict[fx.Node, Any] = field(default_factory=dict)
+
+
 class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     """Traces through the modules named in ``open_paths``; every other module stays one ``call_module`` node.
 
@@ -107,7 +128,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self.fixed_sizes = False
         self._inputs = inputs
         self._mode = mode
-        self._witnesses: list[dict[fx.Node, Any]] = [{}, {}]
+        self._witnesses = (_Witness(), _Witness())
         self._evaluating = False
         self._names: dict[int, str] = {}
 
@@ -119,7 +140,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         recorded: dict[str, Any] = {
             name: self._recorded(getattr(torch, name)) for name in FACTORIES
         }
-        with unittest.mock.patch.multiple(torch, **recorded):
+        with (
+            unittest.mock.patch.multiple(torch, **recorded),
+            unittest.mock.patch.object(F, "_none_or_dtype", _none_or_dtype),
+        ):
             return super().trace(root)
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,8 +171,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
 
     def _placeholder(self, name: str, example: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
-        for more_batch, values in enumerate(self._witnesses):
-            values[proxy.node] = fake_inputs(self._mode, example, more_batch=more_batch)
+        for more_batch, witness in enumerate(self._witnesses):
+            values = functools.partial(fake_inputs, self._mode, example, more_batch=more_batch)
+            witness.values[proxy.node] = values(known=False)
+            witness.known[proxy.node] = values()
         return parts_of(example, proxy)
 
     def call_module(
@@ -201,7 +227,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             TraceError: it is not, or it depends on what the tensors hold.
         """
         try:
-            first, second = (read(self._value(node, values)) for values in self._witnesses)
+            first, second = (read(self._value(node, witness)) for witness in self._witnesses)
         except FORWARD_FAILURES as error:
             raise TraceError(
                 f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
@@ -216,8 +242,9 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self.fixed_sizes = True
         return first
 
-    def _value(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def _value(self, node: fx.Node, witness: _Witness) -> Any:
         """The node's value on a witness: what it needs and has not is computed first, in graph order."""
+        values = witness.values
         needed, waiting = {node}, [node]
         while waiting:
             for argument in waiting.pop().all_input_nodes:
@@ -229,23 +256,34 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             with self._mode, torch.no_grad():
                 for pending in self.graph.nodes:
                     if pending in needed and pending not in values:
-                        values[pending] = self._run(pending, values)
+                        values[pending] = self._run(pending, witness)
         finally:
             self._evaluating = False
         return values[node]
 
-    def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    def _run(self, node: fx.Node, witness: _Witness) -> Any:
+        values = witness.values
+        if node.op == "call_module":
+            args, kwargs = fx.node.map_arg(
+                (node.args, node.kwargs), lambda a: witness.known.get(a, values[a])
+            )
+            out = self.root.get_submodule(str(node.target))(*args, **kwargs)
+            return pytree.tree_map_only(FakeTensor, _forget, out)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "get_attr":
             value = attribute(self.root, str(node.target))
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
                 return self._mode.from_tensor(value.detach(), static_shapes=True)
             return value
-        if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _forget(tensor: FakeTensor) -> FakeTensor:
+    """The tensor, its value no longer known."""
+    tensor.constant = None
+    return tensor
 
 
 def attribute(root: nn.Module, path: str) -> Any:
