@@ -178,7 +178,8 @@ def _first_layer(
                 return start
         reasons.append(f"the attention after {start.name} does not run over an axis of it")
     start, nodes = spans[0].start, spans[0].softmaxes
-    mixing = next((analysis[n].mixing for n in _between(start, nodes[0]) if analysis[n].mixing), "")
+    before = (*_between(start, nodes[0]), nodes[0])
+    mixing = next((analysis[n].mixing for n in before if analysis[n].mixing), "")
     raise UnsupportedModelError(
         f"the model's attention does not run over one axis of a residual stream: {mixing or reasons[0]}",
         node=nodes[0].name,

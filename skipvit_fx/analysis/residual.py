@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import networkx as nx
 import torch
@@ -39,26 +38,21 @@ class Span:
 
 def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
     """The node where the image enters: the floating-point input with most elements."""
-    best: tuple[int, fx.Node] | None = None
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            continue
+    inputs: list[fx.Node] = []
+    waiting = [node for node in reversed(graph.nodes) if node.op == "placeholder"]
+    while waiting:
+        node = waiting.pop()
         value = analysis[node].value
-        if not isinstance(value, Tensor):
-            for user in node.users:
-                best = _larger(best, analysis[user].value, user)
-        best = _larger(best, value, node)
-    if best is None:
-        raise UnsupportedModelError("no floating-point tensor among the model's inputs")
-    return best[1]
-
-
-def _larger(
-    best: tuple[int, fx.Node] | None, value: Any, node: fx.Node
-) -> tuple[int, fx.Node] | None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return best
-    return (value.numel(), node) if best is None or value.numel() > best[0] else best
+        if not isinstance(value, Tensor):  # a list of inputs: its parts
+            waiting += reversed(node.users)
+        elif value.is_floating_point():
+            inputs.append(node)
+    if not inputs:
+        raise UnsupportedModelError(
+            "no floating-point tensor among the model's inputs",
+            hint="pass example_inputs=(images,), as the model is called",
+        )
+    return max(inputs, key=lambda node: analysis[node].value.numel())
 
 
 @dataclass(frozen=True)
@@ -109,9 +103,8 @@ def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -
     """The tensors that the model returns which have most attentions, one behind the other, before them."""
     depth: dict[fx.Node, int] = {}
     for node in analysis.module.graph.nodes:
-        if node in flow:
-            before = max((depth[a] for a in node.all_input_nodes if a in depth), default=0)
-            depth[node] = before + is_softmax(analysis, node)
+        before = max((depth[a] for a in node.all_input_nodes if a in depth), default=0)
+        depth[node] = before + is_softmax(analysis, node)
     returned: dict[fx.Node, None] = {}
     waiting = list(output.all_input_nodes)
     while waiting:
@@ -120,8 +113,20 @@ def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -
             returned[node] = None
         else:  # an output class of the author's
             waiting += node.all_input_nodes
-    deepest = max((depth[node] for node in returned if node in depth), default=0)
-    return [node for node in returned if depth.get(node) == deepest]
+    for node in returned:
+        if (
+            depth[node]
+            and node not in flow
+            and any(is_data(t) for t in tensors_in(analysis[node].value))
+        ):
+            raise UnsupportedModelError(
+                "the model returns what attention makes of another input, so there is more than one sequence of tokens",
+                node=node.name,
+                module_path=module_path(node),
+                hint="rewrite the part that takes one batch of images, and call it for each",
+            )
+    deepest = max((depth[node] for node in returned if node in flow), default=0)
+    return [node for node in returned if node in flow and depth[node] == deepest]
 
 
 def attention_spans(analysis: TokenAnalysis, way: Chain) -> list[Span]:

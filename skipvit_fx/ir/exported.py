@@ -211,6 +211,9 @@ class _Translation:
     def _place_call(self, node: fx.Node) -> None:
         if node.target in _CHECKS:
             return
+        if node.target is aten.contiguous.default:
+            self._twins[node] = self._twins[node.args[0]]  # type: ignore[index]
+            return
         if node.target is operator.getitem and _is_leaf(node.args[0]):
             source, index = node.args
             self._twins[node] = self._twins[source][index]  # type: ignore[index]
@@ -223,6 +226,11 @@ class _Translation:
             twin = self.graph.call_method(_METHODS[node.target], args, kwargs)
         else:
             target: Any = node.target
+            if (
+                target in _FUNCTIONS
+            ):  # defaults are left out, which may be so in one of the two modes only
+                given = target._schema.arguments[len(args) :]
+                args += tuple(a.default_value for a in given if not a.kwarg_only)
             twin = self.graph.call_function(_FUNCTIONS.get(target, target), args, kwargs)
         self._remember(twin, node)
         self._twins[node] = twin
@@ -274,6 +282,8 @@ def _is_leaf(node: Any) -> bool:
 _CHECKS = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default})
 """What ``torch.export`` itself wants checked; the shapes of inputs are checked where they come in."""
 
+# Which strides a tensor has, and so whether it must be copied, may differ between the two modes, and on another device:
+# a copy for the sake of strides is left out, and a view that relied on it copies where it has to.
 _METHODS: dict[Any, str] = {
     aten.chunk.default: "chunk",
     aten.expand.default: "expand",
@@ -288,7 +298,7 @@ _METHODS: dict[Any, str] = {
     aten.transpose.int: "transpose",
     aten.unbind.int: "unbind",
     aten.unflatten.int: "unflatten",
-    aten.view.default: "reshape",  # strides may differ from those of the export
+    aten.view.default: "reshape",
 }
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     aten.linear.default: F.linear,

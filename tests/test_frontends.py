@@ -1,0 +1,399 @@
+"""One mechanism for every library: both front ends against the reference, on models that are not timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModel, ViTConfig, ViTForImageClassification
+
+import skipvit_fx
+from models import BY_NAME, TORCHVISION, layout_of, scramble
+from odd_models import GOOD, Block, CausalAttention, Example, Odd, image
+from outside import (
+    ATTENTIONS,
+    HUGGING_FACE,
+    OPEN_CLIP,
+    HuggingFace,
+    ListOfImages,
+    NeedsTensor,
+    ReadsPixels,
+    open_clip_layout,
+    open_clip_tower,
+    pixels,
+)
+from reference import assert_same_tokens, masked_reference, plan_text, relative_error
+from skipvit_fx.errors import TraceError, UnsupportedModelError
+from skipvit_fx.testing import Reference
+
+TOLERANCE = 1e-4
+PLANS: dict[str, dict[str, Any]] = {
+    "two": {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": 4},
+    "norm": {"stages": [(2, "0.55")], "return_layer": 5},
+}
+TWO = PLANS["two"]
+FRONTENDS = ("symbolic", "export")
+
+
+def rewrite(model: nn.Module, x: Any, plan: dict[str, Any], **options: Any) -> Any:
+    text = plan_text(plan["stages"], plan.get("return_layer"))
+    return skipvit_fx.rewrite(model, text, example_inputs=x, **options)
+
+
+def assert_exact(fast: Any, model: nn.Module, x: Tensor, layout: Any, plan: Any) -> None:
+    with torch.no_grad():
+        wanted = masked_reference(model, x, layout, **plan)
+        for stage in wanted.stages:
+            assert stage.margin > 1e-5, "the reference is at a tie: choose another seed"
+        got = fast(x)
+        assert type(got) is type(wanted.output)
+        assert relative_error(got, wanted.output) < TOLERANCE
+        assert_same_tokens(skipvit_fx.trace_tokens(fast, x), wanted.stages)
+
+
+def assert_same_bits(got: Any, wanted: Any) -> None:
+    assert type(got) is type(wanted)
+    pairs = list(zip(tree_leaves(got), tree_leaves(wanted), strict=True))
+    assert any(isinstance(b, Tensor) for _, b in pairs)
+    assert all(torch.equal(a, b) for a, b in pairs if isinstance(b, Tensor))
+
+
+def assert_is_the_model(fast: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """With skipping off, in eval and, from the same random state, in train.
+
+    With gradients, so that PyTorch's own layers do not take their kernels for inference.
+    """
+    skipvit_fx.set_skipping(fast, False)
+    for training in (False, True):
+        model.train(training), fast.train(training)
+        torch.manual_seed(3)
+        wanted = model(*args, **kwargs)
+        torch.manual_seed(3)
+        assert_same_bits(fast(*args, **kwargs), wanted)
+    model.eval(), fast.eval()
+    skipvit_fx.set_skipping(fast, True)
+
+
+# -- Hugging Face ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("encoder", HUGGING_FACE, ids=str)
+def test_hugging_face(encoder: HuggingFace, frontend: str) -> None:
+    model, x = encoder.build(), pixels()
+    example = {"pixel_values": pixels(2)}
+    fast = rewrite(model, example, TWO, frontend=frontend)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert_exact(fast, model, x, encoder.layout(model), TWO)
+    with torch.no_grad():
+        assert_same_bits(fast(pixel_values=x), fast(x))
+    assert_is_the_model(fast, model, pixel_values=x)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_dropout_lives_in_train_only(frontend: str, attention: str) -> None:
+    """Inside attention, behind it, and on whole branches."""
+    rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.3}
+    encoder = HuggingFace("beit", 1, options={**rates, "attn_implementation": attention})
+    model, x = encoder.build(), pixels(6)
+    fast = rewrite(model, {"pixel_values": pixels(2)}, TWO, frontend=frontend)
+    assert_is_the_model(fast, model, x)
+    fast.train()
+    first, second = fast(x).last_hidden_state, fast(x).last_hidden_state
+    assert not torch.equal(first, second)
+    first.square().mean().backward()
+    assert all(
+        p.grad is not None for name, p in fast.named_parameters() if name.startswith("layers.0.")
+    )
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_classifier_in_its_own_output_class(frontend: str) -> None:
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=64,
+    )
+    model = scramble(ViTForImageClassification(config)).eval()
+    fast = rewrite(model, None, TWO, frontend=frontend)
+    layout = HuggingFace("vit", 1).layout(model)
+    assert_exact(fast, model, pixels(), layout, TWO)
+    assert type(fast(pixels())).__name__ == "ImageClassifierOutput"
+    assert_is_the_model(fast, model, pixels())
+
+
+def test_masked_autoencoder_encodes_what_its_noise_left() -> None:
+    model = HuggingFace("vit_mae", 1, options={"mask_ratio": 0.25}).build()
+    noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    x = {"pixel_values": pixels(), "noise": noise}
+    fast = rewrite(model, x, TWO)
+    assert Reference(model, x).check(fast, **x).exact
+    assert_is_the_model(fast, model, **x)
+
+
+@pytest.mark.parametrize("frontend", ["auto", "symbolic"])
+def test_siglip2_reads_the_shapes_of_its_images(frontend: Any) -> None:
+    config = AutoConfig.for_model(
+        "siglip2_vision_model",
+        hidden_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=96,
+        num_patches=64,
+    )
+    model = scramble(AutoModel.from_config(config)).eval()
+
+    def batch(shapes: list[list[int]]) -> dict[str, Tensor]:
+        mask = torch.zeros(len(shapes), 16, dtype=torch.int64)
+        for row, (height, width) in zip(mask, shapes, strict=True):
+            row[: height * width] = 1
+        patches = torch.randn(len(shapes), 16, 768, generator=torch.Generator().manual_seed(1))
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": mask,
+            "spatial_shapes": torch.tensor(shapes),
+        }
+
+    fast = rewrite(model, batch([[4, 4], [2, 7]]), TWO, frontend=frontend)
+    for x in (batch([[4, 4], [2, 7]]), batch([[3, 5], [2, 8], [4, 4]]), batch([[2, 8]])):
+        assert Reference(model, x).check(fast, **x).exact
+        assert_is_the_model(fast, model, **x)
+
+
+def test_no_fake_tensor_stays_in_the_author_s_caches() -> None:
+    """DINOv3 keeps the coordinates of its patches in a cache that outlives every model."""
+    encoder = next(e for e in HUGGING_FACE if e.kind == "dinov3_vit")
+    model, other, x = encoder.build(), encoder.build(), pixels()
+    rewrite(model, {"pixel_values": x}, TWO)
+    skipvit_fx.find_attention(model, example_inputs={"pixel_values": x})
+    for untouched in (model, other):
+        assert type(untouched(x).last_hidden_state) is Tensor
+
+
+# -- torchvision, open_clip, PyTorch's own layers --------------------------------------------------
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_torchvision(plan: dict[str, Any], frontend: str) -> None:
+    model = TORCHVISION.build(rate=0.1)
+    fast = rewrite(model, TORCHVISION.input(2), plan, frontend=frontend)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert_exact(fast, model, TORCHVISION.input(), layout_of(model), plan)
+    assert_is_the_model(fast, model, TORCHVISION.input())
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("name", OPEN_CLIP)
+def test_open_clip(name: str, frontend: str) -> None:
+    tower = open_clip_tower(**OPEN_CLIP[name])
+    fast = rewrite(tower, pixels(2), TWO, frontend=frontend)
+    assert list(fast.state_dict()) == list(tower.state_dict())
+    assert_exact(fast, tower, pixels(), open_clip_layout(tower), TWO)
+    assert_is_the_model(fast, tower, pixels())
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_of_other_code_bases(name: str, frontend: str) -> None:
+    model = scramble(ATTENTIONS[name]()).eval()
+    fast = rewrite(model, image(), TWO, frontend=frontend)
+    assert_exact(fast, model, image(3), model.layout(), TWO)
+    assert_is_the_model(fast, model, image(3))
+
+
+@pytest.mark.parametrize("example", GOOD, ids=str)
+def test_odd_models_through_export(example: Example) -> None:
+    """Every style that the symbolic front end has passed in tests of its own."""
+    model = example.build()
+    fast = rewrite(model, image(), TWO, score="cls", frontend="export")
+    assert_exact(fast, model, image(3), model.layout(), TWO)
+    assert_is_the_model(fast, model, image(3))
+
+
+# -- choosing the front end -----------------------------------------------------------------------
+
+
+def test_auto_exports_what_cannot_be_traced() -> None:
+    model = scramble(NeedsTensor([Block() for _ in range(4)])).eval()
+    with pytest.raises(TraceError, match="an image is a tensor"):
+        rewrite(model, image(), TWO, frontend="symbolic")
+    fast = rewrite(model, image(), TWO)
+    assert_exact(fast, model, image(3), model.layout(), TWO)
+    assert_is_the_model(fast, model, image(3))
+
+
+@pytest.mark.parametrize("frontend", ["auto", *FRONTENDS])
+def test_a_branch_on_pixels_is_refused(frontend: str) -> None:
+    model = scramble(ReadsPixels([Block() for _ in range(4)])).eval()
+    with pytest.raises(TraceError, match="depends on the values in its input") as caught:
+        rewrite(model, image(), TWO, frontend=frontend)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("flag", [True, False])
+def test_causal_attention_is_refused(flag: bool, frontend: str) -> None:
+    model = scramble(Odd([Block(CausalAttention(flag=flag)) for _ in range(4)])).eval()
+    with pytest.raises(UnsupportedModelError, match="causal"):
+        rewrite(model, image(), TWO, frontend=frontend)
+
+
+def test_unknown_front_end() -> None:
+    with pytest.raises(skipvit_fx.PlanError, match="frontend='dynamo' is none of"):
+        rewrite(TORCHVISION.build(), TORCHVISION.input(2), TWO, frontend="dynamo")
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_another_image_size_is_an_error(frontend: str) -> None:
+    model = HUGGING_FACE[0].build()
+    fast = rewrite(model, {"pixel_values": pixels(2)}, TWO, frontend=frontend)
+    if frontend == "symbolic":
+        return  # the model checks it itself, and so does the graph
+    with pytest.raises(ValueError, match=r"rewritten for \[batch, 3, 64, 64\]"):
+        fast(torch.zeros(2, 3, 64, 80))
+
+
+# -- inputs and outputs that are no tensors --------------------------------------------------------
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_list_of_images(frontend: str) -> None:
+    model = scramble(ListOfImages([Block() for _ in range(4)])).eval()
+    fast = rewrite(model, ([image()],), TWO, frontend=frontend)
+    with torch.no_grad():
+        wanted = masked_reference(model, [image(3)], model.layout(), **TWO)
+        (got,) = fast([image(3)])
+    assert relative_error(got, wanted.output[0]) < TOLERANCE
+
+
+def test_two_sequences_at_once_are_refused() -> None:
+    model = scramble(ListOfImages([Block() for _ in range(4)])).eval()
+    with pytest.raises(UnsupportedModelError) as caught:
+        rewrite(model, ([image(), image()],), TWO)
+    assert caught.value.reason
+    assert caught.value.hint
+
+
+# -- features ---------------------------------------------------------------------------------------
+
+
+class Intermediates(nn.Module):
+    """timm's ``forward_intermediates`` as a forward."""
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model.forward_intermediates(x, **self.options)
+
+
+def states_of(model: nn.Module, x: Tensor, layout: Any, first: str) -> list[Tensor]:
+    """Inputs of all layers in a masked run; ``first`` is the module that reads them."""
+    seen: list[Tensor] = []
+    hooks = [
+        getattr(block, first).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        for block in layout.blocks
+    ]
+    try:
+        with torch.no_grad():
+            masked_reference(model, x, layout, **TWO)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_hidden_states_are_filled_where_asked_for(frontend: str) -> None:
+    encoder = HUGGING_FACE[0]
+    model, x = encoder.build(), pixels()
+    example = {"pixel_values": pixels(2), "output_hidden_states": True}
+    with pytest.raises(UnsupportedModelError, match="off the way to its return") as caught:
+        rewrite(model, example, TWO, frontend=frontend)
+    assert caught.value.module_path == "layers.0"
+    assert "fill_taps=True" in caught.value.hint
+    fast = rewrite(model, example, TWO, frontend=frontend, fill_taps=True)
+    wanted = states_of(model, x, encoder.layout(model), "layernorm_before")
+    with torch.no_grad():
+        got = fast(x)
+        reference = masked_reference(model, x, encoder.layout(model), **TWO)
+        assert relative_error(got.last_hidden_state, reference.output.last_hidden_state) < TOLERANCE
+    assert len(wanted) == 4
+    for mine, theirs in zip(got.hidden_states, wanted, strict=False):
+        assert relative_error(mine, theirs) < TOLERANCE
+    kept_state = torch.equal(got.hidden_states[1], got.hidden_states[2])
+    assert not kept_state, "some tokens must have moved on"
+    skipvit_fx.set_skipping(fast, False)
+    with torch.no_grad():
+        assert_same_bits(fast(x), model(x, output_hidden_states=True))
+
+
+@pytest.mark.parametrize("plan", ["1,3(30%,40%)+4", "2(50%)+5", "1(40%)+3+fused"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"indices": [0, 1, 2, 3]},
+        {"indices": [1, 2], "norm": True, "return_prefix_tokens": True},
+        {"indices": [1, 3], "intermediates_only": True},
+    ],
+    ids=["all", "normed", "alone"],
+)
+def test_timm_intermediates_are_whole_and_in_order(options: dict[str, Any], plan: str) -> None:
+    family = BY_NAME["dinov2-reg4"]
+    model, x = Intermediates(family.build(), **options).eval(), family.input()
+    fast = skipvit_fx.rewrite(model, plan, example_inputs=x, fill_taps=True)
+    if not plan.endswith("fused"):
+        assert Reference(model, x).check(fast, x).exact
+    with torch.no_grad():
+        got, wanted = fast(x), model(x)
+        assert [leaf.shape for leaf in tree_leaves(got)] == [t.shape for t in tree_leaves(wanted)]
+        skipvit_fx.set_skipping(fast, False)
+        assert_same_bits(fast(x), wanted)
+
+
+def test_a_tap_that_is_no_state_cannot_be_filled() -> None:
+    class Branches(Odd):
+        """Hands out what a layer adds to the stream."""
+
+        def forward(self, image: Tensor) -> Any:
+            x = self.embed(image).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos
+            added = []
+            for block in self.blocks:
+                added.append(block.attn(block.norm1(x)))
+                x = x + added[-1]
+                x = x + block.mlp(block.norm2(x))
+            return self.head(self.norm(x)[:, 0]), added[2]
+
+    model = scramble(Branches([Block() for _ in range(4)])).eval()
+    with pytest.raises(UnsupportedModelError, match="not the residual stream"):
+        rewrite(model, image(), TWO, fill_taps=True)
+    fast = rewrite(model, image(), {"stages": [(1, "0.4")], "return_layer": 3}, fill_taps=True)
+    assert Reference(model, image(3)).check(fast, image(3)).exact
+
+
+def test_class_tokens_of_all_layers_need_no_filling() -> None:
+    class DeepSupervision(Odd):
+        """A head at every layer."""
+
+        def forward(self, image: Tensor) -> Any:
+            x = self.embed(image).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos
+            results = []
+            for block in self.blocks:
+                x = block(x)
+                results.append(self.head(x[:, 0]))
+            return results
+
+    model = scramble(DeepSupervision([Block() for _ in range(4)])).eval()
+    for plan in PLANS.values():
+        fast = rewrite(model, image(), plan)
+        assert_exact(fast, model, image(3), model.layout(), plan)
