@@ -19,7 +19,7 @@ class Narrow(Switchable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any tensor, shorter along ``dim``."""
-        return x.narrow(self.dim, 0, self.rows) if self.enabled else x
+        return x.narrow(self.dim, 0, self.rows) if self.active else x
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rows={self.rows}"
@@ -45,7 +45,7 @@ class ProjectQueriesOfFirst(Switchable):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[batch, tokens, channels]`` to ``[batch, tokens, queries + keys + values]``."""
-        if not self.enabled:
+        if not self.active:
             return F.linear(x, weight, bias)
         channels = weight.shape[0]
         others = slice(self.stop, channels) if self.start == 0 else slice(0, self.start)
