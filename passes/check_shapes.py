@@ -116,7 +116,8 @@ def _patches(rewriting: Rewriting, node: fx.Node, tokens: Tokens) -> int:
     """Patches that are left where the node stands."""
     count = tokens.patches
     for stage in rewriting.active(node):
-        dropped = stage.stage.dropped(count)
+        assert stage.choice is not None
+        dropped = stage.choice.dropped(count)
         count -= dropped
         if dropped and rewriting.plan.fused:
             count += 1

@@ -31,12 +31,14 @@ class InsertSelect:
 
     def run(self, rewriting: Rewriting) -> None:
         """Insert the selection of every stage behind its cut."""
-        editor = rewriting.editor
+        editor, tokens = rewriting.editor, rewriting.stream.tokens
         before = None
         for stage in rewriting.stages:
             scores = tuple(stage.scores.values())
+            others = tokens.lead + tokens.tail + int(rewriting.plan.fused)
+            stage.choice = Select(stage.stage.ratio, rewriting.multiple_of, others)
             select = editor.insert_module(
-                f"{stage.name}.select", Select(stage.stage.ratio), scores, after=stage.cut
+                f"{stage.name}.select", stage.choice, scores, after=stage.cut
             )
             stage.kept = editor.insert_function(operator.getitem, (select, 0), after=select)
             stage.dropped = editor.insert_function(operator.getitem, (select, 1), after=stage.kept)

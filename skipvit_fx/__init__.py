@@ -18,6 +18,7 @@ from skipvit_fx.inspect.inspection import Inspection, inspect
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.plan import Plan, Stage
 from skipvit_fx.saving import load, save
+from skipvit_fx.training.schedule import SkipSchedule
 
 __all__ = [
     "AtcReport",
@@ -29,6 +30,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "SavedModelError",
+    "SkipSchedule",
     "SkipViTError",
     "Stage",
     "TokenTrace",

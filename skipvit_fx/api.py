@@ -32,6 +32,8 @@ def rewrite(
     prefix_tokens: int | None = None,
     fill_taps: bool = False,
     eliminate_dead_tokens: bool = True,
+    multiple_of: int = 1,
+    train_only: bool = False,
     verify: bool = False,
 ) -> SkipViTModule:
     """Give a Vision Transformer a token-level skip connection.
@@ -57,6 +59,9 @@ def rewrite(
             state in which they left.
         eliminate_dead_tokens: also leave out, exactly, what no output reads: behind the last attention often all
             rows but the class token's. Not applied where the plan drops 0 %, which is bit-identical to the model.
+        multiple_of: more patches stay, so that the shortened sequence, prefix and fused tokens included, has a multiple
+            of so many tokens. Attention kernels work in tiles of 8 or 16, and pad the last one.
+        train_only: skip while training only. In eval mode every token passes every layer, bit for bit as in the model.
         verify: run the model and the rewritten one, skipping off, on random inputs, and compare every bit.
 
     Returns:
@@ -64,7 +69,7 @@ def rewrite(
         buffers, and has its ``state_dict`` keys.
 
     Raises:
-        PlanError: the plan contradicts itself, or does not fit the model's depth.
+        PlanError: the plan contradicts itself, or does not fit the model's depth; an argument is none of its choices.
         TraceError: the model's Python code cannot be captured.
         UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
     """
@@ -73,6 +78,11 @@ def rewrite(
     _check_choice("cut", cut, ("attention", "block"))
     if not callable(score):
         _check_choice("score", score, ("auto", "cls", "mean", "random"))
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise PlanError(
+            f"multiple_of={multiple_of!r} is no number of tokens",
+            hint="pass 1 for any number, or the length of a kernel's tile, such as 8 or 16",
+        )
     if any(isinstance(module, SkipViTModule) for module in model.modules()):
         raise UnsupportedModelError(
             "the model was rewritten already",
@@ -84,7 +94,7 @@ def rewrite(
 
     def work(capture: Capture) -> SkipViTModule:
         before = graph_lines(capture.module.graph)
-        rewriting = Rewriting(capture, plan, cut, score, prefix_tokens, fill_taps)
+        rewriting = Rewriting(capture, plan, cut, score, prefix_tokens, fill_taps, multiple_of)
         records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
         capture.module.meta[RECORD] = make_record(
             type(model).__name__, rewriting, records, before, eliminate_dead_tokens=elimination
@@ -92,6 +102,7 @@ def rewrite(
         return capture.module
 
     fast = with_capture(model, args, kwargs, work, frontend=frontend)
+    set_train_only(fast, train_only)
     if verify:
         _verify(model, fast, args, kwargs)
     return fast
@@ -142,10 +153,26 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
     Raises:
         NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
     """
+    check_rewritten(fast)
+    for module in fast.modules():
+        if isinstance(module, Switchable):
+            module.enabled = on
+
+
+def set_train_only(fast: nn.Module, train_only: bool) -> None:
+    """Let skipping step aside in eval mode, or not: ``train_only`` of :func:`rewrite`."""
+    for module in fast.modules():
+        if isinstance(module, Switchable):
+            module.train_only = train_only
+
+
+def check_rewritten(fast: nn.Module) -> None:
+    """Refuse what neither is nor contains a rewritten model.
+
+    Raises:
+        NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
+    """
     if not any(isinstance(module, SkipViTModule) for module in fast.modules()):
         raise NotRewrittenError(
             f"{type(fast).__name__} is not a rewritten model", hint="call skipvit_fx.rewrite first"
         )
-    for module in fast.modules():
-        if isinstance(module, Switchable):
-            module.enabled = on

@@ -27,11 +27,12 @@ from skipvit_fx.ir.fingerprint import (
 )
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ops.score import ScoreByFunction
+from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.record import RewriteRecord, record_of
 from skipvit_fx.plan import Plan
 
 _KEY = "skipvit"
-_FORMAT = 1
+_FORMAT = 2
 _SCORES = ("auto", "cls", "mean", "random")
 
 
@@ -42,7 +43,7 @@ class _Header:
     Attributes:
         format: of this header.
         versions: of the packages that made the file, for a person to read.
-        model, plan, cut, score, prefix_tokens, eliminate_dead_tokens: of the rewrite.
+        model, plan, cut, score, prefix_tokens, eliminate_dead_tokens, multiple_of, train_only: of the rewrite.
         inputs: the example inputs: positional, and by name.
         graph, modules, state: what the fingerprint is made of, so that a difference can be named.
         tied: names that are another tensor of the file.
@@ -56,6 +57,8 @@ class _Header:
     score: str
     prefix_tokens: int | None
     eliminate_dead_tokens: bool
+    multiple_of: int
+    train_only: bool
     inputs: list[Any]
     fingerprint: str
     graph: list[str]
@@ -68,7 +71,7 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a rewritten model: its weights, its plan, and a fingerprint of the model that it was made from.
 
     The file appears complete or not at all. The model's code is not in it: :func:`load` takes a freshly built model.
-    Train or eval mode and the switch of skipping are not saved.
+    Train or eval mode, the switch of skipping and how far a schedule has come are not saved.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
@@ -88,6 +91,8 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
         score=record.score,
         prefix_tokens=record.prefix_tokens,
         eliminate_dead_tokens=record.eliminate_dead_tokens,
+        multiple_of=record.multiple_of,
+        train_only=any(m.train_only for m in fast.modules() if isinstance(m, Switchable)),
         inputs=[_describe(record.args), _describe(record.kwargs)],
         fingerprint=fingerprint(record.before, modules, lines),
         graph=list(record.before),
@@ -143,6 +148,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> SkipViTModule:
         score=header.score,  # type: ignore[arg-type]
         prefix_tokens=header.prefix_tokens,
         eliminate_dead_tokens=header.eliminate_dead_tokens,
+        multiple_of=header.multiple_of,
+        train_only=header.train_only,
     )
     _check_graph(header, fast)
     weights |= {name: weights[other] for name, other in header.tied.items()}

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import skipvit_fx
@@ -171,7 +172,7 @@ def test_compiled_training_step_and_switch(images: Tensor) -> None:
     wanted = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}
     fast.zero_grad(set_to_none=True)
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fast, fullgraph=True, backend=counter)
     compiled(images).square().sum().backward()
     for name, gradient in wanted.items():

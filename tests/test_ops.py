@@ -380,3 +380,71 @@ def test_whatever_is_switched_off_steps_aside() -> None:
     narrow.enabled = project.enabled = False
     assert narrow(x) is x
     assert torch.equal(project(x, weight), torch.nn.functional.linear(x, weight))
+
+
+# -- gradients of taken rows --------------------------------------------------------------------------------------
+
+
+def taken_rows(case: Case) -> Tensor:
+    kept, _ = Select(case.ratio)(case.scores())
+    if kept is None:
+        kept = torch.arange(case.n).expand(case.batch, case.n)
+    return sequence_rows(kept, case.lead, case.n, case.tail)
+
+
+@MANY
+@given(cases)
+def test_the_gradient_of_taken_rows_is_that_of_indexing(case: Case) -> None:
+    tokens = case.batch_first(case.stream()).double().clone().requires_grad_()
+    rows = taken_rows(case)
+    cubes = take_rows(tokens, rows).pow(3).sum()
+    index = rows.unsqueeze(-1).expand(-1, -1, CHANNELS)
+    wanted = tokens.gather(1, index).pow(3).sum()
+    (first,) = torch.autograd.grad(cubes, tokens, create_graph=True)
+    (plain,) = torch.autograd.grad(wanted, tokens, create_graph=True)
+    assert torch.equal(first, plain)
+    (second,) = torch.autograd.grad(first.pow(2).sum(), tokens)
+    (plain_second,) = torch.autograd.grad(plain.pow(2).sum(), tokens)
+    assert torch.equal(second, plain_second)
+
+
+def test_taken_rows_under_function_transforms() -> None:
+    tokens = torch.randn(4, 2, 5, 3, dtype=torch.float64)
+    rows = torch.tensor([[4, 0, 2], [1, 3, 0]])
+
+    def cubes(one: Tensor) -> Tensor:
+        return take_rows(one, rows).pow(3).sum()
+
+    wanted = torch.zeros_like(tokens)
+    for b in range(2):
+        wanted[:, b, rows[b]] = 3 * tokens[:, b, rows[b]] ** 2
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(cubes))(tokens), wanted)
+    assert torch.autograd.gradgradcheck(cubes, tokens[0].requires_grad_())
+
+
+def test_half_precision_gradients_are_moved_unchanged() -> None:
+    tokens = torch.randn(2, 5, 3, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.tensor([[4, 0, 2], [1, 3, 0]])
+    gradient = torch.randn(2, 3, 3, dtype=torch.bfloat16)
+    take_rows(tokens, rows).backward(gradient)
+    assert tokens.grad is not None
+    for b in range(2):
+        assert torch.equal(tokens.grad[b, rows[b]], gradient[b])
+    assert tokens.grad.count_nonzero() == gradient.count_nonzero()
+
+
+def test_scores_that_are_no_numbers_choose_all_the_same() -> None:
+    scores = torch.tensor([[0.1, torch.nan, 0.3, torch.nan], [torch.nan] * 4])
+    kept, dropped = Select(Fraction(1, 2))(scores)
+    both = torch.cat([kept, dropped], 1).sort(1).values
+    assert place_of(both) == [[0, 1, 2, 3]] * 2
+
+
+@MANY
+@given(cases, st.integers(1, 20), st.integers(0, 3))
+def test_more_stay_so_that_the_length_is_a_multiple(case: Case, multiple: int, others: int) -> None:
+    fewest = case.n - case.ratio.numerator * case.n // case.ratio.denominator
+    aligned = [k for k in range(fewest, case.n) if (k + others) % multiple == 0]
+    select = Select(case.ratio, multiple, others)
+    kept, _ = select(case.scores())
+    assert (case.n if kept is None else kept.shape[1]) == min([*aligned, case.n])

@@ -175,8 +175,8 @@ def test_a_changed_fingerprint_is_refused(saved: Path, tmp_path: Path) -> None:
 def test_a_later_format_is_refused(saved: Path, tmp_path: Path) -> None:
     path = tmp_path / "later"
     path.write_bytes(saved.read_bytes())
-    change(path, lambda header: header.update(format=2, something=1))
-    assert_refused(path, VIT.build(), "format 2", "reads 1", "a later one")
+    change(path, lambda header: header.update(format=3, something=1))
+    assert_refused(path, VIT.build(), "format 3", "reads 2", "a later one")
 
 
 def test_files_that_are_not_ours(saved: Path, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_files_that_are_not_ours(saved: Path, tmp_path: Path) -> None:
     save_file({}, damaged, metadata={"skipvit": "{"})
     assert_refused(damaged, VIT.build(), "damaged")
     short = tmp_path / "short"
-    save_file({}, short, metadata={"skipvit": '{"format": 1}'})
+    save_file({}, short, metadata={"skipvit": '{"format": 2}'})
     assert_refused(short, VIT.build(), "damaged")
 
 

@@ -17,6 +17,7 @@ from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
+from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
 aten = torch.ops.aten
@@ -72,7 +73,8 @@ def count_macs(
     Args:
         args, kwargs: example inputs, batch first; their first sample is counted. Only shapes are read, so that tensors
             on the meta device will do. They are taken to the device and floating dtype of the module.
-        skipping: count a rewritten module with skipping on or off, whatever it is now; None: as it is now.
+        skipping: count a rewritten module with skipping off, or on as its plan says, whatever switch and schedule are
+            at now; None: as it is now.
 
     Raises:
         TraceError: the module does not run on inputs of this kind, or not without data.
@@ -82,7 +84,9 @@ def count_macs(
     if skipping is not None:
         for child in faked.modules():
             if isinstance(child, Switchable):
-                child.enabled = skipping
+                child.enabled, child.train_only = skipping, False
+            if isinstance(child, Select):
+                child.current = child.ratio
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     try:
         with slow_attention(), mode, torch.no_grad(), flops:

@@ -8,7 +8,6 @@ Nothing here scatters, and no shape depends on data.
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class _Select(nn.Module):
 
     def __init__(self, op: Select) -> None:
         super().__init__()
-        self.ratio: Fraction = op.ratio
+        self.dropped = op.dropped
 
     def forward(self, *scores: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         present = [score.detach() for score in scores if score is not None]
@@ -79,9 +78,10 @@ class _Select(nn.Module):
             return None, None
         total = _mean(present)
         n = total.shape[1]
-        keep = n - self.ratio.numerator * n // self.ratio.denominator
-        if keep == n:
+        dropped = self.dropped(n)
+        if dropped == 0:
             return None, None
+        keep = n - dropped
         ranking = total.topk(n, dim=1).indices.to(torch.int32)
         return _ascending(ranking[:, :keep]), _ascending(ranking[:, keep:])
 

@@ -197,10 +197,11 @@ def _require(*names: str) -> None:
 
 def _check_model(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Switchable) and not module.enabled:
+        if isinstance(module, Switchable) and (module.train_only or not module.enabled):
             raise ExportError(
                 "skipping is switched off, so this file would hold the original model",
-                hint="call set_skipping(fast, True) first, or export the original model itself",
+                hint="export the original model itself, or call set_skipping(fast, True) first "
+                "and rewrite without train_only",
             )
         if isinstance(module, ScoreAtRandom):
             raise ExportError(

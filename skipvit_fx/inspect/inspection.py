@@ -90,7 +90,7 @@ class Inspection:
     Attributes:
         model: class name of the original model.
         plan, cut, score, eliminate_dead_tokens: of the rewrite, as text and flag.
-        skipping: whether skipping is switched on at the moment; the numbers are those of skipping in either case.
+        skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
         prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
         layers: from first to last.
         embedding, head: what runs before and after them.
@@ -194,7 +194,7 @@ def inspect(fast: nn.Module) -> Inspection:
         gained = returned if region == record.plan.return_layer else 0
         return RestReport(gained, macs[region], baseline_macs[region])
 
-    switches = [m.enabled for m in fast.modules() if isinstance(m, Switchable)]
+    switches = [m.active for m in fast.modules() if isinstance(m, Switchable)]
     return Inspection(
         model=record.model,
         plan=str(record.plan),

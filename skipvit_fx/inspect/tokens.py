@@ -48,11 +48,11 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
-        SkipViTError: skipping is switched off, so that nothing is chosen.
+        SkipViTError: skipping is switched off, or off in the mode that it is in, so that nothing is chosen.
     """
     record = record_of(fast)
     parts = [fast.get_submodule(stage.path) for stage in record.stages]
-    if any(isinstance(m, Switchable) and not m.enabled for part in parts for m in part.modules()):
+    if any(isinstance(m, Switchable) and not m.active for part in parts for m in part.modules()):
         raise _switched_off()
     calls: list[_Selection | None] = [None] * len(parts)
     handles = []
@@ -114,7 +114,7 @@ def _note(
 def _switched_off() -> SkipViTError:
     return SkipViTError(
         "skipping is switched off, so no token is chosen",
-        hint="call skipvit_fx.set_skipping(fast, True) first",
+        hint="call skipvit_fx.set_skipping(fast, True) first; with train_only also fast.train()",
     )
 
 

@@ -19,7 +19,7 @@ class Narrow(Switchable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any tensor, shorter along ``dim``."""
-        return x.narrow(self.dim, 0, self.rows) if self.enabled else x
+        return x.narrow(self.dim, 0, self.rows) if self.active else x
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, rows={self.rows}"
@@ -45,18 +45,21 @@ class ProjectQueriesOfFirst(Switchable):
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``[batch, tokens, channels]`` to ``[batch, tokens, queries + keys + values]``."""
-        if not self.enabled:
+        if not self.active:
             return F.linear(x, weight, bias)
-        channels = weight.shape[0]
-        others = slice(self.stop, channels) if self.start == 0 else slice(0, self.start)
-        padding = (self.stop, 0) if self.start == 0 else (0, channels - self.start)
-        first = F.linear(x.narrow(self.dim, 0, self.rows), weight, bias)
-        rest = F.linear(
-            x.narrow(self.dim, self.rows, x.shape[self.dim] - self.rows),
-            weight[others],
-            None if bias is None else bias[others],
+        queries = slice(self.start, self.stop)
+        others = slice(self.stop, None) if self.start == 0 else slice(0, self.start)
+        read = F.linear(
+            x.narrow(self.dim, 0, self.rows),
+            weight[queries],
+            None if bias is None else bias[queries],
         )
-        return torch.cat([first, F.pad(rest, padding)], self.dim)
+        unread = (0, 0) * (2 - self.dim) + (0, x.shape[self.dim] - self.rows)
+        parts = [
+            F.pad(read, unread),
+            F.linear(x, weight[others], None if bias is None else bias[others]),
+        ]
+        return torch.cat(parts if self.start == 0 else parts[::-1], -1)
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, queries={self.start}:{self.stop}"

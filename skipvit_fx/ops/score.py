@@ -46,7 +46,7 @@ class ScoreByQuery(Switchable):
 
     def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Scores ``[batch, patches]`` from ``[..., queries, channels]`` and ``[..., keys, channels]``."""
-        if not self.enabled:
+        if not self.active:
             return None
         scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
         row = _row(query, -2, self.query) * scale
@@ -97,7 +97,7 @@ class ScoreByWeights(Switchable):
 
     def forward(self, matrix: Tensor) -> Tensor | None:
         """Scores ``[batch, patches]`` from the weights (class token) or the logits (mean query)."""
-        if not self.enabled:
+        if not self.active:
             return None
         row = _row(matrix, self.query_dim, self.query)
         row = row.movedim((self.query_dim, self.key_dim), (-2, -1))
@@ -119,7 +119,7 @@ class ScoreAtRandom(Switchable):
 
     def forward(self, stream: Tensor) -> Tensor | None:
         """Scores ``[batch, patches]`` from a stream with its tokens at ``dim`` 0 or 1, the batch at the other."""
-        if not self.enabled:
+        if not self.active:
             return None
         patches = stream.shape[self.dim] - self.first - self.tail
         return torch.rand(stream.shape[1 - self.dim], patches, device=stream.device)
@@ -143,7 +143,7 @@ class ScoreByFunction(Switchable):
         Raises:
             ValueError: the function returned another shape.
         """
-        if not self.enabled:
+        if not self.active:
             return None
         tokens = stream if self.dim == 1 else stream.transpose(0, 1)
         patches = tokens[:, self.first : tokens.shape[1] - self.tail]

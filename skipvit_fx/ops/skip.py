@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.ops.rows import sequence_rows, take_rows
+from skipvit_fx.ops.rows import inverse_rows, sequence_rows, take_rows
 
 
 class _OnStream(nn.Module):
@@ -59,8 +59,8 @@ class Fuse(_OnStream):
         if around is None or dropped is None:
             return kept_stream
         total = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
-        weights = total.gather(1, dropped).to(around.dtype)
-        fused = (around * weights.unsqueeze(-1)).sum(1, keepdim=True)
+        weights = take_rows(total.unsqueeze(-1), dropped).to(around.dtype)
+        fused = (around * weights).sum(1, keepdim=True)
         tokens = self._batch_first(kept_stream)
         end = tokens.shape[1] - self.tail
         return self._batch_first(torch.cat([tokens[:, :end], fused, tokens[:, end:]], 1))
@@ -84,7 +84,7 @@ class Merge(_OnStream):
             return stream
         tokens = self._batch_first(stream)
         k = kept.shape[1]
-        inverse = torch.cat([kept, dropped], 1).argsort(1)
+        inverse = inverse_rows(torch.cat([kept, dropped], 1), k + dropped.shape[1])
         extra = self.tail + int(self.fused)
         if extra:  # rows of the dropped ones come behind the trailing tokens
             inverse = inverse + (inverse >= k) * extra

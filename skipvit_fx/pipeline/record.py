@@ -47,7 +47,7 @@ class RewriteRecord:
 
     Attributes:
         model: class name of the model.
-        plan, cut, score, prefix_tokens, eliminate_dead_tokens: as asked for; ``score`` by name.
+        plan, cut, score, prefix_tokens, eliminate_dead_tokens, multiple_of: as asked for; ``score`` by name.
         token_dim: which dimension of the residual stream carries the tokens.
         prefix, patches, tail: rows of the full sequence.
         args, kwargs: the example inputs, as tensors on the meta device.
@@ -62,6 +62,7 @@ class RewriteRecord:
     score: str
     prefix_tokens: int | None
     eliminate_dead_tokens: bool
+    multiple_of: int
     token_dim: int
     prefix: int
     patches: int
@@ -135,6 +136,7 @@ def make_record(
         score=score if isinstance(score, str) else getattr(score, "__name__", "function"),
         prefix_tokens=rewriting.prefix_tokens,
         eliminate_dead_tokens=eliminate_dead_tokens,
+        multiple_of=rewriting.multiple_of,
         token_dim=stream.dim,
         prefix=stream.tokens.lead,
         patches=stream.tokens.patches,

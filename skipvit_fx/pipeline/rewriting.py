@@ -12,6 +12,7 @@ from skipvit_fx.analysis.layers import AttentionSite, Layer, Stream
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.editor import GraphEditor
+from skipvit_fx.ops.select import Select
 from skipvit_fx.plan import Plan, Stage
 
 Cut = Literal["attention", "block"]
@@ -29,6 +30,7 @@ class StageNodes:
         cut: the author's node whose rows leave.
         span: the author's nodes that work on fewer tokens because of this stage.
         scores: the score nodes, one a site; under ``None`` one that reads the stream.
+        choice: the inserted module that says how many patches leave.
         kept, dropped: patch indices within this stage's sequence; ``positions``: of the kept ones in the full one.
         shorter: the sequence without the dropped rows (with the fused token, if the plan has one).
         around: the dropped rows.
@@ -40,6 +42,7 @@ class StageNodes:
     cut: fx.Node
     span: set[fx.Node] = field(default_factory=set)
     scores: dict[AttentionSite | None, fx.Node] = field(default_factory=dict)
+    choice: Select | None = None
     kept: fx.Node | None = None
     dropped: fx.Node | None = None
     positions: fx.Node | None = None
@@ -65,6 +68,7 @@ class Rewriting:
     score: Score = "auto"
     prefix_tokens: int | None = None
     fill_taps: bool = False
+    multiple_of: int = 1
     facts: set[str] = field(default_factory=set)
     stages: list[StageNodes] = field(default_factory=list)
     taps: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)

@@ -1,0 +1,111 @@
+"""When skipping starts, and how fast it rises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+from torch import nn
+
+from skipvit_fx.api import check_rewritten, set_skipping, set_train_only
+from skipvit_fx.errors import PlanError
+from skipvit_fx.ops.select import Select
+
+_STEPS = 1000
+"""The share of a ratio that applies is rounded to so many steps, so that ratios stay small exact fractions."""
+
+
+class SkipSchedule:
+    """Turns skipping on after a warm-up, at once or step by step. Epochs count from 0.
+
+    In the SkipViT paper the first 15 epochs see every token ("Effect of Warm-up On Patch Detection"). EViT also lets
+    the keep rate fall by a cosine afterwards; ``ramp_epochs`` does the same to every drop ratio r of the plan, once an
+    epoch: ``r * (1 - cos(pi * (epoch - warmup_epochs) / ramp_epochs)) / 2``.
+
+    The graph never changes. A compiled module compiles once more whenever a step changes how many tokens leave;
+    ``torch._dynamo.config.recompile_limit`` must allow for a long ramp.
+
+    Args:
+        fast: what :func:`skipvit_fx.rewrite` returned, or anything that wraps it: DDP, FSDP2, a compiled module, an
+            average of weights. Wrap first where wrapping copies, as an average does; each copy has its own schedule.
+        warmup_epochs: epochs without skipping.
+        ramp_epochs: epochs behind these in which the ratios rise to the plan's; 0: they apply at once.
+        train_only: skip while training only, see :func:`skipvit_fx.rewrite`; ``None``: as it was rewritten.
+
+    Raises:
+        PlanError: a number of epochs is no integer of at least 0.
+        NotRewrittenError: there is no rewritten model in ``fast``.
+    """
+
+    def __init__(
+        self,
+        fast: nn.Module,
+        warmup_epochs: int = 15,
+        *,
+        ramp_epochs: int = 0,
+        train_only: bool | None = None,
+    ) -> None:
+        check_rewritten(fast)
+        self.fast = fast
+        self.warmup_epochs = _count("warmup_epochs", warmup_epochs)
+        self.ramp_epochs = _count("ramp_epochs", ramp_epochs)
+        if train_only is not None:
+            set_train_only(fast, train_only)
+        self.step(0)
+
+    def share(self, epoch: int) -> Fraction:
+        """The part of every drop ratio that applies in an epoch, from 0 to 1."""
+        since = _count("epoch", epoch) - self.warmup_epochs
+        if since < 0:
+            return Fraction(0)
+        if since >= self.ramp_epochs:
+            return Fraction(1)
+        return Fraction(
+            round(_STEPS * (1 - math.cos(math.pi * since / self.ramp_epochs)) / 2), _STEPS
+        )
+
+    def step(self, epoch: int) -> None:
+        """Set ``fast`` to what an epoch trains with. Call it before the epoch, in any order.
+
+        Raises:
+            PlanError: ``epoch`` is no integer of at least 0.
+        """
+        share = self.share(epoch)
+        self.epoch = epoch
+        set_skipping(self.fast, share > 0)
+        for module in self.fast.modules():
+            if isinstance(module, Select):
+                module.current = module.ratio * share
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch and the numbers of epochs: plain integers for a checkpoint."""
+        return {
+            "epoch": self.epoch,
+            "warmup_epochs": self.warmup_epochs,
+            "ramp_epochs": self.ramp_epochs,
+        }
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on as the schedule that :meth:`state_dict` was taken from, and set ``fast`` to its epoch.
+
+        Raises:
+            PlanError: the state is not one that :meth:`state_dict` returned.
+        """
+        if set(state) != set(self.state_dict()):
+            raise PlanError(
+                f"the state of a schedule has {', '.join(self.state_dict())}, not {', '.join(state) or 'nothing'}",
+                hint="pass what state_dict() of a SkipSchedule returned",
+            )
+        numbers = {name: _count(name, value) for name, value in state.items()}
+        self.warmup_epochs = numbers["warmup_epochs"]
+        self.ramp_epochs = numbers["ramp_epochs"]
+        self.step(numbers["epoch"])
+
+
+def _count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise PlanError(
+            f"{name}={value!r} is no number of epochs", hint="pass an integer of at least 0"
+        )
+    return value
