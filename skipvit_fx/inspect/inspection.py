@@ -15,6 +15,7 @@ from skipvit_fx.inspect.diff import graph_diff
 from skipvit_fx.inspect.graph import to_networkx
 from skipvit_fx.inspect.table import layer_table
 from skipvit_fx.ir.editor import INSERTED_BY
+from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.record import LayerRecord, graph_lines, record_of
 
@@ -258,8 +259,7 @@ def _gained(graph: fx.Graph, target: str, shapes: Mapping[str, tuple[int, ...]],
 def _keys(site: fx.Node, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module) -> int:
     """Length of the axis that an attention's softmax runs over."""
     if site.target in SDPA:
-        key = site.args[1] if len(site.args) > 1 else site.kwargs["key"]
-        assert isinstance(key, fx.Node)
+        key: fx.Node = AttentionArguments(*site.args, **site.kwargs).key
         return shapes[key.name][-2]
     dim: Any
     if site.op == "call_module":

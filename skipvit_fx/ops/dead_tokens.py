@@ -49,14 +49,18 @@ class ProjectQueriesOfFirst(Switchable):
             return F.linear(x, weight, bias)
         channels = weight.shape[0]
         others = slice(self.stop, channels) if self.start == 0 else slice(0, self.start)
-        padding = (self.stop, 0) if self.start == 0 else (0, channels - self.start)
+        front, back = (self.stop, 0) if self.start == 0 else (0, channels - self.start)
         first = F.linear(x.narrow(self.dim, 0, self.rows), weight, bias)
         rest = F.linear(
             x.narrow(self.dim, self.rows, x.shape[self.dim] - self.rows),
             weight[others],
             None if bias is None else bias[others],
         )
-        return torch.cat([first, F.pad(rest, padding)], self.dim)
+        return torch.cat([first, self.pad(rest, front, back)], self.dim)
+
+    def pad(self, x: Tensor, front: int, back: int) -> Tensor:
+        """Zeros around the last axis, where the queries that nobody reads would stand."""
+        return F.pad(x, (front, back))
 
     def extra_repr(self) -> str:
         return f"rows={self.rows}, queries={self.start}:{self.stop}"
