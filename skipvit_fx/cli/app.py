@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 import skipvit_fx
 from skipvit_fx.cli import picture, zoo
 from skipvit_fx.cli.models import SOURCES, SpecError, expand, parse_spec
-from skipvit_fx.errors import PlanError, SkipViTError
+from skipvit_fx.errors import ExportError, PlanError, SkipViTError
 from skipvit_fx.export.cli import register as register_export
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.plan import Plan
@@ -36,7 +36,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except SkipViTError as error:
             typer.echo(f"error: {error}", err=True)
-            code = BAD_INPUT if isinstance(error, (PlanError, SpecError)) else REFUSED
+            code = BAD_INPUT if isinstance(error, (PlanError, SpecError, ExportError)) else REFUSED
             raise typer.Exit(code) from error
 
 

@@ -132,14 +132,16 @@ class _Merge(Merge):
 
 
 class _ProjectQueriesOfFirst(ProjectQueriesOfFirst):
-    """Joined with zeros, where the module pads: Concat is read by more releases than Pad is."""
+    """What nobody reads is filled with a copy: Slice and Concat are known to more releases of ATC than Pad is."""
 
     def __init__(self, op: ProjectQueriesOfFirst) -> None:
         super().__init__(op.dim, op.rows, op.start, op.stop)
 
     def pad(self, x: Tensor, front: int, back: int) -> Tensor:
-        zeros = x.new_zeros(*x.shape[:-1], front or back)
-        return torch.cat([zeros, x] if front else [x, zeros], -1)
+        size = front or back
+        copies = [x] * (size // x.shape[-1]) + [x[..., : size % x.shape[-1]]]
+        filling = torch.cat(copies, -1) if len(copies) > 1 else copies[0]
+        return torch.cat([filling, x] if front else [x, filling], -1)
 
 
 class _GatherPositions(GatherPositions):

@@ -21,6 +21,7 @@ from skipvit_fx.export.aten import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
 from skipvit_fx.export.legalize import KeptPositions, legalize
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
+from skipvit_fx.inspect.tokens import trace_tokens
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.example import example_from_config
 from skipvit_fx.ops.score import ScoreAtRandom
@@ -34,6 +35,9 @@ EXPORTER_OPSET = 18
 """What torch's exporter writes before anything is lowered."""
 
 _KEPT = "skipvit.kept_positions"
+
+TIE = 1e-6
+"""Scores that are closer than this, relative to the best, may change places by rounding."""
 
 TOLERANCE = 1e-4
 """Largest difference of outputs that ``verify`` accepts, relative to the largest output."""
@@ -125,7 +129,7 @@ def export_onnx(
         if profile.name == "ascend":
             reports.append(_accepted(atc_check(file, cann=cann, soc=soc), destination))
         if verify:
-            differences.append(_verified(file, clone, (args, kwargs)))
+            differences.append(_verified(file, model, clone, (args, kwargs)))
 
     files = write_model(graph, destination, check)
     return ExportedFile(
@@ -168,7 +172,7 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         ) from error
 
 
-def _verified(file: Path, module: nn.Module, inputs: Inputs) -> float:
+def _verified(file: Path, model: nn.Module, exported: nn.Module, inputs: Inputs) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def random(leaf: Any) -> Any:
@@ -176,13 +180,40 @@ def _verified(file: Path, module: nn.Module, inputs: Inputs) -> float:
             return leaf
         return torch.randn(leaf.shape, generator=generator).to(leaf)
 
-    difference = difference_to(file, module, pytree.tree_map(random, inputs))
+    inputs = pytree.tree_map(random, inputs)
+    difference = difference_to(file, exported, inputs)
     if difference > TOLERANCE:
+        _check_ties(model, inputs)
         raise ExportError(
             f"the file computes something else than the module: off by {difference:.2g}",
             hint="please report this with the model and the plan; no file was written",
         )
     return difference
+
+
+def _check_ties(model: nn.Module, inputs: Inputs) -> None:
+    """Tell apart a wrong file from one that keeps other patches because scores are equal but for rounding.
+
+    Raises:
+        ExportError: they are.
+    """
+    if not isinstance(getattr(model, "meta", {}).get(RECORD), RewriteRecord):
+        return
+    args, kwargs = inputs
+    for stage in trace_tokens(clone_structure(model).eval(), *args, **kwargs):
+        if stage.dropped.shape[1] == 0 or (
+            stage.fused_kept is not None and stage.fused_kept.numel()
+        ):
+            continue  # nothing was chosen, or a fused token without a score here was among the chosen
+        scores = stage.scores.sort(1, descending=True).values
+        kept = stage.kept.shape[1]
+        gap = scores[:, kept - 1] - scores[:, kept]
+        if bool((gap < TIE * scores[:, 0]).any()):
+            raise ExportError(
+                f"the file and the module keep other patches at layer {stage.layer}: the scores at the edge differ "
+                "by no more than rounding",
+                hint="fresh weights often make patches equally important; load trained ones, or leave verify out",
+            )
 
 
 def _require(*names: str) -> None:

@@ -59,7 +59,7 @@ class ProjectQueriesOfFirst(Switchable):
         return torch.cat([first, self.pad(rest, front, back)], self.dim)
 
     def pad(self, x: Tensor, front: int, back: int) -> Tensor:
-        """Zeros around the last axis, where the queries that nobody reads would stand."""
+        """More channels in front or behind, where the queries that nobody reads would stand."""
         return F.pad(x, (front, back))
 
     def extra_repr(self) -> str:
