@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models import BY_NAME
 from skipvit_fx.errors import ExportError
+from skipvit_fx.export import model_facts
 from skipvit_fx.export.atc import NOT_RUN, AtcReport, atc_check
 from skipvit_fx.export.checks import CHECKS
 from skipvit_fx.export.rules import LEVELS, knowledge, opsets_in, release_key
@@ -215,6 +216,60 @@ def test_torchs_default_export_fails(tmp_path: Path) -> None:
     report = atc_check(path, cann="9.0.0")
     assert not report.clean
     assert {"P-OPSET", "OP-NONE"} <= rules_of(report, "fail")
+
+
+@pytest.mark.parametrize("opset", [11, 16])
+def test_torchs_older_export_is_clean(tmp_path: Path, opset: int) -> None:
+    """A plain ViT from an exporter that leaves shape arithmetic in the file; with the folding undone, it would fail."""
+    path = tmp_path / "older.onnx"
+    family = BY_NAME["vit-unfused"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            family.build(depth=1), (family.input(1),), path, dynamo=False, opset_version=opset
+        )
+    assert {"Shape", "Expand"} <= {node.op_type for node in onnx.load(path).graph.node}
+    report = atc_check(path, cann="9.2.0-beta.2")
+    assert report.clean, str(report)
+    assert "A-COMPUTED" in rules_of(report, "unknown")
+    assert "S-STATIC" not in rules_of(report)
+    assert report.layer_norms == (3, 3)
+
+
+def shaped(name: str) -> list[onnx.NodeProto]:
+    """A tensor expanded to a shape that is computed from the shape of ``name``."""
+    return [
+        node("Shape", name, "shape"),
+        node("Gather", "shape zero", "rows"),
+        node("Concat", "rows three", "wanted", axis=0),
+        node("Expand", "one wanted", "wide"),
+        node("Add", "wide one"),
+    ]
+
+
+SHAPED: dict[str, Any] = {
+    "constants": {
+        "zero": np.array([0]),
+        "three": np.array([3]),
+        "one": np.ones(1, np.float32),
+    }
+}
+
+
+def test_shapes_are_followed_through_arithmetic(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.onnx", shaped("x"), **SHAPED)
+    assert atc_check(path, cann="9.0.0").clean
+    assert model_facts.read_model(path).shapes["wide"] == (2, 3)
+    open_batch = save(tmp_path / "n.onnx", shaped("x"), inputs={"x": (FLOAT, ["n", 4])}, **SHAPED)
+    assert "A-EXPAND-CONST" in rules_of(atc_check(open_batch, cann="9.0.0"), "fail")
+
+
+def test_arithmetic_that_contradicts_itself_is_left_alone(tmp_path: Path) -> None:
+    nodes = [node("Concat", "two three", "wanted", axis=7), node("Expand", "x wanted")]
+    path = save(
+        tmp_path / "m.onnx", nodes, constants={"two": np.array([2]), "three": np.array([3])}
+    )
+    assert "A-EXPAND-CONST" in rules_of(atc_check(path), "fail")
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def _matches(case: Case, node: onnx.NodeProto, params: dict[str, Any]) -> bool:
         return False
     if "not_constant" in params:
         names = [_input(node, index) for index in params["not_constant"]]
-        return any(name and name not in facts.constants for name in names)
+        return any(n and n not in facts.constants and n not in facts.computed for n in names)
     for name, values in params.get("attribute", {}).items():
         if given.get(name) not in values:
             return False
@@ -266,6 +266,14 @@ def _matches(case: Case, node: onnx.NodeProto, params: dict[str, Any]) -> bool:
 
 def _input(node: onnx.NodeProto, index: int) -> str:
     return node.input[index] if index < len(node.input) else ""
+
+
+@_check
+def _computed(case: Case, rule: Rule) -> Iterator[str]:
+    for node in case.facts.nodes:
+        operands = [_input(node, index) for index in rule.params["operands"].get(node.op_type, ())]
+        if node.domain in _DEFAULT and any(name in case.facts.computed for name in operands):
+            yield _name(node)
 
 
 @_check
