@@ -234,6 +234,9 @@ def test_no_inserted_operator_is_known_bad(name: str) -> None:
     inserted = {operator.name for operator in operators if operator.inserted}
     assert {"index_select", "cat"} <= inserted
     assert not [operator.name for operator in operators if operator.known_bad]
+    page = (Path(__file__).parents[1] / "docs" / "ascend.md").read_text()
+    known = {o.name for o in operators if o.inserted and o.status != "unknown"}
+    assert all(f"`{name}`" in page for name in known)
 
 
 def test_a_mask_is_known_bad() -> None:
