@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import skipvit_fx
 from models import BY_NAME, TORCHVISION, Family, scramble
 from skipvit_fx.errors import ExportError
-from skipvit_fx.export import files, to_onnx
+from skipvit_fx.export import files, verify
 from skipvit_fx.export.aten import free_attention_matrices
 from skipvit_fx.export.legalize import legalize
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
@@ -256,7 +256,7 @@ def test_a_folder_as_file(fast: Any, tmp_path: Path) -> None:
 def test_tied_scores_are_told_from_a_wrong_file(
     fast: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(to_onnx, "difference_to", lambda *args: 0.5)
+    monkeypatch.setattr(verify, "difference_to", lambda *args: 0.5)
     refused(fast, tmp_path / "m.onnx", "computes something else", verify=True)
     model = BY_NAME["vit"].build()
     with torch.no_grad():

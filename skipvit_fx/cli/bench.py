@@ -27,6 +27,7 @@ from skipvit_fx.cli.options import (
     show,
 )
 from skipvit_fx.cost.latency import measure_latency
+from skipvit_fx.errors import first_line
 from skipvit_fx.export.npu import npu_is_available
 from skipvit_fx.ir.example import example_of
 
@@ -76,8 +77,7 @@ def _device(text: str) -> torch.device:
     try:
         return torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
-        first, *_ = str(error).splitlines()
         raise SpecError(
-            f"the device {text!r} cannot be used: {first}",
+            f"the device {text!r} cannot be used: {first_line(error)}",
             hint="skipvit doctor says what there is; cpu always works",
         ) from error
