@@ -12,6 +12,7 @@ from skipvit_fx.analysis.axes import Axes, Batch, Tokens, size, tokens_of
 from skipvit_fx.analysis.layers import AttentionSite
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
+from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 
@@ -114,16 +115,14 @@ def _score_of(
 
 def attention_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float | None]:
     """Query, key, mask and scale of a ``scaled_dot_product_attention`` node."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    scale = given.get("scale")
-    if isinstance(scale, fx.Node):
+    given = AttentionArguments(*node.args, **node.kwargs)
+    if isinstance(given.scale, fx.Node):
         raise UnsupportedModelError(
             "the scale of an attention is computed, not constant",
             node=node.name,
             hint="use score='random' or a score function, which do not need it",
         )
-    return given["query"], given["key"], given.get("attn_mask"), scale
+    return given.query, given.key, given.attn_mask, given.scale
 
 
 def _query_row(rewriting: Rewriting, site: AttentionSite, dim: Any) -> int:

@@ -3,6 +3,7 @@
 import skipvit_fx._autoload  # noqa: F401  (before torch)
 from skipvit_fx.analysis.explain import AttentionReport, find_attention
 from skipvit_fx.api import rewrite, set_skipping
+from skipvit_fx.cost.latency import LatencyReport, measure_latency
 from skipvit_fx.errors import (
     ExportError,
     NotRewrittenError,
@@ -26,6 +27,7 @@ __all__ = [
     "ExportError",
     "ExportedFile",
     "Inspection",
+    "LatencyReport",
     "NotRewrittenError",
     "Plan",
     "PlanError",
@@ -41,6 +43,7 @@ __all__ = [
     "find_attention",
     "inspect",
     "load",
+    "measure_latency",
     "rewrite",
     "save",
     "set_skipping",

@@ -56,3 +56,8 @@ class NotRewrittenError(SkipViTError, TypeError):
 
 class SavedModelError(SkipViTError):
     """A rewritten model could not be saved, or what was saved does not fit."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the pages that compilers add to it."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

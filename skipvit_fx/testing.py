@@ -26,6 +26,7 @@ from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.tokens import SDPA
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.ir.example import example_of
+from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ops.skip import Merge
 from skipvit_fx.pipeline.record import RewriteRecord, record_of
 
@@ -218,23 +219,19 @@ class _Masked(fx.Interpreter):
 
     def _masked_attention(self, n: fx.Node) -> Any:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        keys = n.args[1] if len(n.args) > 1 else n.kwargs["key"]
-        assert isinstance(keys, fx.Node)
-        axes = self.analysis.axes(keys)
+        given = AttentionArguments(*args, **kwargs)
+        axes = self.analysis.axes(AttentionArguments(*n.args, **n.kwargs).key)
         if axes is None or self.analysis[n].softmax_over is None:
             return super().run_node(n)
-        key: Tensor = given["key"]
-        flags = self._spread(axes, key.ndim - 2, key).transpose(-2, -1)
-        mask = given.get("attn_mask")
+        flags = self._spread(axes, given.key.ndim - 2, given.key).transpose(-2, -1)
+        mask = given.attn_mask
         if mask is None:
             mask = ~flags
         elif mask.dtype == torch.bool:
             mask = mask & ~flags
         else:
             mask = mask.masked_fill(flags, -math.inf)
-        return n.target(**{**given, "attn_mask": mask})  # type: ignore[operator]
+        return n.target(**given._replace(attn_mask=mask)._asdict())  # type: ignore[operator]
 
     def _spread(self, axes: Axes, dim: int, like: Tensor) -> Tensor:
         """Flags of the rows along ``dim``, with as many axes as ``like``: rows at ``dim``, samples at the batch."""

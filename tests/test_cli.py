@@ -213,7 +213,7 @@ class TestFailures:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("sites", "rewrite", "inspect", "diff", "trace", "zoo"):
+    for command in ("sites", "rewrite", "inspect", "diff", "trace", "bench", "zoo"):
         result = skipvit(command, "--help")
         assert result.exit_code == 0
         assert "--json" in result.stdout

@@ -174,6 +174,8 @@ def test_dict_is_plain_and_stable(vit: nn.Module, report: Inspection) -> None:
         "returned": 0,
         "macs": report.layers[5].macs,
         "baseline_macs": report.layers[5].baseline_macs,
+        "bytes": report.layers[5].bytes,
+        "baseline_bytes": report.layers[5].baseline_bytes,
     }
     again = skipvit_fx.inspect(skipvit_fx.rewrite(vit, "6(55%)+11"))
     assert again.to_dict() == plain

@@ -35,6 +35,7 @@ from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import fake_inputs
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.ir.places import module_path
+from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, attribute
 
 SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
@@ -246,7 +247,7 @@ class TokenAnalysis:
         if node.op == "output":
             return NodeFacts(args[0])
         if node.target in SDPA:
-            return _attention(*args, **kwargs)
+            return _attention(AttentionArguments(*args, **kwargs))
         mode = AxisMode()
         try:
             with mode:
@@ -305,20 +306,12 @@ def _fake_arguments(mode: Any, capture: Capture) -> list[Any]:
     return values
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> NodeFacts:
+def _attention(given: AttentionArguments) -> NodeFacts:
     """The facts of a fused attention, which is not taken apart."""
+    query, key, value, mask = given[:4]
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     facts = NodeFacts(out)
-    operands = [t for t in (query, key, value, attn_mask) if t is not None]
+    operands = [t for t in (query, key, value, mask) if t is not None]
     if any(is_data(t) for t in operands):
         mark_data(out)
     if any(is_lost(t) for t in operands):
@@ -326,7 +319,7 @@ def _attention(
     if any(axes_of(t) is not None for t in operands):
         call = rules.Call(scaled_dot_product_attention, (), {}, out)
         try:
-            set_axes(out, rules.attend(call, query, key, value, attn_mask, causal=is_causal))
+            set_axes(out, rules.attend(call, query, key, value, mask, causal=given.is_causal))
             facts.positions = call.positions
             facts.softmax_over, facts.sums_weights = call.softmax_over, call.sums_weights
         except MixesTokens as reason:

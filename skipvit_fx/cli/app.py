@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import Tensor
 from typer.core import TyperGroup
 
 import skipvit_fx
-from skipvit_fx.cli import picture, zoo
-from skipvit_fx.cli.models import SOURCES, SpecError, expand, parse_spec
-from skipvit_fx.errors import PlanError, SkipViTError
-from skipvit_fx.export.cli import register as register_export
+from skipvit_fx.cli import export, picture, zoo
+from skipvit_fx.cli.bench import bench
+from skipvit_fx.cli.models import SpecError, expand
+from skipvit_fx.cli.options import (
+    BAD_INPUT,
+    REFUSED,
+    Cut,
+    Depth,
+    ImgSize,
+    Json,
+    KeepDead,
+    Model,
+    PlanFile,
+    PlanText,
+    PrefixTokens,
+    Pretrained,
+    Score,
+    build,
+    plan_of,
+    rewritten,
+    show,
+)
+from skipvit_fx.errors import ExportError, PlanError, SkipViTError
 from skipvit_fx.ir.example import example_of
-from skipvit_fx.plan import Plan
-
-BAD_INPUT = 2
-REFUSED = 1
 
 
 class _Group(TyperGroup):
@@ -36,7 +49,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except SkipViTError as error:
             typer.echo(f"error: {error}", err=True)
-            code = BAD_INPUT if isinstance(error, (PlanError, SpecError)) else REFUSED
+            code = BAD_INPUT if isinstance(error, (PlanError, SpecError, ExportError)) else REFUSED
             raise typer.Exit(code) from error
 
 
@@ -47,80 +60,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Give any Vision Transformer a token-level skip connection.",
 )
-register_export(app)
-
-Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
-PlanText = Annotated[
-    str | None, typer.Argument(metavar="[PLAN]", help="such as 6(55%)+11", show_default=False)
-]
-PlanFile = Annotated[Path | None, typer.Option(help="the plan as a TOML file", show_default=False)]
-ImgSize = Annotated[
-    int | None, typer.Option(help="image size, if not the model's own", show_default=False)
-]
-Depth = Annotated[
-    int | None, typer.Option(help="layers, if not the model's own", show_default=False)
-]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="fetch the published weights")]
-PrefixTokens = Annotated[
-    int | None, typer.Option(help="leading tokens that are no patches", show_default=False)
-]
-Cut = Annotated[str, typer.Option(help="attention or block")]
-Score = Annotated[str, typer.Option(help="auto, cls, mean or random")]
-KeepDead = Annotated[
-    bool, typer.Option("--keep-dead-tokens", help="also compute rows that nobody reads")
-]
-Json = Annotated[bool, typer.Option("--json", help="machine-readable, nothing else on stdout")]
-
-
-def _build(spec: str, img_size: int | None, depth: int | None, pretrained: bool) -> nn.Module:
-    wanted = parse_spec(spec, pretrained=pretrained, img_size=img_size, depth=depth)
-    torch.manual_seed(0)
-    model = wanted.build()
-    if not pretrained and wanted.source != "module":
-        typer.echo(
-            f"{wanted} with random weights; --pretrained fetches the published ones", err=True
-        )
-    return model
-
-
-def _plan(text: str | None, file: Path | None) -> Plan:
-    if (text is None) == (file is None):
-        raise PlanError(
-            "no plan given" if text is None else "two plans given",
-            hint="write one such as 6(55%)+11 behind the model, or name a TOML file with --plan-file",
-        )
-    if text is not None:
-        return Plan.parse(text)
-    assert file is not None
-    try:
-        return Plan.load(file)
-    except OSError as error:
-        raise PlanError(f"cannot read the plan file: {error}", hint="check the path") from error
-
-
-def _rewrite(
-    model: nn.Module, plan: Plan, prefix_tokens: int | None, cut: str, score: str, keep_dead: bool
-) -> nn.Module:
-    for name, value, known in (
-        ("--cut", cut, ("attention", "block")),
-        ("--score", score, ("auto", "cls", "mean", "random")),
-    ):
-        if value not in known:
-            raise SpecError(
-                f"{name} {value!r} is not known", hint=f"choose from {', '.join(known)}"
-            )
-    return skipvit_fx.rewrite(
-        model,
-        plan,
-        prefix_tokens=prefix_tokens,
-        cut=cut,  # type: ignore[arg-type]
-        score=score,  # type: ignore[arg-type]
-        eliminate_dead_tokens=not keep_dead,
-    )
-
-
-def _print(value: Any, text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(value, indent=2) if as_json else text)
+export.register(app)
+app.command()(bench)
 
 
 @app.command()
@@ -136,11 +77,11 @@ def sites(
     as_json: Json = False,
 ) -> None:
     """Show the attention and the layers found in a model, and explain why a place did not match."""
-    built = _build(model, img_size, depth, pretrained)
+    built = build(model, img_size, depth, pretrained)
     report = skipvit_fx.find_attention(built, prefix_tokens=prefix_tokens)
     said = {place: report.explain(place) for place in explain or ()}
     text = "\n".join(said.values()) if said else str(report)
-    _print({**report.to_dict(), "explain": said}, text, as_json)
+    show({**report.to_dict(), "explain": said}, text, as_json)
     if report.refusal is not None and not said:
         raise typer.Exit(REFUSED)
 
@@ -164,11 +105,11 @@ def rewrite(
     as_json: Json = False,
 ) -> None:
     """Rewrite a model and print its layer table."""
-    wanted = _plan(plan, plan_file)
-    built = _build(model, img_size, depth, pretrained)
-    fast = _rewrite(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+    wanted = plan_of(plan, plan_file)
+    built = build(model, img_size, depth, pretrained)
+    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
     report = skipvit_fx.inspect(fast)
-    _print(report.to_dict(), str(report), as_json)
+    show(report.to_dict(), str(report), as_json)
     if save is not None:
         skipvit_fx.save(fast, save)
         typer.echo(f"saved to {save}", err=True)
@@ -189,12 +130,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a plan does to every layer: tokens and multiply-adds."""
-    wanted = _plan(plan, plan_file)
-    built = _build(model, img_size, depth, pretrained)
+    wanted = plan_of(plan, plan_file)
+    built = build(model, img_size, depth, pretrained)
     report = skipvit_fx.inspect(
-        _rewrite(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+        rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
     )
-    _print(report.to_dict(), str(report), as_json)
+    show(report.to_dict(), str(report), as_json)
 
 
 @app.command()
@@ -212,11 +153,11 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show every node that a rewrite inserts, rewires or erases."""
-    wanted = _plan(plan, plan_file)
-    built = _build(model, img_size, depth, pretrained)
-    fast = _rewrite(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+    wanted = plan_of(plan, plan_file)
+    built = build(model, img_size, depth, pretrained)
+    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
     text = str(skipvit_fx.inspect(fast).diff())
-    _print({"plan": str(wanted), "diff": text.splitlines()}, text, as_json)
+    show({"plan": str(wanted), "diff": text.splitlines()}, text, as_json)
 
 
 @app.command()
@@ -237,11 +178,11 @@ def trace(
     as_json: Json = False,
 ) -> None:
     """Show which patches of an image are kept and dropped."""
-    wanted = _plan(plan, plan_file)
-    built = _build(model, img_size, depth, pretrained)
+    wanted = plan_of(plan, plan_file)
+    built = build(model, img_size, depth, pretrained)
     (example, *_), _ = example_of(built, None)
     shown, x = picture.read_image(image, tuple(example.shape[1:]), built)
-    fast = _rewrite(built, wanted, prefix_tokens, cut, score, keep_dead=False)
+    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead=False)
     traces = skipvit_fx.trace_tokens(fast, x)
     if out is not None:
         _draw(shown, [stage.kept[0] for stage in traces], traces[0].scores.shape[1], out)
@@ -252,7 +193,7 @@ def trace(
         lines.append(f"layer {stage.layer}: kept {len(kept)}, dropped {len(dropped)}")
         lines.append(f"  dropped: {' '.join(map(str, dropped))}")
         stages.append({"layer": stage.layer, "kept": kept, "dropped": dropped})
-    _print({"plan": str(wanted), "stages": stages}, "\n".join(lines), as_json)
+    show({"plan": str(wanted), "stages": stages}, "\n".join(lines), as_json)
 
 
 def _draw(shown: Tensor, kept: list[Tensor], patches: int, out: Path) -> None:
@@ -326,6 +267,6 @@ def run_zoo(
     text = zoo.page(rows, " ".join(["skipvit", *map(shlex.quote, sys.argv[1:])]))
     out.write_text(text, encoding="utf-8")
     summary = "\n".join(f"{row.status:<8} {row.name}  {row.reason}".rstrip() for row in rows)
-    _print([asdict(row) for row in rows], f"{summary}\nwritten to {out}", as_json)
+    show([asdict(row) for row in rows], f"{summary}\nwritten to {out}", as_json)
     if any(row.status in ("wrong", "error") for row in rows):
         raise typer.Exit(REFUSED)

@@ -1,4 +1,4 @@
-"""Multiply-adds of one image, counted on fake tensors: nothing is computed."""
+"""Multiply-adds and memory traffic of one image, counted on fake tensors: nothing is computed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipvit_fx.errors import TraceError
@@ -51,11 +52,13 @@ class MacCount:
     Attributes:
         total: of the whole module.
         nodes: by name of the graph node, in graph order; they sum up to ``total``. Empty for a module without graph.
+        bytes: by name as well: read and written by operators that multiply no matrices. Views move nothing.
         shapes: of every node whose value is one tensor, for a batch of one.
     """
 
     total: int
     nodes: dict[str, int]
+    bytes: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
 
 
@@ -88,35 +91,72 @@ def count_macs(
             if isinstance(child, Select):
                 child.current = child.ratio
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    traffic = _Traffic(frozenset(flops.flop_registry))
     try:
-        with slow_attention(), mode, torch.no_grad(), flops:
+        with slow_attention(), mode, torch.no_grad(), flops, traffic:
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs or {}))
             if not isinstance(module, fx.GraphModule):
                 faked(*fake_args, **fake_kwargs)
-                return MacCount(flops.get_total_flops() // 2, {}, {})
-            counter = _NodeCounter(faked, module.graph, flops)
-            counter.run(*_placeholder_values(module.graph, fake_args, fake_kwargs))
+                return MacCount(flops.get_total_flops() // 2, {}, {}, {})
+            counter = _NodeCounter(faked, module.graph, flops, traffic)
+            counter.run(*placeholder_values(module.graph, fake_args, fake_kwargs))
     except FORWARD_FAILURES as error:
         raise TraceError(
             f"{type(module).__name__} cannot be counted on inputs of this shape without computing: {error}",
             hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
         ) from error
-    return MacCount(sum(counter.macs.values()), counter.macs, counter.shapes)
+    return MacCount(sum(counter.macs.values()), counter.macs, counter.bytes, counter.shapes)
+
+
+class _Traffic(TorchDispatchMode):
+    """Sums up what operators read and write, but for matrix products and views."""
+
+    def __init__(self, products: frozenset[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products = products
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket not in self.products:
+            read, written = _tensors((args, kwargs)), _tensors(out)
+            known = {_storage(tensor) for tensor in read}
+            if func._schema.is_mutable or any(_storage(t) not in known for t in written):
+                self.bytes += sum(_size(tensor) for tensor in [*read, *written]) if read else 0
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor's own elements, each counted once where it is expanded."""
+    distinct = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(distinct) * tensor.element_size()
 
 
 class _NodeCounter(fx.Interpreter):
-    """Notes for every node what the counter gained while it ran, and the shape of its value."""
+    """Notes for every node what the counters gained while it ran, and the shape of its value."""
 
-    def __init__(self, owner: nn.Module, graph: fx.Graph, flops: FlopCounterMode) -> None:
+    def __init__(
+        self, owner: nn.Module, graph: fx.Graph, flops: FlopCounterMode, traffic: _Traffic
+    ) -> None:
         super().__init__(owner, graph=graph)
         self.flops = flops
+        self.traffic = traffic
         self.macs: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        before = self.flops.get_total_flops()
+        macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
         value = super().run_node(n)
-        self.macs[n.name] = (self.flops.get_total_flops() - before) // 2
+        self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
+        self.bytes[n.name] = self.traffic.bytes - bytes_
         if isinstance(value, Tensor):
             self.shapes[n.name] = tuple(value.shape)
         return value
@@ -127,9 +167,7 @@ def _one_sample(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs cut to a batch of one, on the device and of the dtype that the module has now."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    images = max((t for t in tensors if t.is_floating_point()), key=Tensor.numel, default=None)
-    batch = images.shape[0] if images is not None and images.ndim else None
+    batch = batch_size(args, kwargs)
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -142,7 +180,14 @@ def _one_sample(
     return one
 
 
-def _placeholder_values(
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Samples in the largest floating-point tensor of a call; ``None`` if there is none."""
+    tensors = [tensor for tensor in _tensors((args, dict(kwargs))) if tensor.is_floating_point()]
+    images = max(tensors, key=Tensor.numel, default=None)
+    return images.shape[0] if images is not None and images.ndim else None
+
+
+def placeholder_values(
     graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[Any]:
     """One value a placeholder, by name where it was passed by name. Arguments without tensors have no placeholder."""
@@ -155,4 +200,8 @@ def _placeholder_values(
 
 
 def _has_tensor(value: Any) -> bool:
-    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    return bool(_tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

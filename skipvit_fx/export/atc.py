@@ -95,12 +95,8 @@ class AtcReport:
         if self.of("fail"):
             return "would fail"
         known = "would be slow" if self.of("slow") else "nothing is known against it"
-        unknown = len(self.of("unknown"))
-        return (
-            f"{known}; {unknown} {'thing is' if unknown == 1 else 'things are'} unknown"
-            if unknown
-            else known
-        )
+        unknown = ", ".join(finding.rule.id for finding in self.of("unknown"))
+        return f"{known}; unknown: {unknown}" if unknown else known
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -166,6 +162,7 @@ class AtcReport:
             if len(finding.places) > _SHOWN:
                 lines.append(f"            and {len(finding.places) - _SHOWN} more")
             lines.append(f"            advice: {finding.rule.advice}")
+            lines.append(f"            source: {finding.rule.source}")
         lines.append(f"fusible attention {_of(self.attentions)}, LayerNorm {_of(self.layer_norms)}")
         lines.append(f"verdict: {self.verdict}")
         lines.append(NOT_RUN)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from skipvit_fx.ir.sdpa import AttentionArguments
+
 aten = torch.ops.aten
 
 
@@ -60,31 +62,23 @@ def _gelu(x: Tensor, approximate: str = "none") -> Tensor:
     return x * (torch.erf(x / math.sqrt(2)) + 1.0) * 0.5
 
 
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    given = AttentionArguments(*args, **kwargs)
+    query, key, value, mask = given[:4]
+    if given.enable_gqa and key.shape[-3] != query.shape[-3]:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (_repeat_heads(x, groups) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if given.scale is None else given.scale
     logits = (query @ key.transpose(-2, -1)) * scale
-    if is_causal:
+    if given.is_causal:
         rows, columns = logits.shape[-2:]
-        attn_mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            zeros = torch.zeros_like(attn_mask, dtype=logits.dtype)
-            attn_mask = zeros.masked_fill(~attn_mask, -torch.inf)
-        logits = logits + attn_mask
-    return logits.softmax(-1) @ value
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, -torch.inf)
+        logits = logits + mask
+    output: Tensor = logits.softmax(-1) @ value
+    return output
 
 
 def _repeat_heads(x: Tensor, groups: int) -> Tensor:

@@ -150,9 +150,18 @@ def _external(case: Case, rule: Rule) -> Iterator[str]:
         if tensor.name in needed_inside:
             yield f"{tensor.name!r} is a shape, axes or k, and not in the file itself"
         location = entries.get("location", "")
-        if location not in missing and not (case.facts.path.parent / location).is_file():
+        file = case.facts.path.parent / location
+        if location not in missing and not file.is_file():
             missing.add(location)
             yield f"the file {location!r} with weights is not beside the model"
+        elif location not in missing and file.stat().st_size < _end(entries):
+            missing.add(location)
+            yield f"the file {location!r} ends before the weights of {tensor.name!r} do"
+
+
+def _end(entries: dict[str, str]) -> int:
+    """Bytes that a file of weights must have at least for one tensor."""
+    return int(entries.get("offset", 0)) + int(entries.get("length", 0))
 
 
 @_check
@@ -204,44 +213,19 @@ def _is_static(shape: tuple[Any, ...] | None) -> bool:
 # -- operators -----------------------------------------------------------------------------------------------------
 
 
-def _operators(case: Case) -> list[str]:
-    own = (n.op_type for n in case.facts.nodes if n.domain in _DEFAULT)
-    return [name for name in dict.fromkeys(own) if name != "Constant"]  # the parser reads it itself
-
-
 @_check
-def _op_none(case: Case, rule: Rule) -> Iterator[str]:
-    for operator in _operators(case):
-        support = case.knowledge.support(operator, case.facts.opset, case.cann)
-        if support.answer == "none":
-            yield f"{operator}: {support.why}"
-
-
-@_check
-def _op_range(case: Case, rule: Rule) -> Iterator[str]:
-    for operator in _operators(case):
-        support = case.knowledge.support(operator, case.facts.opset, case.cann)
-        if support.answer == "no":
-            yield f"{operator} at opset {case.facts.opset}: {support.why}"
-
-
-@_check
-def _op_unknown(case: Case, rule: Rule) -> Iterator[str]:
-    opset, cann = case.facts.opset, case.cann
-    nearby = []
-    for operator in _operators(case):
-        support = case.knowledge.support(operator, opset, cann)
-        if support.answer != "unknown":
+def _operators(case: Case, rule: Rule) -> Iterator[str]:
+    opset = case.facts.opset
+    own = dict.fromkeys(n.op_type for n in case.facts.nodes if n.domain in _DEFAULT)
+    by_reason: dict[str, list[str]] = {}
+    for operator in own:
+        if operator == "Constant":  # the parser reads it itself
             continue
-        if case.knowledge.taken_nearby(operator, opset, cann):
-            nearby.append(operator)
-        else:
-            yield f"{operator} at opset {opset}: {support.why}"
-    if nearby:
-        yield (
-            f"nothing public for CANN {cann}, but the nearest releases before and after it take opset {opset} of "
-            + ", ".join(nearby)
-        )
+        support = case.knowledge.support(operator, opset, case.cann)
+        if support.answer == rule.params["answer"]:
+            by_reason.setdefault(support.why, []).append(operator)
+    for why, operators in by_reason.items():
+        yield f"{', '.join(operators)} at opset {opset}: {why}"
 
 
 @_check
@@ -264,7 +248,7 @@ def _matches(case: Case, node: onnx.NodeProto, params: dict[str, Any]) -> bool:
         return False
     if "not_constant" in params:
         names = [_input(node, index) for index in params["not_constant"]]
-        return any(name and name not in facts.constants for name in names)
+        return any(n and n not in facts.constants and n not in facts.computed for n in names)
     for name, values in params.get("attribute", {}).items():
         if given.get(name) not in values:
             return False
@@ -282,6 +266,14 @@ def _matches(case: Case, node: onnx.NodeProto, params: dict[str, Any]) -> bool:
 
 def _input(node: onnx.NodeProto, index: int) -> str:
     return node.input[index] if index < len(node.input) else ""
+
+
+@_check
+def _computed(case: Case, rule: Rule) -> Iterator[str]:
+    for node in case.facts.nodes:
+        operands = [_input(node, index) for index in rule.params["operands"].get(node.op_type, ())]
+        if node.domain in _DEFAULT and any(name in case.facts.computed for name in operands):
+            yield _name(node)
 
 
 @_check

@@ -79,7 +79,7 @@ def examine(run: Run = run_python) -> list[Line]:
     """
     lines = [Line("python", "ok", sys.version.split()[0])]
     lines += _torch(run)
-    lines += [_package(name, advice) for name, advice in _PACKAGES.items()]
+    lines += [_package(name, advice, run) for name, advice in _PACKAGES.items()]
     lines += _accelerators(run)
     lines += _npu(run)
     lines += _cann()
@@ -93,13 +93,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _package(name: str, advice: str) -> Line:
+def _package(name: str, advice: str, run: Run) -> Line:
     version = _version(name)
-    return (
-        Line(name, "missing", "not installed", advice)
-        if version is None
-        else Line(name, "ok", version)
-    )
+    if version is None:
+        return Line(name, "missing", "not installed", advice)
+    status, said = run(f"import {name}", {AUTOLOAD: "0"})
+    if status:
+        return Line(name, "broken", f"{version}: {said}", f"pip install --force-reinstall {name}")
+    return Line(name, "ok", version)
 
 
 def _torch(run: Run) -> list[Line]:

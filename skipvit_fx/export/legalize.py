@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from skipvit_fx.ops.dead_tokens import ProjectQueriesOfFirst
 from skipvit_fx.ops.positions import GatherPositions
+from skipvit_fx.ops.rows import same_rows, sequence_rows
 from skipvit_fx.ops.select import Select, Survivors
 from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
 
@@ -45,20 +48,6 @@ def _ascending(rows: Tensor) -> Tensor:
     """Sorted by value; as floats, which are exact up to 2**24 (2**11 in half precision)."""
     values = rows.to(torch.float32).topk(rows.shape[1], dim=1, largest=False).values
     return values.to(torch.int32)
-
-
-def _constant_rows(start: int, stop: int, like: Tensor) -> Tensor:
-    row = torch.arange(start, stop, dtype=torch.int32, device=like.device)
-    return row.unsqueeze(0).expand(like.shape[0], stop - start)
-
-
-def _sequence(patches: Tensor, lead: int, count: int, tail: int) -> Tensor:
-    parts = [patches + lead if lead else patches]
-    if lead:
-        parts.insert(0, _constant_rows(0, lead, patches))
-    if tail:
-        parts.append(_constant_rows(lead + count, lead + count + tail, patches))
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _mean(scores: list[Tensor]) -> Tensor:
@@ -100,39 +89,29 @@ class _Keep(Keep):
     def __init__(self, op: Keep) -> None:
         super().__init__(op.dim, op.lead, op.tail)
 
-    def forward(self, stream: Tensor, kept: Tensor | None) -> Tensor:
-        if kept is None:
-            return stream
-        tokens = self._batch_first(stream)
-        rows = _sequence(kept, self.lead, self._patch_count(tokens), self.tail)
-        return self._batch_first(flat_rows(tokens, rows))
+    def on_tokens(self, tokens: Tensor, kept: Tensor) -> Tensor:
+        rows = sequence_rows(kept, self.lead, self.patch_count(tokens), self.tail)
+        return flat_rows(tokens, rows)
 
 
 class _PassAround(PassAround):
     def __init__(self, op: PassAround) -> None:
         super().__init__(op.dim, op.lead, op.tail)
 
-    def forward(self, stream: Tensor, dropped: Tensor | None) -> Tensor | None:
-        if dropped is None:
-            return None
-        return flat_rows(self._batch_first(stream), dropped + self.lead)
+    def on_tokens(self, tokens: Tensor, dropped: Tensor) -> Tensor:
+        return flat_rows(tokens, dropped + self.lead)
 
 
 class _Fuse(Fuse):
     def __init__(self, op: Fuse) -> None:
         super().__init__(op.dim, op.lead, op.tail)
 
-    def forward(
-        self, kept_stream: Tensor, around: Tensor | None, dropped: Tensor | None, *scores: Tensor
-    ) -> Tensor:
-        if around is None or dropped is None:
-            return kept_stream
+    def on_tokens(self, tokens: Tensor, around: Tensor, dropped: Tensor, *scores: Tensor) -> Tensor:
         weights = flat_rows(_mean(list(scores)), dropped).to(around.dtype)
         fused = (around * weights.unsqueeze(-1)).sum(1, keepdim=True)
-        tokens = self._batch_first(kept_stream)
         end = tokens.shape[1] - self.tail
         parts = [tokens[:, :end], fused, tokens[:, end:]] if self.tail else [tokens, fused]
-        return self._batch_first(torch.cat(parts, 1))
+        return torch.cat(parts, 1)
 
 
 class _Merge(Merge):
@@ -141,12 +120,7 @@ class _Merge(Merge):
     def __init__(self, op: Merge) -> None:
         super().__init__(op.dim, op.lead, op.tail, op.fused)
 
-    def forward(
-        self, stream: Tensor, around: Tensor | None, kept: Tensor | None, dropped: Tensor | None
-    ) -> Tensor:
-        if around is None or kept is None or dropped is None:
-            return stream
-        tokens = self._batch_first(stream)
+    def on_tokens(self, tokens: Tensor, around: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
         order = torch.cat([kept, dropped], 1)
         n = order.shape[1]
         inverse = order.to(torch.float32).topk(n, dim=1, largest=False).indices.to(torch.int32)
@@ -154,8 +128,30 @@ class _Merge(Merge):
         whole = [tokens[:, :end] if self.fused or self.tail else tokens, around]
         if self.tail:
             whole.append(tokens[:, tokens.shape[1] - self.tail :])
-        rows = _sequence(inverse, self.lead, n, self.tail)
-        return self._batch_first(flat_rows(torch.cat(whole, 1), rows))
+        rows = sequence_rows(inverse, self.lead, n, self.tail)
+        return flat_rows(torch.cat(whole, 1), rows)
+
+
+class _ProjectQueriesOfFirst(nn.Module):
+    """What nobody reads is filled with a copy: Slice and Concat are known to more releases of ATC than Pad is."""
+
+    def __init__(self, op: ProjectQueriesOfFirst) -> None:
+        super().__init__()
+        self.dim, self.rows, self.start, self.stop = op.dim, op.rows, op.start, op.stop
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The first rows in full; of the others keys and values, and a copy of them in place of queries."""
+        others = slice(self.stop, None) if self.start == 0 else slice(0, self.start)
+        first = F.linear(x.narrow(self.dim, 0, self.rows), weight, bias)
+        rest = F.linear(
+            x.narrow(self.dim, self.rows, x.shape[self.dim] - self.rows),
+            weight[others],
+            None if bias is None else bias[others],
+        )
+        size = self.stop - self.start
+        copies = [rest] * (size // rest.shape[-1]) + [rest[..., : size % rest.shape[-1]]]
+        filled = [*copies, rest] if self.start == 0 else [rest, *copies]
+        return torch.cat([first, torch.cat(filled, -1)], self.dim)
 
 
 class _GatherPositions(GatherPositions):
@@ -174,7 +170,7 @@ class _GatherPositions(GatherPositions):
             positions = self._repeated(positions, 0)
         for dim, lead, tail in self.dims:
             d = dim + missing
-            rows = _sequence(positions, lead, full.shape[d] - lead - tail, tail)
+            rows = sequence_rows(positions, lead, full.shape[d] - lead - tail, tail)
             if not per_sample:  # the batch axis is 1: it comes from the rows
                 near = full.index_select(d, rows.flatten())
                 near = near.reshape(*full.shape[:d], *rows.shape, *full.shape[d + 1 :])
@@ -215,7 +211,7 @@ class KeptPositions(nn.Module):
             before = found[-1] if found else None
             if before is not None and self.fused:
                 name = self.patches + len(found) - 1
-                before = torch.cat([before, _constant_rows(name, name + 1, before)], 1)
+                before = torch.cat([before, same_rows(name, name + 1, before)], 1)
             found.append(choice if before is None else flat_rows(before, choice))
         return tuple(found)
 
@@ -227,5 +223,6 @@ _FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     PassAround: _PassAround,
     Fuse: _Fuse,
     Merge: _Merge,
+    ProjectQueriesOfFirst: _ProjectQueriesOfFirst,
     GatherPositions: _GatherPositions,
 }

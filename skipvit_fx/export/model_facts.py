@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import helper, numpy_helper
 
 from skipvit_fx.errors import ExportError
+from skipvit_fx.export.folding import infer
 
 Shape = tuple[int | str | None, ...]
 
@@ -29,7 +30,8 @@ class ModelFacts:
         nodes: all nodes of the main graph and, behind them, of subgraphs.
         producer, consumers: by tensor name, in the main graph.
         shapes, types: by tensor name, as far as inference knows them; types by name, such as ``FLOAT``.
-        constants: names of initializers and of Constant nodes' results.
+        constants: initializers and Constant nodes' results.
+        computed: small results that follow from constants and static shapes.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class ModelFacts:
     shapes: dict[str, Shape] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     constants: dict[str, onnx.TensorProto | None] = field(default_factory=dict)
+    computed: dict[str, onnx.TensorProto] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
@@ -88,7 +91,8 @@ def read_model(path: str | PathLike[str]) -> ModelFacts:
         )
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     facts = ModelFacts(file, size, model, opset, list(_nodes(model.graph)))
-    _read_graph(facts, _inferred(model))
+    graph, facts.computed = infer(model)
+    _read_graph(facts, graph)
     return facts
 
 
@@ -106,17 +110,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(attribute.g)
 
 
-def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:
-    try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
-        return (
-            model.graph
-        )  # too large, or of an opset that this onnx does not know: what the file says
-
-
 def _read_graph(facts: ModelFacts, graph: onnx.GraphProto) -> None:
-    for node in graph.node:
+    for node in facts.model.graph.node:
         for name in node.output:
             facts.producer[name] = node
         for name in node.input:
@@ -124,8 +119,9 @@ def _read_graph(facts: ModelFacts, graph: onnx.GraphProto) -> None:
         if node.op_type == "Constant":
             value = attributes(node).get("value")
             facts.constants[node.output[0]] = value
-    for tensor in graph.initializer:
+    for tensor in facts.model.graph.initializer:
         facts.constants[tensor.name] = tensor
+    for tensor in [*facts.model.graph.initializer, *facts.computed.values()]:
         facts.shapes[tensor.name] = tuple(tensor.dims)
         facts.types[tensor.name] = _type_name(tensor.data_type)
     for value in [*graph.value_info, *graph.input, *graph.output]:

@@ -113,7 +113,7 @@ def _look_up(name: str, inserted: bool) -> NpuOperator:
 
 
 def find_device(probe: Callable[[], bool] | None = None) -> torch.device:
-    """``npu:0`` where torch-npu and a device are there, else the CPU. Never raises.
+    """``npu:0`` where torch-npu and a device are there, else the CPU.
 
     Args:
         probe: says whether an NPU can be used; found out when left out.
@@ -125,7 +125,7 @@ def npu_is_available() -> bool:
     """Whether torch-npu can be imported and sees a device."""
     try:
         importlib.import_module("torch_npu")
-    except (ImportError, RuntimeError, OSError):
+    except (ImportError, AttributeError, RuntimeError, OSError):  # as CANN or torch lack or differ
         return False
     return bool(torch.get_device_module("npu").is_available())
 

@@ -48,11 +48,12 @@ class Support:
     """What the table says of one operator at one opset and release.
 
     Attributes:
-        answer: ``yes``, ``no``, ``none`` (no plugin anywhere) or ``unknown``.
+        answer: ``yes``, ``no``, ``none`` (no plugin anywhere), ``between`` (the nearest releases before and after take
+            it, nothing is public for this one) or ``unknown``.
         why: the facts, in words.
     """
 
-    answer: Literal["yes", "no", "none", "unknown"]
+    answer: Literal["yes", "no", "none", "between", "unknown"]
     why: str
 
 
@@ -75,29 +76,20 @@ class Knowledge:
         if "none" in entry:
             return Support("none", entry["none"])
         table: dict[str, str | None] = entry["opsets"]
-        if cann in table:
-            range_ = table[cann]
-            if range_ is None:
-                return Support("unknown", f"the registration at CANN {cann} is not public")
+        range_ = table.get(cann)
+        if range_ is not None:
             inside = opset in opsets_in(range_)
             return Support("yes" if inside else "no", f"CANN {cann} takes opsets {range_}")
-        public = [release for release, range_ in table.items() if range_ is not None]
-        near = [r for r in public if release_key(r) < release_key(cann)][-1:]
-        near += [r for r in public if release_key(r) > release_key(cann)][:1]
-        if not near:
-            return Support("unknown", "no release of the table has it in public")
-        facts = ", ".join(f"{release}: {table[release]}" for release in near)
-        return Support("unknown", f"nothing public for CANN {cann}; nearest {facts}")
-
-    def taken_nearby(self, operator: str, opset: int, cann: str) -> bool:
-        """Whether the nearest public releases before and after ``cann`` both take the operator."""
-        table = self.operators.get(operator, {}).get("opsets", {})
-        public = sorted((r for r, range_ in table.items() if range_ is not None), key=release_key)
-        before = [r for r in public if release_key(r) <= release_key(cann)][-1:]
-        after = [r for r in public if release_key(r) >= release_key(cann)][:1]
-        if not before or not after:
-            return False
-        return all(opset in opsets_in(table[release]) for release in before + after)
+        public = {release: text for release, text in table.items() if text is not None}
+        before = [r for r in public if release_key(r) < release_key(cann)][-1:]
+        after = [r for r in public if release_key(r) > release_key(cann)][:1]
+        if not before + after:
+            return Support("unknown", "no release that was read says so")
+        facts = f"nothing public for CANN {cann}; " + ", ".join(
+            f"{release} takes opsets {public[release]}" for release in before + after
+        )
+        taken = all(opset in opsets_in(public[release]) for release in before + after)
+        return Support("between" if before and after and taken else "unknown", facts)
 
 
 @cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,14 +14,15 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from skipvit_fx.errors import ExportError
+from skipvit_fx.errors import ExportError, first_line
 from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.export.aten import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
+from skipvit_fx.export.inputs import batch_of, inputs_of
 from skipvit_fx.export.legalize import KeptPositions, legalize
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
+from skipvit_fx.export.verify import verified
 from skipvit_fx.ir.cloning import clone_structure
-from skipvit_fx.ir.example import example_from_config
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.record import RECORD, RewriteRecord
@@ -34,11 +34,6 @@ EXPORTER_OPSET = 18
 """What torch's exporter writes before anything is lowered."""
 
 _KEPT = "skipvit.kept_positions"
-
-TOLERANCE = 1e-4
-"""Largest difference of outputs that ``verify`` accepts, relative to the largest output."""
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def export_onnx(
     check_folder(destination)
     _require("onnx", "onnx_ir", "onnxscript", *(("onnxruntime",) if verify else ()))
     _check_model(model)
-    (args, kwargs), fixed = _inputs(model, example_inputs, batch, profile)
+    (args, kwargs), fixed = inputs_of(model, example_inputs, batch, profile)
     clone = clone_structure(model).eval()
     legalize(clone)
     if expose_kept:
@@ -125,7 +120,7 @@ def export_onnx(
         if profile.name == "ascend":
             reports.append(_accepted(atc_check(file, cann=cann, soc=soc), destination))
         if verify:
-            differences.append(_verified(file, clone, (args, kwargs)))
+            differences.append(verified(file, model, (args, kwargs)))
 
     files = write_model(graph, destination, check)
     return ExportedFile(
@@ -163,26 +158,9 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             module(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ExportError(
-            f"the model does not run on the example inputs: {_first_line(error)}",
+            f"the model does not run on the example inputs: {first_line(error)}",
             hint="pass example_inputs of the shape that it was rewritten for",
         ) from error
-
-
-def _verified(file: Path, module: nn.Module, inputs: Inputs) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
-
-    difference = difference_to(file, module, pytree.tree_map(random, inputs))
-    if difference > TOLERANCE:
-        raise ExportError(
-            f"the file computes something else than the module: off by {difference:.2g}",
-            hint="please report this with the model and the plan; no file was written",
-        )
-    return difference
 
 
 def _require(*names: str) -> None:
@@ -208,75 +186,6 @@ def _check_model(model: nn.Module) -> None:
                 "a random score cannot be exported: every run of the file would drop other tokens",
                 hint="rewrite with score='auto'",
             )
-
-
-# -- inputs --------------------------------------------------------------------------------------------------------
-
-
-def _inputs(
-    model: nn.Module, example: Any, batch: int | str | None, profile: Profile
-) -> tuple[Inputs, int | None]:
-    """Example inputs of the batch size to export, and that size; ``None`` where it stays free."""
-    if isinstance(batch, str):
-        if batch != "dynamic" or profile.fixed_batch:
-            raise ExportError(
-                f"batch={batch!r} is not possible for target {profile.name!r}",
-                hint="give a number"
-                + ("" if profile.fixed_batch else " or 'dynamic'")
-                + "; write one file for each batch size that is served",
-            )
-    elif batch is not None and batch < 1:
-        raise ExportError(f"a batch of {batch} is empty", hint="give a batch size of 1 or more")
-    dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
-    given = _split(example) if example is not None else _own_example(model)
-    own = _batch_of(given)
-    if isinstance(batch, int) and example is not None and own != batch:
-        raise ExportError(
-            f"batch={batch}, but the example inputs have a batch of {own}",
-            hint="leave one of the two out",
-        )
-    if dynamic:  # a size of 1 would be taken for a broadcast
-        return _with_batch(given, own, max(own, 2)), None
-    size = batch if isinstance(batch, int) else own if example is not None else 1
-    return _with_batch(given, own, size), size
-
-
-def _split(example: Any) -> Inputs:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
-
-
-def _own_example(model: nn.Module) -> Inputs:
-    record = getattr(model, "meta", {}).get(RECORD)
-    if not isinstance(record, RewriteRecord):
-        return example_from_config(model), {}
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-    def made(leaf: Any) -> Any:
-        return torch.zeros_like(leaf, device=like.device) if isinstance(leaf, Tensor) else leaf
-
-    args, kwargs = pytree.tree_map(made, (record.args, record.kwargs))
-    return tuple(args), dict(kwargs)
-
-
-def _batch_of(inputs: Inputs) -> int:
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return leaf.shape[0]
-    raise ExportError(
-        "there is no tensor among the example inputs", hint="pass example_inputs=(images,)"
-    )
-
-
-def _with_batch(inputs: Inputs, own: int, batch: int) -> Inputs:
-    def sized(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != own:
-            return leaf
-        return leaf[:1].expand(batch, *leaf.shape[1:]).clone() if own != batch else leaf
-
-    args, kwargs = pytree.tree_map(sized, inputs)
-    return args, kwargs
 
 
 # -- the kept indices ----------------------------------------------------------------------------------------------
@@ -317,7 +226,7 @@ def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
-            f"torch.onnx could not translate the model: {_first_line(error.__cause__ or error)}",
+            f"torch.onnx could not translate the model: {first_line(error.__cause__ or error)}",
             hint="the operator it names has no ONNX form; replace it in the model",
         ) from error
     assert written is not None
@@ -357,35 +266,9 @@ def _check_file(path: Path) -> None:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
-            f"the model has no valid form in this opset: {_first_line(error)}",
+            f"the model has no valid form in this opset: {first_line(error)}",
             hint="choose a higher opset of the target's range",
         ) from error
-
-
-def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, /) -> float:
-    """Largest difference of the file's outputs in onnxruntime to the module's, relative to the largest output.
-
-    Raises:
-        ExportError: onnxruntime cannot load or run the file.
-    """
-    import onnxruntime
-
-    args, kwargs = inputs
-    with torch.no_grad():
-        wanted = [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        names = [value.name for value in session.get_inputs()]
-        got = session.run(None, dict(zip(names, (t.cpu().numpy() for t in tensors), strict=True)))
-    except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
-        raise ExportError(f"onnxruntime does not run the file: {_first_line(error)}") from error
-    differences = []
-    for ours, theirs in zip(got, wanted, strict=False):
-        reference = theirs.cpu().double()
-        scale = max(1.0, float(reference.abs().max()))
-        differences.append(float((torch.from_numpy(ours).double() - reference).abs().max()) / scale)
-    return max(differences)
 
 
 def _program(
@@ -393,7 +276,7 @@ def _program(
 ) -> ExportedProgram:
     shapes: Any = None
     if dynamic:
-        size = _batch_of((args, kwargs))
+        size = batch_of((args, kwargs))
 
         def axes(leaf: Any) -> Any:
             has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
@@ -409,9 +292,5 @@ def _program(
         if dynamic:
             hint = "give a fixed batch size, batch=1: the model may depend on the batch size"
         raise ExportError(
-            f"torch.export could not capture the model: {_first_line(error)}", hint=hint
+            f"torch.export could not capture the model: {first_line(error)}", hint=hint
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import networkx as nx
 from torch import fx, nn
 
 from skipvit_fx.analysis.tokens import SDPA
-from skipvit_fx.cost.macs import MacCount, count_macs
+from skipvit_fx.cost.macs import count_macs
 from skipvit_fx.inspect.diff import graph_diff
 from skipvit_fx.inspect.graph import to_networkx
 from skipvit_fx.inspect.table import layer_table
 from skipvit_fx.ir.editor import INSERTED_BY
+from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.record import LayerRecord, graph_lines, record_of
+
+NumberT = TypeVar("NumberT", int, float)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class LayerReport:
         returned: rows that the sequence gains at this layer's input, where dropped patches return; a fused token that
             goes at the same time is subtracted. 0 where nobody reads those that would return.
         macs, baseline_macs: multiply-adds, now and with skipping off.
+        bytes, baseline_bytes: read and written by operators that multiply no matrices, likewise.
     """
 
     index: int
@@ -44,6 +48,8 @@ class LayerReport:
     returned: int
     macs: int
     baseline_macs: int
+    bytes: int
+    baseline_bytes: int
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,14 @@ class RestReport:
     Attributes:
         returned: rows that the sequence gains behind the last layer; see :class:`LayerReport`.
         macs, baseline_macs: multiply-adds per image, now and with skipping off.
+        bytes, baseline_bytes: see :class:`LayerReport`.
     """
 
     returned: int
     macs: int
     baseline_macs: int
+    bytes: int
+    baseline_bytes: int
 
 
 @dataclass(frozen=True)
@@ -162,11 +171,12 @@ def inspect(fast: nn.Module) -> Inspection:
     assert isinstance(fast, fx.GraphModule)
     now = count_macs(fast, record.args, record.kwargs, skipping=True)
     baseline = count_macs(fast, record.args, record.kwargs, skipping=False)
-    regions = _regions(fast.graph, record.layers)
+    regions = regions_of(fast.graph, record.layers)
     places = {node.name: node for node in fast.graph.nodes}
     depth = len(record.layers)
 
-    macs, baseline_macs = (_by_region(count, regions, depth) for count in (now, baseline))
+    macs, baseline_macs = (by_region(count.nodes, regions, depth) for count in (now, baseline))
+    bytes_, baseline_bytes = (by_region(count.bytes, regions, depth) for count in (now, baseline))
     dropped = {
         stage.layer: -_gained(fast.graph, f"{stage.path}.keep", now.shapes, record.token_dim)
         for stage in record.stages
@@ -188,11 +198,15 @@ def inspect(fast: nn.Module) -> Inspection:
             returned=returned if layer.index == record.plan.return_layer else 0,
             macs=macs[layer.index],
             baseline_macs=baseline_macs[layer.index],
+            bytes=bytes_[layer.index],
+            baseline_bytes=baseline_bytes[layer.index],
         )
 
     def rest_report(region: int) -> RestReport:
         gained = returned if region == record.plan.return_layer else 0
-        return RestReport(gained, macs[region], baseline_macs[region])
+        return RestReport(
+            gained, macs[region], baseline_macs[region], bytes_[region], baseline_bytes[region]
+        )
 
     switches = [m.active for m in fast.modules() if isinstance(m, Switchable)]
     return Inspection(
@@ -227,7 +241,7 @@ def inspect(fast: nn.Module) -> Inspection:
     )
 
 
-def _regions(graph: fx.Graph, layers: tuple[LayerRecord, ...]) -> dict[str, int]:
+def regions_of(graph: fx.Graph, layers: tuple[LayerRecord, ...]) -> dict[str, int]:
     """For every node the layer that it runs in; 0 before the first, one more than there are after the last."""
     starts = {layer.input: layer.index for layer in layers}
     regions = {}
@@ -240,10 +254,13 @@ def _regions(graph: fx.Graph, layers: tuple[LayerRecord, ...]) -> dict[str, int]
     return regions
 
 
-def _by_region(count: MacCount, regions: Mapping[str, int], depth: int) -> list[int]:
-    sums = [0] * (depth + 2)
-    for name, macs in count.nodes.items():
-        sums[regions[name]] += macs
+def by_region(
+    values: Mapping[str, NumberT], regions: Mapping[str, int], depth: int
+) -> list[NumberT]:
+    """Sums over the nodes of each region: embedding, ``depth`` layers, head."""
+    sums: list[Any] = [0] * (depth + 2)
+    for name, value in values.items():
+        sums[regions[name]] += value
     return sums
 
 
@@ -258,8 +275,7 @@ def _gained(graph: fx.Graph, target: str, shapes: Mapping[str, tuple[int, ...]],
 def _keys(site: fx.Node, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module) -> int:
     """Length of the axis that an attention's softmax runs over."""
     if site.target in SDPA:
-        key = site.args[1] if len(site.args) > 1 else site.kwargs["key"]
-        assert isinstance(key, fx.Node)
+        key: fx.Node = AttentionArguments(*site.args, **site.kwargs).key
         return shapes[key.name][-2]
     dim: Any
     if site.op == "call_module":

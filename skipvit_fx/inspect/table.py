@@ -14,7 +14,7 @@ _TO_THE_LEFT = (1, 7)
 
 def layer_table(report: Inspection) -> str:
     """What was asked for, one line a layer, the totals, and where each inserted node went."""
-    parts = ["\n".join(_header(report)), "\n".join(_columns(_rows(report)))]
+    parts = ["\n".join(_header(report)), "\n".join(columns(_rows(report)))]
     if report.inserted:
         parts.append("\n".join(_inserted(report)))
     return "\n\n".join(parts)
@@ -72,13 +72,14 @@ def _inserted(report: Inspection) -> Iterator[str]:
         )
         for node in report.inserted
     ]
-    yield from _columns(rows, to_the_left=range(4))
+    yield from columns(rows, to_the_left=range(4))
 
 
-def _columns(
+def columns(
     rows: Iterator[Sequence[str]] | Sequence[Sequence[str]],
     to_the_left: Sequence[int] = _TO_THE_LEFT,
 ) -> Iterator[str]:
+    """Cells as lines of text, every column as wide as its widest cell; to the right but for those named."""
     cells = list(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

@@ -79,14 +79,18 @@ def sequence_rows(patches: Tensor, lead: int, count: int, tail: int) -> Tensor:
     """Rows of a whole sequence in which only the given patches are left: prefix, patches, trailing tokens.
 
     Args:
-        patches: patch indices ``[batch, k]``.
+        patches: patch indices ``[batch, k]``; the rows have their dtype.
         lead, count, tail: prefix, patch and trailing rows of the full sequence.
     """
-    batch = patches.shape[0]
-    parts = [patches + lead]
+    parts = [patches + lead if lead else patches]
     if lead:
-        parts.insert(0, torch.arange(lead, device=patches.device).expand(batch, lead))
+        parts.insert(0, same_rows(0, lead, patches))
     if tail:
-        last = torch.arange(lead + count, lead + count + tail, device=patches.device)
-        parts.append(last.expand(batch, tail))
+        parts.append(same_rows(lead + count, lead + count + tail, patches))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def same_rows(start: int, stop: int, like: Tensor) -> Tensor:
+    """The same rows for every sample: ``[batch, stop - start]``, batch, dtype and device as those of ``like``."""
+    rows = torch.arange(start, stop, dtype=like.dtype, device=like.device)
+    return rows.unsqueeze(0).expand(like.shape[0], stop - start)

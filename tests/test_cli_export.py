@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 import skipvit_fx
 from models import BY_NAME
+from skipvit_fx.cli.app import app as skipvit
+from skipvit_fx.cli.export import register
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import doctor
-from skipvit_fx.export.cli import register
 from skipvit_fx.export.npu import find_device, npu_operators
 
 app = typer.Typer()
@@ -71,9 +72,25 @@ def test_json_and_sarif(tmp_path: Path) -> None:
     assert sarif["runs"][0]["results"]
 
 
-def test_an_unreadable_file(tmp_path: Path) -> None:
-    result = runner.invoke(app, ["atc-check", str(tmp_path / "missing.onnx")])
-    assert isinstance(result.exception, ExportError)
+def test_an_unreadable_file_is_told_from_a_finding(tmp_path: Path) -> None:
+    result = runner.invoke(skipvit, ["atc-check", str(tmp_path / "missing.onnx")])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "cannot be read" in result.stderr
+    assert "hint: " in result.stderr
+
+
+def test_export_takes_the_options_of_a_rewrite(tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.toml", tmp_path / "m.onnx"
+    plan.write_text(skipvit_fx.Plan.parse("1(50%)").to_toml())
+    small = ["vit_tiny_patch16_224", "--depth", "1", "--img-size", "32"]
+    how = ["--plan-file", str(plan), "--score", "mean", "--keep-dead-tokens", "-o", str(out)]
+    result = runner.invoke(skipvit, ["export", *small, *how])
+    assert result.exit_code == 0, result.output
+    assert "TopK" in {node.op_type for node in onnx.load(out).graph.node}
+    result = runner.invoke(skipvit, ["export", *small, "1(50%)", *how])
+    assert result.exit_code == 2
+    assert "two plans given" in result.stderr
 
 
 # -- export --------------------------------------------------------------------------------------------------------
@@ -150,6 +167,19 @@ def test_torch_npu(
     assert part in found.advice
 
 
+def test_a_package_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_versions(monkeypatch, torch="2.15.0", onnx="1.20", onnxruntime="1.30")
+
+    def run(code: str, environment: Mapping[str, str]) -> tuple[int, str]:
+        return (1, "ImportError: no") if "onnxruntime" in code else (0, "")
+
+    lines = doctor.examine(run)
+    assert line(lines, "onnx").state == "ok"
+    assert line(lines, "onnxruntime").state == "broken"
+    assert "ImportError: no" in line(lines, "onnxruntime").detail
+    assert "--force-reinstall onnxruntime" in line(lines, "onnxruntime").advice
+
+
 def test_other_processes_may_die() -> None:
     assert doctor.run_python("import os; os.abort()", {})[0] != 0
     assert doctor.run_python("print('a'); print('b')", {}) == (0, "b")
@@ -170,7 +200,7 @@ def test_a_real_broken_extension_is_survived(tmp_path: Path) -> None:
     assert status != 0
     code = (
         "import sys; sys.argv = ['skipvit', 'doctor']\n"
-        "import typer; from skipvit_fx.export.cli import register\n"
+        "import typer; from skipvit_fx.cli.export import register\n"
         "app = typer.Typer(); register(app); app()"
     )
     done = subprocess.run(
@@ -204,6 +234,9 @@ def test_no_inserted_operator_is_known_bad(name: str) -> None:
     inserted = {operator.name for operator in operators if operator.inserted}
     assert {"index_select", "cat"} <= inserted
     assert not [operator.name for operator in operators if operator.known_bad]
+    page = (Path(__file__).parents[1] / "docs" / "ascend.md").read_text()
+    known = {o.name for o in operators if o.inserted and o.status != "unknown"}
+    assert all(f"`{name}`" in page for name in known)
 
 
 def test_a_mask_is_known_bad() -> None:

@@ -6,17 +6,30 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
-import skipvit_fx
+from skipvit_fx.cli.options import (
+    REFUSED,
+    Cann,
+    Cut,
+    Depth,
+    ImgSize,
+    Json,
+    KeepDead,
+    Model,
+    PlanFile,
+    PrefixTokens,
+    Pretrained,
+    Score,
+    Soc,
+    build,
+    plan_of,
+    rewritten,
+)
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import doctor as doctor_
 from skipvit_fx.export.atc import CANN, SOC, atc_check
 from skipvit_fx.export.to_onnx import export_onnx
-
-FOUND = 1
-"""Exit status where the check found what ``--fail-on`` names."""
 
 
 class TargetName(StrEnum):
@@ -42,13 +55,14 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="as for the other commands", show_default=False)],
+    model: Model,
     plan: Annotated[
         str | None,
         typer.Argument(
             metavar="[PLAN]", help="such as 6(55%)+11; without: the original", show_default=False
         ),
     ] = None,
+    plan_file: PlanFile = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")] = Path(
         "model.onnx"
     ),
@@ -60,36 +74,34 @@ def export(
         str | None,
         typer.Option(help="a number, or dynamic for onnxruntime", show_default=False),
     ] = None,
-    cann: Annotated[str, typer.Option(help="release of CANN to check against")] = CANN,
-    soc: Annotated[str, typer.Option(help="chip to check for")] = SOC,
+    cann: Cann = CANN,
+    soc: Soc = SOC,
     expose_kept: Annotated[
         bool, typer.Option("--expose-kept", help="also return the kept positions")
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="run the file in onnxruntime and compare")
     ] = False,
-    img_size: Annotated[int | None, typer.Option(show_default=False)] = None,
-    depth: Annotated[int | None, typer.Option(help="layers", show_default=False)] = None,
-    pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="fetch the published weights")
-    ] = False,
+    img_size: ImgSize = None,
+    depth: Depth = None,
+    pretrained: Pretrained = False,
+    prefix_tokens: PrefixTokens = None,
+    cut: Cut = "attention",
+    score: Score = "auto",
+    keep_dead_tokens: KeepDead = False,
 ) -> None:
     """Write a model as ONNX, rewritten with PLAN or as it is."""
-    from skipvit_fx.cli.models import parse_spec
-
-    torch.manual_seed(0)
-    spec = parse_spec(model, pretrained=pretrained, img_size=img_size, depth=depth)
-    module = spec.build()
-    if plan is not None:
-        module = skipvit_fx.rewrite(module, plan)
-    if not pretrained and spec.source != "module":
-        typer.echo(f"{spec} with random weights; --pretrained fetches the published ones", err=True)
+    size = _batch(batch)
+    wanted = plan_of(plan, plan_file) if plan or plan_file else None
+    module = build(model, img_size, depth, pretrained)
+    if wanted is not None:
+        module = rewritten(module, wanted, prefix_tokens, cut, score, keep_dead_tokens)
     written = export_onnx(
         module,
         out,
         target=target.value,
         opset=opset,
-        batch=_batch(batch),
+        batch=size,
         cann=cann,
         soc=soc,
         expose_kept=expose_kept,
@@ -113,8 +125,8 @@ def _batch(text: str | None) -> int | Literal["dynamic"] | None:
 
 def check(
     file: Annotated[Path, typer.Argument(help="any ONNX file", show_default=False)],
-    cann: Annotated[str, typer.Option(help="release of CANN")] = CANN,
-    soc: Annotated[str, typer.Option(help="chip, as ATC's --soc_version")] = SOC,
+    cann: Cann = CANN,
+    soc: Soc = SOC,
     baseline: Annotated[
         Path | None,
         typer.Option(
@@ -122,7 +134,7 @@ def check(
         ),
     ] = None,
     fail_on: Annotated[FailOn, typer.Option(help="exit with 1 from this level on")] = FailOn.fail,
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    as_json: Json = False,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="for continuous integration")] = False,
 ) -> None:
     """Check an ONNX file against what is publicly known of Ascend's ATC, without running it."""
@@ -131,11 +143,11 @@ def check(
     levels = ("fail", "slow", "unknown")
     counted = levels[: levels.index(fail_on.value) + 1]
     if any(finding.level in counted for finding in report.findings):
-        raise typer.Exit(FOUND)
+        raise typer.Exit(REFUSED)
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what is installed, what works, and what to do about the rest."""
     lines = doctor_.examine()

@@ -1,0 +1,83 @@
+"""The command ``skipvit bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.cli.models import SpecError
+from skipvit_fx.cli.options import (
+    Cut,
+    Depth,
+    ImgSize,
+    Json,
+    KeepDead,
+    Model,
+    PlanFile,
+    PlanText,
+    PrefixTokens,
+    Pretrained,
+    Score,
+    build,
+    plan_of,
+    rewritten,
+    show,
+)
+from skipvit_fx.cost.latency import measure_latency
+from skipvit_fx.errors import first_line
+from skipvit_fx.export.npu import npu_is_available
+from skipvit_fx.ir.example import example_of
+
+
+def bench(
+    model: Model,
+    plan: PlanText = None,
+    plan_file: PlanFile = None,
+    device: Annotated[str, typer.Option(help="such as cpu, cuda or npu")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="of every measurement")] = 10,
+    img_size: ImgSize = None,
+    depth: Depth = None,
+    pretrained: Pretrained = False,
+    prefix_tokens: PrefixTokens = None,
+    cut: Cut = "attention",
+    score: Score = "auto",
+    keep_dead_tokens: KeepDead = False,
+    as_json: Json = False,
+) -> None:
+    """Time a rewritten model and the original in turns: predicted and measured, layer by layer."""
+    wanted = plan_of(plan, plan_file)
+    place = _device(device)
+    original = build(model, img_size, depth, pretrained).to(place)
+    fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+    (example, *_), _ = example_of(original, None)
+    images = torch.randn(batch, *example.shape[1:], dtype=example.dtype, device=place)
+    report = measure_latency(original, fast, (images,), rounds=rounds)
+    where = (
+        hardware()
+        if place.type == "cpu"
+        else f"{torch.get_device_module(place).get_device_name(place)}"
+    )
+    made_of = versions("timm", "skipvit_fx")
+    text = f"{report}\n\n{where}; {made_of}"
+    show(report.to_dict() | {"hardware": where, "versions": made_of}, text, as_json)
+
+
+def _device(text: str) -> torch.device:
+    """A device that works.
+
+    Raises:
+        SpecError: there is none of that name.
+    """
+    if text.partition(":")[0] == "npu" and not npu_is_available():
+        raise SpecError("torch-npu sees no device", hint="skipvit doctor says what is missing")
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(
+            f"the device {text!r} cannot be used: {first_line(error)}",
+            hint="skipvit doctor says what there is; cpu always works",
+        ) from error

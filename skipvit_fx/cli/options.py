@@ -1,0 +1,115 @@
+"""Arguments and options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import skipvit_fx
+from skipvit_fx.cli.models import SOURCES, SpecError, parse_spec
+from skipvit_fx.errors import PlanError
+from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.plan import Plan
+
+BAD_INPUT = 2
+"""Exit status where the command line, a file or a plan is at fault."""
+
+REFUSED = 1
+"""Exit status where the answer is no: a model that is refused, a check that found something."""
+
+Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
+PlanText = Annotated[
+    str | None, typer.Argument(metavar="[PLAN]", help="such as 6(55%)+11", show_default=False)
+]
+PlanFile = Annotated[Path | None, typer.Option(help="the plan as a TOML file", show_default=False)]
+ImgSize = Annotated[
+    int | None, typer.Option(help="image size, if not the model's own", show_default=False)
+]
+Depth = Annotated[
+    int | None, typer.Option(help="layers, if not the model's own", show_default=False)
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="fetch the published weights")]
+PrefixTokens = Annotated[
+    int | None, typer.Option(help="leading tokens that are no patches", show_default=False)
+]
+Cut = Annotated[str, typer.Option(help="attention or block")]
+Score = Annotated[str, typer.Option(help="auto, cls, mean or random")]
+KeepDead = Annotated[
+    bool, typer.Option("--keep-dead-tokens", help="also compute rows that nobody reads")
+]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable, nothing else on stdout")]
+Cann = Annotated[str, typer.Option(help="release of CANN to check against")]
+Soc = Annotated[str, typer.Option(help="chip, as ATC's --soc_version")]
+
+
+def build(spec: str, img_size: int | None, depth: int | None, pretrained: bool) -> nn.Module:
+    """The named model in eval mode; where its weights are random, a word about it goes to stderr.
+
+    Raises:
+        SpecError: it cannot be built.
+    """
+    wanted = parse_spec(spec, pretrained=pretrained, img_size=img_size, depth=depth)
+    torch.manual_seed(0)
+    model = wanted.build()
+    if not pretrained and wanted.source != "module":
+        typer.echo(
+            f"{wanted} with random weights; --pretrained fetches the published ones", err=True
+        )
+    return model
+
+
+def plan_of(text: str | None, file: Path | None) -> Plan:
+    """The one plan that was given, as text or as a file.
+
+    Raises:
+        PlanError: none was given, or two, or it cannot be read.
+    """
+    if (text is None) == (file is None):
+        raise PlanError(
+            "no plan given" if text is None else "two plans given",
+            hint="write one such as 6(55%)+11 behind the model, or name a TOML file with --plan-file",
+        )
+    if text is not None:
+        return Plan.parse(text)
+    assert file is not None
+    try:
+        return Plan.load(file)
+    except OSError as error:
+        raise PlanError(f"cannot read the plan file: {error}", hint="check the path") from error
+
+
+def rewritten(
+    model: nn.Module, plan: Plan, prefix_tokens: int | None, cut: str, score: str, keep_dead: bool
+) -> SkipViTModule:
+    """The model rewritten.
+
+    Raises:
+        SpecError: ``cut`` or ``score`` is no known one.
+        SkipViTError: as :func:`skipvit_fx.rewrite` does.
+    """
+    for name, value, known in (
+        ("--cut", cut, ("attention", "block")),
+        ("--score", score, ("auto", "cls", "mean", "random")),
+    ):
+        if value not in known:
+            raise SpecError(
+                f"{name} {value!r} is not known", hint=f"choose from {', '.join(known)}"
+            )
+    return skipvit_fx.rewrite(
+        model,
+        plan,
+        prefix_tokens=prefix_tokens,
+        cut=cut,  # type: ignore[arg-type]
+        score=score,  # type: ignore[arg-type]
+        eliminate_dead_tokens=not keep_dead,
+    )
+
+
+def show(value: Any, text: str, as_json: bool) -> None:
+    """Print ``value`` for machines or ``text`` for people."""
+    typer.echo(json.dumps(value, indent=2) if as_json else text)

@@ -1,0 +1,93 @@
+"""The example inputs of an export, and its batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.errors import ExportError
+from skipvit_fx.export.profiles import Profile
+from skipvit_fx.ir.example import example_from_config
+from skipvit_fx.pipeline.record import RECORD, RewriteRecord
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments."""
+
+
+def inputs_of(
+    model: nn.Module, example: Any, batch: int | str | None, profile: Profile
+) -> tuple[Inputs, int | None]:
+    """Example inputs of the batch size to export, and that size; ``None`` where it stays free.
+
+    Raises:
+        ExportError: the batch size is none, does not fit the example or is not for this profile.
+    """
+    if isinstance(batch, str):
+        if batch != "dynamic" or profile.fixed_batch:
+            raise ExportError(
+                f"batch={batch!r} is not possible for target {profile.name!r}",
+                hint="give a number"
+                + ("" if profile.fixed_batch else " or 'dynamic'")
+                + "; write one file for each batch size that is served",
+            )
+    elif batch is not None and batch < 1:
+        raise ExportError(f"a batch of {batch} is empty", hint="give a batch size of 1 or more")
+    dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
+    given = _split(example) if example is not None else _own_example(model)
+    own = batch_of(given)
+    if isinstance(batch, int) and example is not None and own != batch:
+        raise ExportError(
+            f"batch={batch}, but the example inputs have a batch of {own}",
+            hint="leave one of the two out",
+        )
+    if dynamic:  # a size of 1 would be taken for a broadcast
+        return _with_batch(given, own, max(own, 2)), None
+    size = batch if isinstance(batch, int) else own if example is not None else 1
+    return _with_batch(given, own, size), size
+
+
+def _split(example: Any) -> Inputs:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
+
+
+def _own_example(model: nn.Module) -> Inputs:
+    record = getattr(model, "meta", {}).get(RECORD)
+    if not isinstance(record, RewriteRecord):
+        return example_from_config(model), {}
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def made(leaf: Any) -> Any:
+        return torch.zeros_like(leaf, device=like.device) if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = pytree.tree_map(made, (record.args, record.kwargs))
+    return tuple(args), dict(kwargs)
+
+
+def batch_of(inputs: Inputs) -> int:
+    """Length of the first axis of the first tensor.
+
+    Raises:
+        ExportError: there is none.
+    """
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.ndim > 0:
+            return leaf.shape[0]
+    raise ExportError(
+        "there is no tensor among the example inputs", hint="pass example_inputs=(images,)"
+    )
+
+
+def _with_batch(inputs: Inputs, own: int, batch: int) -> Inputs:
+    def sized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != own:
+            return leaf
+        return leaf[:1].expand(batch, *leaf.shape[1:]).clone() if own != batch else leaf
+
+    args, kwargs = pytree.tree_map(sized, inputs)
+    return args, kwargs

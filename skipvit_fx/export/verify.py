@@ -1,0 +1,104 @@
+"""Does a written file compute what the module computes?"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.errors import ExportError, first_line
+from skipvit_fx.export.inputs import Inputs
+from skipvit_fx.inspect.tokens import trace_tokens
+from skipvit_fx.ir.cloning import clone_structure
+from skipvit_fx.pipeline.record import RECORD, RewriteRecord
+
+TIE = 1e-6
+"""Scores that are closer than this, relative to the best, may change places by rounding."""
+
+TOLERANCE = 1e-4
+"""Largest difference of outputs that ``verify`` accepts, relative to the largest output."""
+
+
+def verified(file: Path, model: nn.Module, inputs: Inputs) -> float:
+    """The difference of a file to the model in evaluation, on random inputs of the given shapes.
+
+    Raises:
+        ExportError: it is larger than ``TOLERANCE``.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    inputs = pytree.tree_map(random, inputs)
+    reference = clone_structure(model).eval()
+    difference = difference_to(file, reference, inputs)
+    if difference > TOLERANCE:
+        _check_ties(reference, inputs)
+        raise ExportError(
+            f"the file computes something else than the module: off by {difference:.2g}",
+            hint="please report this with the model and the plan; no file was written",
+        )
+    return difference
+
+
+def _check_ties(model: nn.Module, inputs: Inputs) -> None:
+    """Tell apart a wrong file from one that keeps other patches because scores are equal but for rounding.
+
+    Raises:
+        ExportError: they are.
+    """
+    if not isinstance(getattr(model, "meta", {}).get(RECORD), RewriteRecord):
+        return
+    args, kwargs = inputs
+    for stage in trace_tokens(model, *args, **kwargs):
+        if stage.dropped.shape[1] == 0 or (
+            stage.fused_kept is not None and stage.fused_kept.numel()
+        ):
+            continue  # nothing was chosen, or a fused token without a score here was among the chosen
+        scores = stage.scores.sort(1, descending=True).values
+        kept = stage.kept.shape[1]
+        gap = scores[:, kept - 1] - scores[:, kept]
+        if bool((gap < TIE * scores[:, 0]).any()):
+            raise ExportError(
+                f"the file and the module keep other patches at layer {stage.layer}: the scores at the edge differ "
+                "by no more than rounding",
+                hint="fresh weights often make patches equally important; load trained ones, or leave verify out",
+            )
+
+
+def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, /) -> float:
+    """Largest difference of the file's outputs in onnxruntime to the module's, relative to the largest output.
+
+    Outputs behind those of the module, such as kept positions, are not compared.
+
+    Raises:
+        ExportError: onnxruntime cannot load or run the file.
+    """
+    import onnxruntime
+
+    args, kwargs = inputs
+    with torch.no_grad():
+        wanted = [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [value.name for value in session.get_inputs()]
+        got = session.run(None, dict(zip(names, (t.cpu().numpy() for t in tensors), strict=True)))
+    except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
+        raise ExportError(
+            f"onnxruntime does not run the file: {first_line(error)}",
+            hint="choose another opset of the target's range",
+        ) from error
+    differences = []
+    for ours, theirs in zip(got, wanted, strict=False):
+        reference = theirs.cpu().double()
+        scale = max(1.0, float(reference.abs().max()))
+        differences.append(float((torch.from_numpy(ours).double() - reference).abs().max()) / scale)
+    return max(differences)
