@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skipvit_fx.api import rewrite
 from skipvit_fx.errors import SavedModelError
+from skipvit_fx.ir.capture import Frontend
 from skipvit_fx.ir.fingerprint import (
     fingerprint,
     first_difference,
@@ -43,7 +44,8 @@ class _Header:
     Attributes:
         format: of this header.
         versions: of the packages that made the file, for a person to read.
-        model, plan, cut, score, prefix_tokens, eliminate_dead_tokens, multiple_of, train_only: of the rewrite.
+        model, plan, cut, score, prefix_tokens, fill_taps, eliminate_dead_tokens, multiple_of: of the rewrite.
+        train_only, frontend: of the rewrite.
         inputs: the example inputs: positional, and by name.
         graph, modules, state: what the fingerprint is made of, so that a difference can be named.
         tied: names that are another tensor of the file.
@@ -56,9 +58,11 @@ class _Header:
     cut: str
     score: str
     prefix_tokens: int | None
+    fill_taps: bool
     eliminate_dead_tokens: bool
     multiple_of: int
     train_only: bool
+    frontend: Frontend
     inputs: list[Any]
     fingerprint: str
     graph: list[str]
@@ -90,8 +94,10 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
         cut=record.cut,
         score=record.score,
         prefix_tokens=record.prefix_tokens,
+        fill_taps=record.fill_taps,
         eliminate_dead_tokens=record.eliminate_dead_tokens,
         multiple_of=record.multiple_of,
+        frontend=record.frontend,
         train_only=any(m.train_only for m in fast.modules() if isinstance(m, Switchable)),
         inputs=[_describe(record.args), _describe(record.kwargs)],
         fingerprint=fingerprint(record.before, modules, lines),
@@ -147,8 +153,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> SkipViTModule:
         cut=header.cut,  # type: ignore[arg-type]
         score=header.score,  # type: ignore[arg-type]
         prefix_tokens=header.prefix_tokens,
+        fill_taps=header.fill_taps,
         eliminate_dead_tokens=header.eliminate_dead_tokens,
         multiple_of=header.multiple_of,
+        frontend=header.frontend,
         train_only=header.train_only,
     )
     _check_graph(header, fast)

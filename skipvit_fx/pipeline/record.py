@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import NotRewrittenError
+from skipvit_fx.ir.capture import Frontend
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.pipeline.runner import PassRecord
@@ -47,7 +48,8 @@ class RewriteRecord:
 
     Attributes:
         model: class name of the model.
-        plan, cut, score, prefix_tokens, eliminate_dead_tokens, multiple_of: as asked for; ``score`` by name.
+        plan, cut, score, prefix_tokens, fill_taps, eliminate_dead_tokens, multiple_of: as asked for; ``score`` by name.
+        frontend: how the model was captured.
         token_dim: which dimension of the residual stream carries the tokens.
         prefix, patches, tail: rows of the full sequence.
         args, kwargs: the example inputs, as tensors on the meta device.
@@ -61,8 +63,10 @@ class RewriteRecord:
     cut: str
     score: str
     prefix_tokens: int | None
+    fill_taps: bool
     eliminate_dead_tokens: bool
     multiple_of: int
+    frontend: Frontend
     token_dim: int
     prefix: int
     patches: int
@@ -135,8 +139,10 @@ def make_record(
         cut=rewriting.cut,
         score=score if isinstance(score, str) else getattr(score, "__name__", "function"),
         prefix_tokens=rewriting.prefix_tokens,
+        fill_taps=rewriting.fill_taps,
         eliminate_dead_tokens=eliminate_dead_tokens,
         multiple_of=rewriting.multiple_of,
+        frontend=capture.frontend,
         token_dim=stream.dim,
         prefix=stream.tokens.lead,
         patches=stream.tokens.patches,
