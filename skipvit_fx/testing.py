@@ -125,14 +125,17 @@ class Reference:
         handles = [
             m.register_forward_hook(lambda module, given, out: returned.append(out)) for m in merges
         ]
+        state = torch.get_rng_state()  # some models draw in eval mode too, such as what an autoencoder masks
         try:
             with torch.no_grad():
                 traces = tuple(trace_tokens(fast, *args, **kwargs))
                 returned.clear()
+                torch.set_rng_state(state)
                 got = fast(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+        torch.set_rng_state(state)
         wanted, stream = self.run(record, traces, *args, **kwargs)
         error = relative_error(got, wanted)
         if returned:  # rows behind the last that is read may be missing

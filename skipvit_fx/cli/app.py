@@ -221,6 +221,9 @@ def run_zoo(
     others: Annotated[
         bool, typer.Option("--others", help="one model of every other module of timm")
     ] = False,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="torchvision, Hugging Face and open_clip")
+    ] = False,
     out: Annotated[
         Path, typer.Option(help="the page to write; rows are kept beside it as .jsonl")
     ] = Path("zoo.md"),
@@ -241,6 +244,7 @@ def run_zoo(
     wanted = [full for name in names or () for full in expand(name)]
     wanted += zoo.isotropic_names() if isotropic else []
     wanted += zoo.other_names() if others else []
+    wanted += zoo.ELSEWHERE if elsewhere else []
     wanted = list(dict.fromkeys(wanted))
     if not wanted:
         raise SpecError(

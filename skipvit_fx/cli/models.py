@@ -14,7 +14,7 @@ from torch import nn
 
 from skipvit_fx.errors import SkipViTError
 
-SOURCES = "timm:NAME (or just NAME), torchvision:NAME, hf:MODEL_TYPE, open_clip:NAME, module:pkg.mod:factory"
+SOURCES = "timm:NAME (or just NAME), torchvision:NAME, hf:MODEL_TYPE_OR_CLASS, open_clip:NAME, module:pkg.mod:factory"
 
 
 class SpecError(SkipViTError):
@@ -151,29 +151,36 @@ def _torchvision(spec: Spec) -> nn.Module:
 
 
 def _hugging_face(spec: Spec) -> nn.Module:
-    """A model type such as ``dinov2`` with its default configuration; with weights, a name on the hub."""
-    transformers = need("transformers", "")
+    """A model type such as ``dinov2`` or a class such as ``BlipVisionModel``, with its default configuration.
+
+    With weights, a name on the hub.
+    """
+    transformers = need("transformers", "elsewhere")
     if spec.pretrained:
         return _call(spec, transformers.AutoModel.from_pretrained, spec.name)
-    types = list(transformers.CONFIG_MAPPING)
-    if spec.name not in types:
-        raise _unknown(spec, types)
     options = dict(spec.options)
-    if "img_size" in options:
-        options["image_size"] = options.pop("img_size")
-    if "depth" in options:
-        options["num_hidden_layers"] = options.pop("depth")
-    config = transformers.AutoConfig.for_model(spec.name, **options)
+    for ours, theirs in (("img_size", "image_size"), ("depth", "num_hidden_layers")):
+        if ours in options:
+            options[theirs] = options.pop(ours)
+    if spec.name in transformers.CONFIG_MAPPING:
+        config = transformers.AutoConfig.for_model(spec.name, **options)
+        make: Callable[..., Any] = transformers.AutoModel.from_config
+    else:
+        make = getattr(transformers, spec.name, None)  # type: ignore[assignment]
+        if not hasattr(make, "config_class"):
+            raise _unknown(spec, list(transformers.CONFIG_MAPPING))
+        config = make.config_class(**options)  # type: ignore[attr-defined]
     try:
-        return _call(spec, transformers.AutoModel.from_config, config)
+        return _call(spec, make, config)
     except ValueError as error:
         raise SpecError(
-            f"{spec} has no plain encoder: {error}", hint="build it yourself, with module:"
+            f"{spec} has no plain encoder: {error}",
+            hint="name the class of the encoder instead, such as hf:BlipVisionModel",
         ) from error
 
 
 def _open_clip(spec: Spec) -> nn.Module:
-    open_clip = need("open_clip", "")
+    open_clip = need("open_clip", "elsewhere")
     if spec.name not in open_clip.list_models():
         raise _unknown(spec, open_clip.list_models())
     options = dict(spec.options)
