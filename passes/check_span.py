@@ -13,6 +13,7 @@ from skipvit_fx.analysis.tokens import carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.opening import OpenModules
 from skipvit_fx.ir.places import module_path
+from skipvit_fx.ops.mode import InTraining
 from skipvit_fx.passes.fill_taps import refuse_taps
 from skipvit_fx.pipeline.rewriting import Rewriting
 
@@ -53,7 +54,7 @@ class CheckSpan:
             facts = rewriting.analysis[node]
             if facts.pools and rewriting.return_node is None and end < node:
                 continue  # a head that pools what is left
-            if node.op == "call_module" and str(node.target) not in rewriting.capture.opened:
+            if _can_be_opened(rewriting, node):
                 leaves.append(str(node.target))
                 continue
             if leaves:
@@ -67,6 +68,14 @@ class CheckSpan:
             )
         if leaves:
             raise OpenModules(leaves)
+
+
+def _can_be_opened(rewriting: Rewriting, node: fx.Node) -> bool:
+    """Whether the node is a module of the author's that tracing did not go through yet."""
+    if node.op != "call_module" or str(node.target) in rewriting.capture.opened:
+        return False
+    module = rewriting.capture.module.get_submodule(str(node.target))
+    return not isinstance(module, InTraining)
 
 
 def _refuse_causal_scores(rewriting: Rewriting) -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import Axes, Tokens, size, tokens_of
+from skipvit_fx.analysis.axes import Axes, Tokens, is_data, size, tokens_of
 from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
@@ -273,13 +273,23 @@ def _refuse_arithmetic(rewriting: Rewriting, node: fx.Node) -> None:
             for user in node.users:
                 _refuse_arithmetic(rewriting, user)
         return
-    if node.op == "output" or node.target in _SIZED:
+    if node.op == "output" or node.target in _SIZED or _is_table(rewriting, node):
         return
     raise UnsupportedModelError(
         "a tensor is computed with the number of tokens",
         node=node.name,
         module_path=module_path(node),
         hint="pass the number in as a constant of the module instead",
+    )
+
+
+def _is_table(rewriting: Rewriting, node: fx.Node) -> bool:
+    """Whether a module makes constants with one row per token, which will be gathered where they meet tokens."""
+    tokens = rewriting.stream.tokens
+    counts = {size(tokens), tokens.patches}
+    tables = tensors_in(rewriting.analysis[node].value)
+    return node.op == "call_module" and all(
+        not is_data(table) and counts & set(table.shape) for table in tables
     )
 
 

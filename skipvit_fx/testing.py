@@ -125,7 +125,9 @@ class Reference:
         handles = [
             m.register_forward_hook(lambda module, given, out: returned.append(out)) for m in merges
         ]
-        state = torch.get_rng_state()  # some models draw in eval mode too, such as what an autoencoder masks
+        state = (
+            torch.get_rng_state()
+        )  # some models draw in eval mode too, such as what an autoencoder masks
         try:
             with torch.no_grad():
                 traces = tuple(trace_tokens(fast, *args, **kwargs))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, ViTConfig, ViTForImageClassifica
 
 import skipvit_fx
 from models import BY_NAME, TORCHVISION, layout_of, scramble
-from odd_models import GOOD, Block, CausalAttention, Example, Odd, image
+from odd_models import GOOD, Block, CausalAttention, Example, Mlp, Odd, image
 from outside import (
     ATTENTIONS,
     HUGGING_FACE,
@@ -80,8 +80,25 @@ def assert_is_the_model(fast: Any, model: nn.Module, *args: Any, **kwargs: Any) 
 # -- Hugging Face ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frontend", FRONTENDS)
-@pytest.mark.parametrize("encoder", HUGGING_FACE, ids=str)
+EXPORTED = ("vit", "dinov3_vit", "beit", "siglip_vision_model")
+"""Those of which both front ends are tested every time; of the others, the second one in the slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("encoder", "frontend"),
+    [
+        pytest.param(
+            encoder,
+            frontend,
+            id=f"{encoder}-{frontend}",
+            marks=[pytest.mark.slow]
+            if frontend == "export" and encoder.kind not in EXPORTED
+            else [],
+        )
+        for encoder in HUGGING_FACE
+        for frontend in FRONTENDS
+    ],
+)
 def test_hugging_face(encoder: HuggingFace, frontend: str) -> None:
     model, x = encoder.build(), pixels()
     example = {"pixel_values": pixels(2)}
@@ -208,7 +225,25 @@ def test_attention_of_other_code_bases(name: str, frontend: str) -> None:
     assert_is_the_model(fast, model, image(3))
 
 
-@pytest.mark.parametrize("example", GOOD, ids=str)
+QUICK = (
+    "einsum",
+    "sequence-first",
+    "literal-sizes",
+    "learned-bias-sliced",
+    "rope-sliced",
+    "post-norm",
+)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(
+            example, id=example.name, marks=[] if example.name in QUICK else pytest.mark.slow
+        )
+        for example in GOOD
+    ],
+)
 def test_odd_models_through_export(example: Example) -> None:
     """Every style that the symbolic front end has passed in tests of its own."""
     model = example.build()
@@ -258,6 +293,74 @@ def test_another_image_size_is_an_error(frontend: str) -> None:
         return  # the model checks it itself, and so does the graph
     with pytest.raises(ValueError, match=r"rewritten for \[batch, 3, 64, 64\]"):
         fast(torch.zeros(2, 3, 64, 80))
+
+
+# -- code for training only ------------------------------------------------------------------------
+
+
+class Noisy(Block):
+    """Adds noise to the tokens while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn(self.norm1(x))
+        if self.training:
+            y = y + 0.1 * torch.randn_like(y)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class Shuffling(Block):
+    """Swaps tokens while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attn(self.norm1(x))
+        if self.training:
+            y = y.flip(1)
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+class ShufflingMlp(Mlp):
+    """A module that swaps tokens while training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.flip(1) if self.training else y
+
+
+class Normed(Mlp):
+    """Statistics over samples and tokens while training, fixed ones afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_noise_in_training_only(frontend: str) -> None:
+    model = scramble(Odd([Noisy() for _ in range(4)])).eval()
+    fast = rewrite(model, image(), TWO, frontend=frontend)
+    assert_exact(fast, model, image(3), model.layout(), TWO)
+    assert_is_the_model(fast, model, image(3))
+    fast.train()
+    assert not torch.equal(fast(image(3)), fast(image(3)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [Shuffling, lambda: Block(mlp=ShufflingMlp()), lambda: Block(mlp=Normed())],
+    ids=["inline", "module", "batch-norm"],
+)
+def test_mixing_in_training_only_is_refused(make: Any, training: bool) -> None:
+    """Whichever mode the model is in when it is rewritten."""
+    model = scramble(Odd([make() for _ in range(4)])).train(training)
+    with pytest.raises(UnsupportedModelError, match="under the drop at layer 1") as caught:
+        rewrite(model, image(), TWO)
+    assert caught.value.module_path.startswith("blocks.")
 
 
 # -- inputs and outputs that are no tensors --------------------------------------------------------

@@ -16,6 +16,8 @@ def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
         return ""
     if facts.positions:
         return "a module holds values of fixed token length"
+    if reason := analysis.in_other_mode(node):
+        return f"a module behaves otherwise in train than in eval mode: {reason}"
     return analysis.counts_tokens(node)
 
 

@@ -265,6 +265,27 @@ class TokenAnalysis:
         mode.facts.value = value
         return mode.facts
 
+    def in_other_mode(self, node: fx.Node) -> str:
+        """Whether a leaf module treats tokens otherwise when it trains (or evaluates): how, or nothing."""
+        module = self.fake_module(str(node.target))
+        modes = {part: part.training for part in module.modules()}
+        module.train(not module.training)
+        try:
+            with self.fake_mode, torch.no_grad():
+                other = self._run(node, iter(()))
+        except TraceError as error:
+            return str(error.args[0])
+        finally:
+            for part, training in modes.items():
+                part.training = training
+        if other.mixing:
+            return other.mixing
+        here, there = (
+            [(tensor.shape, axes_of(tensor)) for tensor in rules.tensors_in(value)]
+            for value in (self.facts[node].value, other.value)
+        )
+        return "" if here == there else "the number or order of tokens changes"
+
     def _shorter_value(self, node: fx.Node, less: int) -> Any:
         return _shorter(self.facts[node].value, less)
 

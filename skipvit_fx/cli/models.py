@@ -169,7 +169,7 @@ def _hugging_face(spec: Spec) -> nn.Module:
         make = getattr(transformers, spec.name, None)  # type: ignore[assignment]
         if not hasattr(make, "config_class"):
             raise _unknown(spec, list(transformers.CONFIG_MAPPING))
-        config = make.config_class(**options)  # type: ignore[attr-defined]
+        config = make.config_class(**options)
     try:
         return _call(spec, make, config)
     except ValueError as error:

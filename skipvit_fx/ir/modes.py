@@ -10,45 +10,113 @@ from torch.utils import _pytree as pytree
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.places import module_path
-from skipvit_fx.ops.mode import ByMode
+from skipvit_fx.ops.mode import ByMode, InTraining
 
 
 def keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Graph) -> None:
-    """Replace every constant that differs between the two traces by a :class:`ByMode`.
+    """Turn the graph of eval mode into one for both.
 
-    Before: ``sdpa(q, k, v, dropout_p=0.0)`` in eval, ``sdpa(q, k, v, dropout_p=0.1)`` in train.
-    After: ``p = by_mode(); sdpa(q, k, v, dropout_p=p)``. It stands in the module whose mode it follows.
+    Constants that differ become a :class:`ByMode`; functions that train mode calls besides, an :class:`InTraining`.
+
+    Before::
+
+        y = sdpa(q, k, v, dropout_p=0.0); z = norm(y)                 # in eval
+        y = sdpa(q, k, v, dropout_p=0.1); n = noisy(y); z = norm(n)   # in train
+
+    After::
+
+        p = by_mode()
+        y = sdpa(q, k, v, dropout_p=p); n = in_training(y); z = norm(n)
+
+    Raises:
+        TraceError: the two differ in any other way.
     """
-    twins: dict[fx.Node, fx.Node] = {}
-    first = next(iter(evaluation.nodes))
-    pairs: dict[tuple[nn.Module, Any, Any], fx.Node] = {}
-    eval_nodes, train_nodes = list(evaluation.nodes), list(train.nodes)
-    for here, there in zip(eval_nodes, train_nodes, strict=False):
+    _Union(module, evaluation).take_in(list(train.nodes))
+
+
+class _Union:
+    """The graph of eval mode, while it takes in that of train mode.
+
+    Attributes:
+        twins: the node of eval mode that stands for each node of train mode; for one that only train mode has, the
+            node whose value passes by it.
+        only_in_train: the inserted nodes of the latter.
+    """
+
+    def __init__(self, module: SkipViTModule, evaluation: fx.Graph) -> None:
+        self.module = module
+        self.graph = evaluation
+        self.first = next(iter(evaluation.nodes))
+        self.twins: dict[fx.Node, fx.Node] = {}
+        self.only_in_train: dict[fx.Node, fx.Node] = {}
+        self.constants: dict[tuple[nn.Module, Any, Any], fx.Node] = {}
+
+    def take_in(self, train: list[fx.Node]) -> None:
+        waiting = list(reversed(self.graph.nodes))
+        for there in train:
+            if not waiting:
+                _refuse_paths(there, there)
+            here = waiting[-1]
+            if (here.op, here.target) == (there.op, there.target):
+                self._pair(waiting.pop(), there)
+            else:
+                self._insert(here, there)
+        if waiting:
+            _refuse_paths(waiting[-1], train[-1])
+
+    def _pair(self, here: fx.Node, there: fx.Node) -> None:
         here_leaves, spec = _leaves(here)
         there_leaves, there_spec = _leaves(there)
-        if (here.op, here.target) != (there.op, there.target) or spec != there_spec:
+        if spec != there_spec:
             _refuse_paths(here, there)
         for i, (a, b) in enumerate(zip(here_leaves, there_leaves, strict=True)):
             if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-                if not isinstance(b, fx.Node) or twins.get(b) is not a:
+                if not isinstance(b, fx.Node) or self.twins.get(b) is not a:
                     _refuse_paths(here, there)
+                here_leaves[i] = self.only_in_train.get(b, a)
             elif type(a) is not type(b) and not {type(a), type(b)} <= {int, float, bool}:
                 _refuse_paths(here, there)
             elif a != b:
                 if not isinstance(a, (bool, int, float)):
                     _refuse_paths(here, there)
-                owner = module.get_submodule(_owner(here))
-                if (owner, b, a) not in pairs:
-                    child = f"skipvit_by_mode_{len(pairs)}"
-                    owner.add_module(child, ByMode(b, a).train(owner.training))
-                    with evaluation.inserting_before(first):
-                        path = f"{_owner(here)}.{child}".removeprefix(".")
-                        pairs[owner, b, a] = evaluation.call_module(path)
-                here_leaves[i] = pairs[owner, b, a]
+                here_leaves[i] = self._constant(_owner(here), a, b)
         here.args, here.kwargs = _arguments(here_leaves, spec)
-        twins[there] = here
-    if len(eval_nodes) != len(train_nodes):
-        _refuse_paths(eval_nodes[-1], train_nodes[-1])
+        self.twins[there] = here
+
+    def _insert(self, here: fx.Node, there: fx.Node) -> None:
+        """Let ``there``, which only train mode has, stand in front of ``here``."""
+        passes = there.args[0] if there.args else None
+        if there.op not in ("call_function", "call_method") or not isinstance(passes, fx.Node):
+            _refuse_paths(here, there)
+            return
+        leaves, spec = _leaves(there)
+        args, kwargs = _arguments([self._here(leaf) for leaf in leaves], spec)
+        path = self._add(_owner(there), InTraining(there.target))
+        with self.graph.inserting_before(here):
+            node = self.graph.call_module(path, args, kwargs)
+        node.meta = dict(there.meta)
+        self.twins[there] = self.twins[passes]
+        self.only_in_train[there] = node
+
+    def _here(self, leaf: Any) -> Any:
+        if not isinstance(leaf, fx.Node):
+            return leaf
+        return self.only_in_train.get(leaf, self.twins[leaf])
+
+    def _constant(self, owner: str, evaluation: Any, train: Any) -> fx.Node:
+        key = (self.module.get_submodule(owner), train, evaluation)
+        if key not in self.constants:
+            path = self._add(owner, ByMode(train, evaluation))
+            with self.graph.inserting_before(self.first):
+                self.constants[key] = self.graph.call_module(path)
+        return self.constants[key]
+
+    def _add(self, owner: str, op: nn.Module) -> str:
+        """Keep ``op`` in the module whose mode it follows."""
+        parent = self.module.get_submodule(owner)
+        child = f"skipvit_by_mode_{len(self.constants) + len(self.only_in_train)}"
+        parent.add_module(child, op.train(parent.training))
+        return f"{owner}.{child}".removeprefix(".")
 
 
 class _Slice(NamedTuple):

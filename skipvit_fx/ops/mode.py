@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,6 +26,27 @@ class ByMode(nn.Module):
 
     def extra_repr(self) -> str:
         return f"train={self.train_value}, eval={self.eval_value}"
+
+
+class InTraining(nn.Module):
+    """Calls a function, or a method of its first argument, while training. In eval mode that argument passes through.
+
+    Authors write ``if self.training: x = augment(x)``, where a trace sees one of the two modes only.
+    """
+
+    def __init__(self, function: Callable[..., Any] | str) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return x
+        if isinstance(self.function, str):
+            return getattr(x, self.function)(*args, **kwargs)
+        return self.function(x, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return self.function if isinstance(self.function, str) else self.function.__name__
 
 
 class FixedSize(nn.Module):
