@@ -61,10 +61,13 @@ def assert_same_bits(got: Any, wanted: Any) -> None:
     assert all(torch.equal(a, b) for a, b in pairs if isinstance(b, Tensor))
 
 
-def assert_is_the_model(fast: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def assert_is_the_model(
+    fast: Any, model: nn.Module, *args: Any, same_bits: bool = True, **kwargs: Any
+) -> None:
     """With skipping off, in eval and, from the same random state, in train.
 
-    With gradients, so that PyTorch's own layers do not take their kernels for inference.
+    With gradients, so that PyTorch's own layers do not take their kernels for inference. An exported model may differ
+    in the last bits: what an author computes for torch.export can be another sum of the same terms.
     """
     skipvit_fx.set_skipping(fast, False)
     for training in (False, True):
@@ -72,7 +75,10 @@ def assert_is_the_model(fast: Any, model: nn.Module, *args: Any, **kwargs: Any) 
         torch.manual_seed(3)
         wanted = model(*args, **kwargs)
         torch.manual_seed(3)
-        assert_same_bits(fast(*args, **kwargs), wanted)
+        got = fast(*args, **kwargs)
+        if same_bits:
+            assert_same_bits(got, wanted)
+        assert relative_error(got, wanted) < 1e-6
     model.eval(), fast.eval()
     skipvit_fx.set_skipping(fast, True)
 
@@ -107,7 +113,8 @@ def test_hugging_face(encoder: HuggingFace, frontend: str) -> None:
     assert_exact(fast, model, x, encoder.layout(model), TWO)
     with torch.no_grad():
         assert_same_bits(fast(pixel_values=x), fast(x))
-    assert_is_the_model(fast, model, pixel_values=x)
+    same_bits = frontend == "symbolic"
+    assert_is_the_model(fast, model, pixel_values=x, same_bits=same_bits)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -57,22 +57,25 @@ class _Union:
             if not waiting:
                 _refuse_paths(there, there)
             here = waiting[-1]
-            if (here.op, here.target) == (there.op, there.target):
+            if self._alike(here, there):
                 self._pair(waiting.pop(), there)
             else:
                 self._insert(here, there)
         if waiting:
             _refuse_paths(waiting[-1], train[-1])
 
+    def _alike(self, here: fx.Node, there: fx.Node) -> bool:
+        """Whether both call the same with the same, but for constants."""
+        (here_leaves, spec), (there_leaves, there_spec) = _leaves(here), _leaves(there)
+        return (here.op, here.target, spec) == (there.op, there.target, there_spec) and all(
+            self.twins.get(b) is a if isinstance(b, fx.Node) else not isinstance(a, fx.Node)
+            for a, b in zip(here_leaves, there_leaves, strict=True)
+        )
+
     def _pair(self, here: fx.Node, there: fx.Node) -> None:
         here_leaves, spec = _leaves(here)
-        there_leaves, there_spec = _leaves(there)
-        if spec != there_spec:
-            _refuse_paths(here, there)
-        for i, (a, b) in enumerate(zip(here_leaves, there_leaves, strict=True)):
-            if isinstance(a, fx.Node) or isinstance(b, fx.Node):
-                if not isinstance(b, fx.Node) or self.twins.get(b) is not a:
-                    _refuse_paths(here, there)
+        for i, (a, b) in enumerate(zip(here_leaves, _leaves(there)[0], strict=True)):
+            if isinstance(b, fx.Node):
                 here_leaves[i] = self.only_in_train.get(b, a)
             elif type(a) is not type(b) and not {type(a), type(b)} <= {int, float, bool}:
                 _refuse_paths(here, there)
@@ -85,13 +88,14 @@ class _Union:
 
     def _insert(self, here: fx.Node, there: fx.Node) -> None:
         """Let ``there``, which only train mode has, stand in front of ``here``."""
-        passes = there.args[0] if there.args else None
-        if there.op not in ("call_function", "call_method") or not isinstance(passes, fx.Node):
+        given = [i for i, argument in enumerate(there.args) if isinstance(argument, fx.Node)]
+        if there.op not in ("call_function", "call_method") or not given:
             _refuse_paths(here, there)
-            return
+        passes = there.args[given[0]]
+        assert isinstance(passes, fx.Node)
         leaves, spec = _leaves(there)
         args, kwargs = _arguments([self._here(leaf) for leaf in leaves], spec)
-        path = self._add(_owner(there), InTraining(there.target))
+        path = self._add(_owner(there), InTraining(there.target, given[0]))
         with self.graph.inserting_before(here):
             node = self.graph.call_module(path, args, kwargs)
         node.meta = dict(there.meta)
@@ -153,7 +157,7 @@ def _owner(node: fx.Node) -> str:
     return stack[-1] if stack else ""
 
 
-def _refuse_paths(here: fx.Node, there: fx.Node) -> None:
+def _refuse_paths(here: fx.Node, there: fx.Node) -> NoReturn:
     raise TraceError(
         f"the model takes different paths in train and eval mode: {here.format_node()} against "
         f"{there.format_node()} in module {module_path(here) or '<root>'!r}",

@@ -29,21 +29,22 @@ class ByMode(nn.Module):
 
 
 class InTraining(nn.Module):
-    """Calls a function, or a method of its first argument, while training. In eval mode that argument passes through.
+    """Calls a function, or a method of its first argument, while training. In eval mode one argument passes through.
 
     Authors write ``if self.training: x = augment(x)``, where a trace sees one of the two modes only.
     """
 
-    def __init__(self, function: Callable[..., Any] | str) -> None:
+    def __init__(self, function: Callable[..., Any] | str, passes: int) -> None:
         super().__init__()
         self.function = function
+        self.passes = passes
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
-            return x
+            return args[self.passes]
         if isinstance(self.function, str):
-            return getattr(x, self.function)(*args, **kwargs)
-        return self.function(x, *args, **kwargs)
+            return getattr(args[0], self.function)(*args[1:], **kwargs)
+        return self.function(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return self.function if isinstance(self.function, str) else self.function.__name__
