@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
+from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.opening import with_capture
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.default import default_pipeline
-from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record
+from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record, record_of
 from skipvit_fx.pipeline.rewriting import Cut, Rewriting, Score
 from skipvit_fx.pipeline.runner import run_passes
 from skipvit_fx.plan import Plan
@@ -102,6 +103,7 @@ def rewrite(
         return capture.module
 
     fast = with_capture(model, args, kwargs, work, frontend=frontend)
+    fast.drops = drops
     set_train_only(fast, train_only)
     if verify:
         _verify(model, fast, args, kwargs)
@@ -117,27 +119,33 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _verify(model: nn.Module, fast: SkipViTModule, args: Any, kwargs: Any) -> None:
-    """Compare the rewritten model, skipping off, with the model on random inputs.
+    """Compare the graph, skipping off, with the model on random inputs: to the last bit, or to 1e-6 if exported.
 
     Raises:
         UnsupportedModelError: they differ.
     """
     args, kwargs = pytree.tree_map(_noise, (args, kwargs))
+    variable = {name: value for name, value in kwargs.items() if name not in fast.fixed}
     set_skipping(fast, False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), slow_attention():
             torch.manual_seed(0)
             wanted = model(*args, **kwargs)
             torch.manual_seed(0)
-            got = fast(*args, **kwargs)
+            got = fast.graph_forward(*args, **variable)
     finally:
         set_skipping(fast, True)
     pairs = zip(pytree.tree_leaves(wanted), pytree.tree_leaves(got), strict=True)
-    if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor)):
+    same = torch.equal if record_of(fast).frontend == "symbolic" else _close
+    if not all(same(a, b) for a, b in pairs if isinstance(a, Tensor)):
         raise UnsupportedModelError(
-            "with skipping off, the rewritten model does not equal the model to the last bit",
+            "with skipping off, the rewritten model does not equal the model",
             hint="the model's forward does something that its graph does not show, such as changing its own state",
         )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-6 * a.abs().max())
 
 
 def _noise(leaf: Any) -> Any:
@@ -155,14 +163,14 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
     """
     check_rewritten(fast)
     for module in fast.modules():
-        if isinstance(module, Switchable):
+        if isinstance(module, (SkipViTModule, Switchable)):
             module.enabled = on
 
 
 def set_train_only(fast: nn.Module, train_only: bool) -> None:
     """Let skipping step aside in eval mode, or not: ``train_only`` of :func:`rewrite`."""
     for module in fast.modules():
-        if isinstance(module, Switchable):
+        if isinstance(module, (SkipViTModule, Switchable)):
             module.train_only = train_only
 
 

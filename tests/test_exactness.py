@@ -109,11 +109,12 @@ def assert_is_the_model(fast: Any, model: nn.Module, x: Tensor, *, train: bool) 
     """Equal to the last bit, in eval and, from the same random state, in train."""
     with torch.no_grad():
         assert torch.equal(fast.eval()(x), model.eval()(x))
+        assert torch.equal(fast.graph_forward(x), model(x)), "the graph, not the author's forward"
         if train:
             torch.manual_seed(3)
             wanted = model.train()(x)
             torch.manual_seed(3)
-            got = fast.train()(x)
+            got = fast.train().graph_forward(x)
             assert not torch.equal(wanted, model.eval()(x)), "nothing random is alive in training"
             assert torch.equal(got, wanted)
     fast.eval(), model.eval()

@@ -64,21 +64,24 @@ def assert_same_bits(got: Any, wanted: Any) -> None:
 def assert_is_the_model(
     fast: Any, model: nn.Module, *args: Any, same_bits: bool = True, **kwargs: Any
 ) -> None:
-    """With skipping off, in eval and, from the same random state, in train.
+    """With skipping off, in eval and, from the same random state, in train; the graph itself, too.
 
-    With gradients, so that PyTorch's own layers do not take their kernels for inference. An exported model may differ
+    With gradients, so that PyTorch's own layers do not take their kernels for inference. An exported graph may differ
     in the last bits: what an author computes for torch.export can be another sum of the same terms.
     """
     skipvit_fx.set_skipping(fast, False)
     for training in (False, True):
         model.train(training), fast.train(training)
-        torch.manual_seed(3)
-        wanted = model(*args, **kwargs)
-        torch.manual_seed(3)
-        got = fast(*args, **kwargs)
+        results = []
+        for call in (model, fast, fast.graph_forward):
+            torch.manual_seed(3)
+            results.append(call(*args, **kwargs))
+        wanted, got, by_graph = results
+        assert_same_bits(got, wanted)
         if same_bits:
-            assert_same_bits(got, wanted)
-        assert relative_error(got, wanted) < 1e-6
+            assert_same_bits(by_graph, wanted)
+        with torch.no_grad():
+            assert relative_error(by_graph, wanted) < 1e-6
     model.eval(), fast.eval()
     skipvit_fx.set_skipping(fast, True)
 
@@ -211,6 +214,32 @@ def test_torchvision(plan: dict[str, Any], frontend: str) -> None:
     assert list(fast.state_dict()) == list(model.state_dict())
     assert_exact(fast, model, TORCHVISION.input(), layout_of(model), plan)
     assert_is_the_model(fast, model, TORCHVISION.input())
+
+
+def test_inference_kernels_are_the_model_s_where_nothing_is_skipped() -> None:
+    """Without gradients, ``nn.MultiheadAttention`` takes a kernel that rounds otherwise."""
+    model, x = TORCHVISION.build(), TORCHVISION.input()
+    with torch.no_grad():
+        wanted = model(x)
+        off = rewrite(model, TORCHVISION.input(2), TWO)
+        skipvit_fx.set_skipping(off, False)
+        assert torch.equal(off(x), wanted)
+        nothing = rewrite(model, TORCHVISION.input(2), {"stages": [(1, "0")], "return_layer": 4})
+        assert torch.equal(nothing(x), wanted)
+        in_training = rewrite(model, TORCHVISION.input(2), TWO, train_only=True)
+        assert torch.equal(in_training(x), wanted)
+
+
+def test_arguments_that_are_built_in() -> None:
+    model, x = HUGGING_FACE[0].build(), pixels()
+    fast = rewrite(model, {"pixel_values": pixels(2)}, TWO)
+    with torch.no_grad():
+        wanted = fast(x).last_hidden_state
+        assert torch.equal(fast(pixel_values=x, bool_masked_pos=None).last_hidden_state, wanted)
+        with pytest.raises(ValueError, match="interpolate_pos_encoding was False when the model"):
+            fast(x, interpolate_pos_encoding=True)
+        skipvit_fx.set_skipping(fast, False)
+        fast(x, interpolate_pos_encoding=True)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

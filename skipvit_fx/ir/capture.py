@@ -94,7 +94,7 @@ def capture(
         _share_constants(graph, traced, constants)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
-    module = own(clone_structure(model), graphs[0])
+    module = own(clone_structure(model), graphs[0], inputs.fixed)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)

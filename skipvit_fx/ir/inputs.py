@@ -67,6 +67,19 @@ class Inputs:
         self.placed(found.__setitem__)
         return found
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """What the graph cannot be handed: the other arguments of the call, and defaults, by name of the parameter."""
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        values = {
+            name: parameter.default
+            for name, parameter in self._bound.signature.parameters.items()
+            if parameter.default is not parameter.empty and parameter.kind not in variable
+        }
+        values |= {k: v for k, v in self._bound.arguments.items() if k in values} | self.kwargs
+        placed = self.with_tensors()
+        return {name: value for name, value in values.items() if name not in placed}
+
     def by_parameter(self, leaf: Callable[[Any], Any]) -> dict[str, Any]:
         """``leaf`` of every leaf of the arguments, by the name of the parameter that takes them."""
         return {name: pytree.tree_map(leaf, v) for name, v in self._bound.arguments.items()}
