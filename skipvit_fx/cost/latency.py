@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from skipvit_fx.api import set_skipping
 from skipvit_fx.cost.latency_table import latency_table
-from skipvit_fx.cost.macs import batch_size, count_macs, placeholder_values
+from skipvit_fx.cost.macs import batch_size, count_macs, placeholder_values, skip_as_planned
 from skipvit_fx.errors import SkipViTError
 from skipvit_fx.inspect.inspection import by_region, regions_of
 from skipvit_fx.ir.cloning import clone_structure
@@ -162,7 +161,8 @@ def measure_latency(
 
     Args:
         model: the original.
-        fast: what :func:`skipvit_fx.rewrite` made of it. Neither it nor the model changes.
+        fast: what :func:`skipvit_fx.rewrite` made of it; timed with skipping on as its plan says, whatever it is now.
+            Neither it nor the model changes.
         args, kwargs: what both are called with, on their device.
         rounds: of every measurement; the table shows medians.
 
@@ -185,7 +185,7 @@ def measure_latency(
     timers = []
     for skipping in (False, True):
         copy = clone_structure(fast).eval()
-        set_skipping(copy, skipping)
+        skip_as_planned(copy, skipping)
         assert isinstance(copy, fx.GraphModule)
         timers.append(_NodeTimer(copy, wait))
     whole: list[list[float]] = [[], []]

@@ -85,11 +85,7 @@ def count_macs(
     mode = TracelessFakeMode()
     faked = fake_structure(module, mode).eval()
     if skipping is not None:
-        for child in faked.modules():
-            if isinstance(child, Switchable):
-                child.enabled, child.train_only = skipping, False
-            if isinstance(child, Select):
-                child.current = child.ratio
+        skip_as_planned(faked, skipping)
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     traffic = _Traffic(frozenset(flops.flop_registry))
     try:
@@ -106,6 +102,15 @@ def count_macs(
             hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
         ) from error
     return MacCount(sum(counter.macs.values()), counter.macs, counter.bytes, counter.shapes)
+
+
+def skip_as_planned(copy: nn.Module, on: bool) -> None:
+    """Switch a copy's skipping off, or on as its plan says, whatever switch, mode and schedule are at."""
+    for child in copy.modules():
+        if isinstance(child, Switchable):
+            child.enabled, child.train_only = on, False
+        if isinstance(child, Select):
+            child.current = child.ratio
 
 
 class _Traffic(TorchDispatchMode):

@@ -149,7 +149,9 @@ class _ProjectQueriesOfFirst(nn.Module):
             None if bias is None else bias[others],
         )
         size = self.stop - self.start
-        copies = [rest] * (size // rest.shape[-1]) + [rest[..., : size % rest.shape[-1]]]
+        copies = [rest] * (size // rest.shape[-1])
+        if size % rest.shape[-1]:
+            copies.append(rest[..., : size % rest.shape[-1]])
         filled = [*copies, rest] if self.start == 0 else [rest, *copies]
         return torch.cat([first, torch.cat(filled, -1)], self.dim)
 
