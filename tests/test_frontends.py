@@ -236,7 +236,7 @@ def test_arguments_that_are_built_in() -> None:
     with torch.no_grad():
         wanted = fast(x).last_hidden_state
         assert torch.equal(fast(pixel_values=x, bool_masked_pos=None).last_hidden_state, wanted)
-        with pytest.raises(ValueError, match="interpolate_pos_encoding was False when the model"):
+        with pytest.raises(ValueError, match="interpolate_pos_encoding was None when the model"):
             fast(x, interpolate_pos_encoding=True)
         skipvit_fx.set_skipping(fast, False)
         fast(x, interpolate_pos_encoding=True)
