@@ -89,7 +89,7 @@ def follow_input(rewriting: Rewriting, node: fx.Node, *, always: bool = False) -
 def _follow_in_reshape(
     rewriting: Rewriting, node: fx.Node, axes: Axes, shape: Sequence[int], always: bool
 ) -> None:
-    source, sizes, rebuild = _sizes_argument(node)
+    source, sizes, rebuild = _sizes_argument(rewriting, node)
     slots: list[Any] = list(sizes) if not isinstance(sizes, fx.Node) else [None] * len(axes)
     if len(slots) != len(axes):
         return
@@ -120,7 +120,7 @@ def _follow_in_reshape(
     editor.set_args(node, *rebuild(slots))
 
 
-def _sizes_argument(node: fx.Node) -> tuple[fx.Node, Any, Any]:
+def _sizes_argument(rewriting: Rewriting, node: fx.Node) -> tuple[fx.Node, Any, Any]:
     """The reshaped tensor, its size arguments, and how to put other sizes in."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -128,10 +128,16 @@ def _sizes_argument(node: fx.Node) -> tuple[fx.Node, Any, Any]:
         1:
     ]:
         given = node.args[1] if len(node.args) == 2 else next(iter(node.kwargs.values()))
-        if isinstance(given, fx.Node) and not sizes_of(given):
+        if isinstance(given, fx.Node) and isinstance(_value(rewriting, given), int):
             return source, [given], lambda slots: ((source, *slots), {})
         return source, given, lambda slots: ((source, tuple(slots)), {})
     return source, list(node.args[1:]), lambda slots: ((source, *slots), {})
+
+
+def _value(rewriting: Rewriting, node: fx.Node) -> Any:
+    """What a node of the author's is on the example; an inserted one is a size."""
+    facts = rewriting.analysis.facts.get(node)
+    return 0 if facts is None else facts.value
 
 
 def _is_live(rewriting: Rewriting, node: fx.Node, slot: Any, dim: Any) -> bool:
@@ -298,7 +304,7 @@ def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:
     axes = rewriting.analysis.axes(user) if user in rewriting.analysis.facts else None
     if user.target not in _RESHAPES or axes is None:
         return False
-    _, sizes, _ = _sizes_argument(user)
+    _, sizes, _ = _sizes_argument(rewriting, user)
     if isinstance(sizes, fx.Node):
         return False
     uses = [axes[d] for d, slot in enumerate(sizes) if slot is size_node]

@@ -118,6 +118,16 @@ class LiteralSizes(Projections):
         return self.out(y.permute(0, 2, 1, 3).reshape(-1, n, c))
 
 
+class JoinedShape(Projections):
+    """The shape of the result is put together from a part of another shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
+        y = F.scaled_dot_product_attention(q, k, v).permute(0, 2, 1, 3)
+        shape = y.size()[:-2] + (x.shape[-1],)  # noqa: RUF005 - the style in question
+        return self.out(y.reshape(shape))
+
+
 class LiteralCoincident(Projections):
     """As many channels as tokens, and both written out."""
 
@@ -589,6 +599,7 @@ GOOD = [
     Example("merged-heads", _attend(MergedHeads)),
     Example("sequence-first", _attend(SequenceFirst, sequence_first=True)),
     Example("literal-sizes", _attend(LiteralSizes)),
+    Example("joined-shape", _attend(JoinedShape)),
     Example(
         "literal-coincident",
         lambda: Odd([Block(LiteralCoincident(21, 3), Mlp(21), 21) for _ in range(DEPTH)], dim=21),
