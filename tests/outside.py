@@ -228,6 +228,40 @@ class ListOfImages(Odd):
         return [super(ListOfImages, self).forward(image) for image in images]
 
 
+class TensorOrList(Block):
+    """Asks for the type of what it is given, which only torch.export can answer."""
+
+    def forward(self, x: Any) -> Tensor:
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        raise AssertionError("lists need another library")
+
+
+class HubStyle(Odd):
+    """The calling convention of DINOv2's own code: anything positional, and all features where asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(TensorOrList() for _ in range(4))
+        self.registers = nn.Parameter(torch.zeros(1, 4, DIM))
+
+    def features(self, images: Any, masks: Any = None) -> dict[str, Any]:
+        """All that the last norm returns, by kind of token."""
+        x = self.embed(images).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos
+        registers = self.registers.expand(x.shape[0], -1, -1)
+        x = torch.cat((x[:, :1], registers, x[:, 1:]), dim=1)
+        normed = self.norm(self.layers(x))
+        return {"class": normed[:, 0], "patches": normed[:, 5:], "masks": masks}
+
+    def forward(self, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        features = self.features(*args, **kwargs)
+        return features if is_training else self.head(features["class"])
+
+    def layout(self) -> Layout:
+        blocks: list[Any] = list(self.blocks)
+        return Layout(blocks, [block.middle() for block in blocks], prefix=5, cls=0)
+
+
 class ReadsPixels(Odd):
     """Reads a number out of its input: neither front end can know it."""
 

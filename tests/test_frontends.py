@@ -17,6 +17,7 @@ from outside import (
     ATTENTIONS,
     HUGGING_FACE,
     OPEN_CLIP,
+    HubStyle,
     HuggingFace,
     ListOfImages,
     NeedsTensor,
@@ -298,6 +299,18 @@ def test_auto_exports_what_cannot_be_traced() -> None:
     fast = rewrite(model, image(), TWO)
     assert_exact(fast, model, image(3), model.layout(), TWO)
     assert_is_the_model(fast, model, image(3))
+
+
+def test_any_arguments_and_a_dict_of_features() -> None:
+    model = scramble(HubStyle()).eval()
+    fast = rewrite(model, image(), TWO)
+    assert_exact(fast, model, image(3), model.layout(), TWO)
+    everything = rewrite(model, {"images": image(), "is_training": True}, TWO)
+    with torch.no_grad():
+        got = everything(images=image(3), is_training=True)
+        assert set(got) == {"class", "patches", "masks"}
+        assert got["patches"].shape == (3, 20, 32)
+        assert relative_error(model.head(got["class"]), fast(image(3))) < TOLERANCE
 
 
 @pytest.mark.parametrize("frontend", ["auto", *FRONTENDS])
