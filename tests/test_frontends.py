@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModel, ViTConfig, ViTForImageClassifica
 
 import skipvit_fx
 from models import BY_NAME, TORCHVISION, layout_of, scramble
-from odd_models import GOOD, Block, CausalAttention, Example, Mlp, Odd, image
+from odd_models import GOOD, Block, CausalAttention, Example, Mlp, Odd, Sdpa, image
 from outside import (
     ATTENTIONS,
     HUGGING_FACE,
@@ -342,6 +343,31 @@ def test_another_image_size_is_an_error(frontend: str) -> None:
         return  # the model checks it itself, and so does the graph
     with pytest.raises(ValueError, match=r"rewritten for \[batch, 3, 64, 64\]"):
         fast(torch.zeros(2, 3, 64, 80))
+
+
+class UnderContext(Sdpa):
+    """Attention in a context of its own."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__()
+        self.context = context
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.context():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, functools.partial(torch.autocast, "cpu", enabled=False)],
+    ids=["no-grad", "autocast"],
+)
+def test_a_context_that_no_graph_shows_is_refused(context: Any, frontend: str) -> None:
+    model = scramble(Odd([Block(UnderContext(context)) for _ in range(4)])).eval()
+    with pytest.raises(TraceError) as caught:
+        rewrite(model, image(), TWO, frontend=frontend)
+    assert "module" in caught.value.hint
 
 
 # -- code for training only ------------------------------------------------------------------------

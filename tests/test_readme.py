@@ -14,13 +14,14 @@ from skipvit_fx.cli.app import app
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a smaller model and smaller images."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With smaller models and smaller images."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     for shown, used in (
         ('"vit_small_patch16_224"', '"vit_tiny_patch16_224", img_size=64'),
         ("224, 224", "64, 64"),
+        ("Dinov2Config()", "Dinov2Config(hidden_size=48, num_attention_heads=4, mlp_ratio=2)"),
     ):
         assert shown in code
         code = code.replace(shown, used)

@@ -143,6 +143,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         with (
             unittest.mock.patch.multiple(torch, **recorded),
             unittest.mock.patch.object(F, "_none_or_dtype", _none_or_dtype),
+            unittest.mock.patch.object(torch.autocast, "__enter__", self._autocast()),
         ):
             return super().trace(root)
 
@@ -156,6 +157,22 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return function(*args, **kwargs)
 
         return call
+
+    def _autocast(self) -> Callable[[torch.autocast], Any]:
+        """What entering autocast means to the author's code: a refusal, but for leaf modules that are evaluated."""
+        enter = torch.autocast.__enter__
+
+        def entered(context: torch.autocast) -> Any:
+            if self._evaluating:
+                return enter(context)  # type: ignore[no-untyped-call]
+            raise _lost_context("torch.autocast")
+
+        return entered
+
+    def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind.startswith("call") and not torch.is_grad_enabled():
+            raise _lost_context("torch.no_grad")
+        return super().create_node(kind, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.open_paths
@@ -278,6 +295,13 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _lost_context(context: str) -> TraceError:
+    return TraceError(
+        f"the model runs attention, or what leads to it, under {context}, which a graph does not show",
+        hint="move what runs under it into a module that runs no attention",
+    )
 
 
 def _forget(tensor: FakeTensor) -> FakeTensor:
