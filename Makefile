@@ -17,6 +17,7 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/compile_time.py
+	$(BIN)/python benchmarks/throughput.py
 
 zoo: .venv/.dev
 	$(BIN)/python -m pytest -m slow

@@ -1,8 +1,8 @@
 """How long does a rewrite take? ViT-S/16 with 12, 24, 48 and 96 layers.
 
 The first call in the process is timed apart; then every depth takes its turn in each round, so that whatever else the
-machine does hits all alike. Processor seconds, of all threads together, tell how busy it was besides: on a quiet
-machine they are close to the seconds on the clock.
+machine does hits all alike. One model is in memory at a time. Processor seconds, of all threads together, tell how busy
+it was besides: on a quiet machine they are close to the seconds on the clock.
 
 Run it with `make bench`, or `python benchmarks/compile_time.py --rounds 5`.
 """
@@ -37,14 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", action="store_true", help="where a 12-layer rewrite spends it")
     args = parser.parse_args(argv)
 
-    models = {depth: vit(depth) for depth in DEPTHS}
-    first = measure(models[DEPTHS[0]])
+    first = measure(vit(DEPTHS[0]))
     if args.profile:
-        profile(models[DEPTHS[0]])
+        profile(vit(DEPTHS[0]))
         return 0
-    rounds = [
-        {depth: measure(model) for depth, model in models.items()} for _ in range(args.rounds)
-    ]
+    rounds = [{depth: measure(vit(depth)) for depth in DEPTHS} for _ in range(args.rounds)]
 
     table = Table(title="Seconds to rewrite ViT-S/16 with two stages")
     for heading in ("layers", "median", "min", "max", "median / 12 layers", "processor, median"):
