@@ -311,16 +311,12 @@ class TokenAnalysis:
 
 
 def _fake_arguments(mode: Any, capture: Capture) -> list[Any]:
-    example = [*capture.args, *capture.kwargs.values()]
+    example = list(capture.inputs.with_tensors().values())
     tensors = [
         leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim
     ]
     alone = any(t.shape[0] == 1 for t in tensors)
-    values = [
-        fake_inputs(mode, value, more_batch=int(alone))
-        for value in example
-        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-    ]
+    values = [fake_inputs(mode, value, more_batch=int(alone)) for value in example]
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor):
             mark_data(leaf)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from skipvit_fx.errors import SkipViTError
+from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.record import record_of
 
@@ -60,7 +61,7 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
         for i, part in enumerate(parts):
             hook = partial(_note, calls, i)
             handles.append(part.get_submodule("select").register_forward_hook(hook))
-        fast(*args, **kwargs)
+        cast(SkipViTModule, fast).graph_forward(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()

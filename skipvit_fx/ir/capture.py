@@ -36,7 +36,8 @@ class Capture:
 
     Attributes:
         module: the graph, in possession of a structural clone of the model.
-        args, kwargs: the example inputs, in the order of the model's signature.
+        args, kwargs: the example inputs, as they were passed.
+        inputs: the same, by the names that the model gives them.
         frontend: how it was captured.
         opened: paths of the modules whose forward was traced through.
         fake_mode: in which the model was looked at; for every later look, too.
@@ -45,6 +46,7 @@ class Capture:
     module: SkipViTModule
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    inputs: Inputs
     frontend: Frontend
     opened: frozenset[str]
     fake_mode: TracelessFakeMode
@@ -94,14 +96,14 @@ def capture(
         _share_constants(graph, traced, constants)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
-    module = own(clone_structure(model), graphs[0], inputs.fixed)
+    module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
     if fixed_sizes:
         _fix_input_shapes(module, inputs)
     module.recompile()
-    return Capture(module, inputs.args, inputs.kwargs, frontend, opened, mode)
+    return Capture(module, args, dict(kwargs), inputs, frontend, opened, mode)
 
 
 @contextlib.contextmanager

@@ -68,17 +68,22 @@ class Inputs:
         return found
 
     @property
-    def fixed(self) -> dict[str, Any]:
-        """What the graph cannot be handed: the other arguments of the call, and defaults, by name of the parameter."""
+    def built_in(self) -> dict[str, Any]:
+        """The arguments of the call that hold no tensor, by name of the parameter."""
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        values = {
+        placed = self.with_tensors()
+        kinds = {name: p.kind for name, p in self._bound.signature.parameters.items()}
+        named = {k: v for k, v in self._bound.arguments.items() if kinds[k] not in variable}
+        return {name: v for name, v in {**named, **self.kwargs}.items() if name not in placed}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What the other parameters are, by name."""
+        return {
             name: parameter.default
             for name, parameter in self._bound.signature.parameters.items()
-            if parameter.default is not parameter.empty and parameter.kind not in variable
+            if parameter.default is not parameter.empty and name not in self._bound.arguments
         }
-        values |= {k: v for k, v in self._bound.arguments.items() if k in values} | self.kwargs
-        placed = self.with_tensors()
-        return {name: value for name, value in values.items() if name not in placed}
 
     def by_parameter(self, leaf: Callable[[Any], Any]) -> dict[str, Any]:
         """``leaf`` of every leaf of the arguments, by the name of the parameter that takes them."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
+
+from skipvit_fx.ir.inputs import Inputs
 
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
@@ -30,13 +33,16 @@ class SkipViTModule(fx.GraphModule):
 
     Attributes:
         author: class of the model.
-        fixed: arguments that the graph has built in, by name; a call may repeat them, and not change them.
+        built_in, defaults: arguments that the graph has built in, by name, as the example call passed them, and where
+            it passed none. A call may repeat them, and not change them.
         drops: whether the plan drops anything at all.
         enabled, train_only: the switches of :class:`skipvit_fx.ops.switch.Switchable`, for the module as a whole.
     """
 
     author: type[nn.Module] = nn.Module
-    fixed: Mapping[str, Any] = MappingProxyType({})
+    built_in: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = MappingProxyType({})
+    _run_code: Callable[..., Any]
     drops: bool = True
     enabled: bool = True
     train_only: bool = False
@@ -51,8 +57,25 @@ class SkipViTModule(fx.GraphModule):
         self.__dict__[_AUTHOR] = view
 
     def graph_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph, whatever the switches say; what it returns is the model's own output."""
-        raise NotImplementedError("made by recompile()")
+        """Run the graph, whatever the switches say.
+
+        Raises:
+            ValueError: an argument differs from what is built into the graph.
+        """
+        for name in [name for name in kwargs if name in self.built_in or name in self.defaults]:
+            fixed = self.built_in[name] if name in self.built_in else self.defaults[name]
+            given = kwargs.pop(name)
+            if isinstance(given, Tensor) or given != fixed:
+                raise ValueError(
+                    f"{name} was {fixed!r} when the model was rewritten, and that is built in; rewrite it with "
+                    f"example_inputs in which {name} is what it shall be"
+                )
+        return self._run_code(*args, **kwargs)
+
+    def author_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the author's forward on this state, with the options that the example call passed."""
+        view: nn.Module = self.__dict__[_AUTHOR]
+        return view.forward(*args, **{**self.built_in, **kwargs})
 
     @property
     def skipping(self) -> bool:
@@ -61,11 +84,17 @@ class SkipViTModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make the graph's code anew, behind the choice between it and the author's forward."""
-        code = super().recompile()
+        made = super().recompile()
         owner: Any = type(self)
-        owner.graph_forward = owner.forward
-        owner.forward = _forward
-        return code
+        owner._run_code = run_code = owner.forward
+
+        @functools.wraps(run_code)  # with its signature
+        def forward(self: SkipViTModule, *args: Any, **kwargs: Any) -> Any:
+            run = self.graph_forward if self.skipping else self.author_forward
+            return run(*args, **kwargs)
+
+        owner.forward = forward
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SkipViTModule:
         view = self.__dict__.pop(_AUTHOR)
@@ -84,23 +113,10 @@ class SkipViTModule(fx.GraphModule):
         )
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if self.skipping:
-        for name in [name for name in kwargs if name in self.fixed]:
-            given, fixed = kwargs.pop(name), self.fixed[name]
-            if isinstance(given, Tensor) or given != fixed:
-                raise ValueError(
-                    f"{name} was {fixed!r} when the model was rewritten, and that is built in; rewrite it with "
-                    f"example_inputs in which {name} is what it shall be"
-                )
-        return self.graph_forward(*args, **kwargs)
-    return self.__dict__[_AUTHOR].forward(*args, **kwargs)
-
-
-def own(model: nn.Module, graph: fx.Graph, fixed: dict[str, Any]) -> SkipViTModule:
+def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
     """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
     module = SkipViTModule(nn.Module(), fx.Graph(), class_name=f"SkipViT{type(model).__name__}")
-    module.__dict__.update(author=type(model), fixed=fixed)
+    module.__dict__.update(author=type(model), built_in=inputs.built_in, defaults=inputs.defaults)
     module.adopt(vars(model))
     if OWN_CHILD not in module._modules:
         module.add_module(OWN_CHILD, nn.Module())
