@@ -451,6 +451,29 @@ def test_list_of_images(frontend: str) -> None:
     assert relative_error(got, wanted.output[0]) < TOLERANCE
 
 
+class ManyResults(Mlp):
+    """A module that returns more than one tensor, and what is none."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None, {"doubled": 2 * x, "factor": 3}
+
+
+class ReadsResults(Block):
+    """Uses all of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        y, _, more = self.mlp(self.norm2(x))
+        return x + y + more["doubled"] * more["factor"]
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_modules_that_return_several_things(frontend: str) -> None:
+    model = scramble(Odd([ReadsResults(mlp=ManyResults()) for _ in range(4)])).eval()
+    fast = rewrite(model, image(), TWO, frontend=frontend)
+    assert_exact(fast, model, image(3), model.layout(), TWO)
+
+
 def test_two_sequences_at_once_are_refused() -> None:
     model = scramble(ListOfImages([Block() for _ in range(4)])).eval()
     with pytest.raises(UnsupportedModelError) as caught:

@@ -31,6 +31,10 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 )
 
 
+TENSOR = object()
+"""Stands for a tensor among what a module returns."""
+
+
 @dataclass
 class _LeafCall:
     """One call of a leaf module while ``torch.export`` runs.
@@ -40,7 +44,7 @@ class _LeafCall:
         forward: its own forward.
         spec, constants: structure of its arguments, and the leaves of it that are neither tensor nor symbolic size.
         tensors, sizes: which leaves are.
-        out_spec, out_leaves: the same of what it returned; places of tensors hold ``None``.
+        out_spec, out_leaves: the same of what it returned; ``TENSOR`` stands for a tensor.
     """
 
     path: str
@@ -76,7 +80,7 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
             f"module {leaf.path!r} returns a number that depends on the batch size",
             hint="return tensors from it",
         )
-    leaf.out_leaves = [None if isinstance(out, Tensor) else out for out in leaves]
+    leaf.out_leaves = [TENSOR if isinstance(out, Tensor) else out for out in leaves]
     outs = [out for out in leaves if isinstance(out, Tensor)]
     return [
         torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
@@ -101,7 +105,7 @@ def _opaque(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
             )
         )
         assert record.out_spec is not None
-        outs = [next(made) if out is None else out for out in record.out_leaves]
+        outs = [next(made) if out is TENSOR else out for out in record.out_leaves]
         return pytree.tree_unflatten(outs, record.out_spec)
 
     return call
@@ -243,7 +247,7 @@ class _Translation:
         self._remember(twin, node)
         assert leaf.out_spec is not None
         example = pytree.tree_unflatten(
-            [torch.empty(0) if out is None else out for out in leaf.out_leaves], leaf.out_spec
+            [torch.empty(0) if out is TENSOR else out for out in leaf.out_leaves], leaf.out_spec
         )
         parts = pytree.tree_leaves(parts_of(example, fx.Proxy(twin, self._tracer)))
         self._twins[node] = [part.node for part in parts if isinstance(part, fx.Proxy)]
