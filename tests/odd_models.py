@@ -128,6 +128,15 @@ class JoinedShape(Projections):
         return self.out(y.reshape(shape))
 
 
+class EmptyPrefix(Projections):
+    """Rows in front that are left as they are, and of which there may be none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
+        q, k = (torch.cat([y[:, :, :0], y[:, :, 0:] * 2], dim=2) for y in (q, k))
+        return self.out(self.join(F.scaled_dot_product_attention(q, k, v)))
+
+
 class LiteralCoincident(Projections):
     """As many channels as tokens, and both written out."""
 
@@ -600,6 +609,7 @@ GOOD = [
     Example("sequence-first", _attend(SequenceFirst, sequence_first=True)),
     Example("literal-sizes", _attend(LiteralSizes)),
     Example("joined-shape", _attend(JoinedShape)),
+    Example("empty-prefix", _attend(EmptyPrefix)),
     Example(
         "literal-coincident",
         lambda: Odd([Block(LiteralCoincident(21, 3), Mlp(21), 21) for _ in range(DEPTH)], dim=21),

@@ -395,6 +395,7 @@ def _cat(call: Call) -> Axes:
     tensors = [t for t in call.argument(0, "tensors") if t.shape != (0,)]
     rank = tensors[0].ndim
     d = call.argument(1, "dim", 0) % rank
+    tensors = [t for t in tensors if t.shape[d]] or tensors[:1]  # a prefix may be empty
     along = [_axes(t)[d] for t in tensors]
     carriers = [i for i, dim in enumerate(along) if tokens_of(dim)]
     # everywhere but along d, the parts must line up; there they are joined

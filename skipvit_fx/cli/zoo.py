@@ -66,7 +66,6 @@ ELSEWHERE = (
     "hf:MetaClip2VisionModel",
     "hf:OwlViTVisionModel",
     "hf:Owlv2VisionModel",
-    "hf:XCLIPVisionModel",
     "hf:yolos",
     "open_clip:ViT-S-32",
     "open_clip:ViT-M-16",
