@@ -301,7 +301,7 @@ _MEANING = {
     "exact": f"relative error at most {TOLERANCE:g}, and the model itself with skipping off",
     "refused": "with the reason given",
     "wrong": "rewritten, but not equal",
-    "skipped": "could not be built here",
+    "skipped": "could not be built here; where memory is the reason, a larger `--limit` on a larger machine runs it",
     "error": "failed in a way that is no refusal",
 }
 
