@@ -196,14 +196,10 @@ class _Liveness:
         if facts.positions or facts.softmax_over or facts.sums_weights:
             return False
         for argument in node.all_input_nodes:
-            for tensor in tensors_in(self._value(argument)):
+            for tensor in tensors_in(self.analysis.value(argument)):
                 if axes_of(tensor) is not None and _single_tokens(axes_of(tensor)) not in own:
                     return False
         return not (node.op == "call_module" and self.analysis.counts_tokens(node))
-
-    def _value(self, node: fx.Node) -> Any:
-        facts = self.analysis.facts.get(node)
-        return None if facts is None else facts.value
 
     def _can_be_narrow(self, node: fx.Node) -> bool:
         need = self.need.get(node, NONE)
@@ -217,13 +213,13 @@ class _Liveness:
             return False
         if not self._row_by_row(node):
             return False
-        tokens = {_single_tokens(axes_of(t)) for t in tensors_in(self._value(node))}
+        tokens = {_single_tokens(axes_of(t)) for t in tensors_in(self.analysis.value(node))}
         if any(t is None or t.lead + need < 1 for t in tokens):
             return False
         if node.target in SDPA:
             return True
         return all(
-            argument in self.narrow or isinstance(self._value(argument), Tensor)
+            argument in self.narrow or isinstance(self.analysis.value(argument), Tensor)
             for argument in node.all_input_nodes
             if self._has_tokens(argument)
         )
@@ -291,7 +287,7 @@ def _project_fewer_queries(
         return
     for node, successor in zip(path, reshapes, strict=False):
         for user in node.users:
-            if user is successor or not tensors_in(_facts_value(rewriting, user)):
+            if user is successor or not tensors_in(rewriting.analysis.value(user)):
                 continue
             if user.target not in _CHANNEL_RESHAPES:
                 return
@@ -313,11 +309,6 @@ def _channels_in(probe: Tensor, channels: int) -> Tensor:
     seen = torch.zeros(channels, dtype=torch.bool)
     seen[probe.reshape(-1)] = True
     return seen
-
-
-def _facts_value(rewriting: Rewriting, node: fx.Node) -> Any:
-    facts = rewriting.analysis.facts.get(node)
-    return None if facts is None else facts.value
 
 
 def _path_from_linear(rewriting: Rewriting, node: fx.Node) -> list[fx.Node] | None:
@@ -368,7 +359,7 @@ def _evaluate(rewriting: Rewriting, node: fx.Node, known: dict[fx.Node, Any]) ->
             return facts.value
         given: Any = argument.args  # of an inserted size
         source, dim = given
-        return known.get(source, _facts_value(rewriting, source)).shape[dim]
+        return known.get(source, rewriting.analysis.value(source)).shape[dim]
 
     inputs: Any = fx.node.map_arg((node.args, node.kwargs), value)
     args, kwargs = inputs

@@ -128,16 +128,16 @@ def _sizes_argument(rewriting: Rewriting, node: fx.Node) -> tuple[fx.Node, Any, 
         1:
     ]:
         given = node.args[1] if len(node.args) == 2 else next(iter(node.kwargs.values()))
-        if isinstance(given, fx.Node) and isinstance(_value(rewriting, given), int):
+        if isinstance(given, fx.Node) and _is_number(rewriting, given):
             return source, [given], lambda slots: ((source, *slots), {})
         return source, given, lambda slots: ((source, tuple(slots)), {})
     return source, list(node.args[1:]), lambda slots: ((source, *slots), {})
 
 
-def _value(rewriting: Rewriting, node: fx.Node) -> Any:
-    """What a node of the author's is on the example; an inserted one is a size."""
-    facts = rewriting.analysis.facts.get(node)
-    return 0 if facts is None else facts.value
+def _is_number(rewriting: Rewriting, node: fx.Node) -> bool:
+    """Whether a node in place of sizes is one of them, as every inserted one is, rather than all."""
+    value = rewriting.analysis.value(node)
+    return value is None or isinstance(value, int)
 
 
 def _is_live(rewriting: Rewriting, node: fx.Node, slot: Any, dim: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -76,22 +77,19 @@ def _takes_prefix(rewriting: Rewriting, node: fx.Node) -> bool:
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        for argument in waiting.pop().all_input_nodes:
-            if argument not in found:
-                found.add(argument)
-                waiting.append(argument)
-    return found
+    return _reached(node, lambda n: n.all_input_nodes)
 
 
 def _descendants(node: fx.Node) -> set[fx.Node]:
+    return _reached(node, lambda n: n.users)
+
+
+def _reached(node: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     waiting = [node]
     while waiting:
-        for user in waiting.pop().users:
-            if user not in found:
-                found.add(user)
-                waiting.append(user)
+        for neighbour in step(waiting.pop()):
+            if neighbour not in found:
+                found.add(neighbour)
+                waiting.append(neighbour)
     return found

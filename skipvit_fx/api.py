@@ -103,7 +103,7 @@ def rewrite(
         return capture.module
 
     fast = with_capture(model, args, kwargs, work, frontend=frontend)
-    fast.drops = drops
+    fast.own.drops = drops
     set_train_only(fast, train_only)
     if verify:
         _verify(model, fast, args, kwargs)
@@ -162,14 +162,14 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
     """
     check_rewritten(fast)
     for module in fast.modules():
-        if isinstance(module, (SkipViTModule, Switchable)):
+        if isinstance(module, Switchable):
             module.enabled = on
 
 
 def set_train_only(fast: nn.Module, train_only: bool) -> None:
     """Let skipping step aside in eval mode, or not: ``train_only`` of :func:`rewrite`."""
     for module in fast.modules():
-        if isinstance(module, (SkipViTModule, Switchable)):
+        if isinstance(module, Switchable):
             module.train_only = train_only
 
 

@@ -1,6 +1,5 @@
 """The demo's own parts, and the demo as `make demo` runs it."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -9,17 +8,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+from scripts import load
 
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples" / "demo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("examples/demo.py")
 
 
 def test_only_dropped_patches_are_dimmed(demo: ModuleType) -> None:

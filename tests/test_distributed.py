@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import signal
 import subprocess
@@ -20,9 +19,10 @@ from torch import Tensor
 
 import skipvit_fx as sv
 from distributed_worker import build, data, step
+from scripts import ROOT, load
 
 HERE = Path(__file__).parent
-IMAGENET = HERE.parent / "examples" / "train_imagenet.py"
+IMAGENET = "examples/train_imagenet.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
@@ -80,12 +80,7 @@ def test_a_sharded_step_is_that_of_one_process(
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_imagenet", IMAGENET)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(IMAGENET)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +112,7 @@ def test_a_killed_run_resumes_to_the_same_weights(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     example.main(arguments(pictures, whole))
     run = subprocess.Popen(
-        [sys.executable, str(IMAGENET), *arguments(pictures, killed)],
+        [sys.executable, str(ROOT / IMAGENET), *arguments(pictures, killed)],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
     )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx
-from models import BY_NAME, TORCHVISION, Family, scramble
+from models import BY_NAME, TORCHVISION, Family
+from outside import HuggingFace
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import files, verify
 from skipvit_fx.export.aten import free_attention_matrices
@@ -330,21 +331,6 @@ POSITIONED = {"beit", "beit-unfused", "eva02", "dinov3", "relpos-shared"}
 """Their layers need a position for every token, and a fused token has none."""
 
 
-def hugging_face() -> nn.Module:
-    """A small ViT of transformers: keyword arguments, and a dataclass of outputs."""
-    from transformers import ViTConfig, ViTModel
-
-    config = ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=64,
-        patch_size=16,
-    )
-    return scramble(ViTModel(config)).eval()
-
-
 def images(batch: int, seed: int) -> Tensor:
     return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
 
@@ -358,7 +344,7 @@ def export_and_compare(
 ) -> ExportedFile:
     """Write the file, run it on new images, compare outputs and kept positions with the module's."""
     if name == HUGGING_FACE:
-        model, argument, make = hugging_face(), "pixel_values", images
+        model, argument, make = HuggingFace("vit", 1).build(), "pixel_values", images
     else:
         family = TORCHVISION if name == "torchvision" else BY_NAME[name]
         model, argument, make = family.build(), "", family.input

@@ -18,6 +18,7 @@ from outside import (
     ATTENTIONS,
     HUGGING_FACE,
     OPEN_CLIP,
+    SMALL,
     HubStyle,
     HuggingFace,
     ListOfImages,
@@ -142,13 +143,7 @@ def test_dropout_lives_in_train_only(frontend: str, attention: str) -> None:
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_classifier_in_its_own_output_class(frontend: str) -> None:
-    config = ViTConfig(
-        hidden_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=96,
-        image_size=64,
-    )
+    config = ViTConfig(**SMALL, image_size=64)
     model = scramble(ViTForImageClassification(config)).eval()
     fast = rewrite(model, None, TWO, frontend=frontend)
     layout = HuggingFace("vit", 1).layout(model)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,19 +11,12 @@ import torch
 from PIL import Image
 
 import skipvit_fx as sv
-
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "train_digits.py"
+from scripts import load
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return load("examples/train_digits.py")
 
 
 def test_every_picture_holds_its_digit_whole(example: ModuleType) -> None:

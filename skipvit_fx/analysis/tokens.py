@@ -232,6 +232,11 @@ class TokenAnalysis:
         """What a ``get_attr`` node reads, fake if it is a tensor."""
         return attribute(self._fake, path)
 
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node of the author's; ``None`` for an inserted one."""
+        facts = self.facts.get(node)
+        return None if facts is None else facts.value
+
     def axes(self, node: fx.Node) -> Axes | None:
         return self.facts[node].axes
 

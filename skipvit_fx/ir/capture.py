@@ -66,6 +66,7 @@ def capture(
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
+    _refuse_disguises(model)
     try:
         opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -126,6 +127,29 @@ def _following(model: nn.Module, training: bool) -> Iterator[None]:
 def _is_impure(node: fx.Node) -> bool:
     """Random leaves stay, so that the random stream is the author's; pure ones without users go."""
     return node.op in ("placeholder", "output", "call_module") or node.target is torch._assert
+
+
+def _refuse_disguises(model: nn.Module) -> None:
+    """A module that runs something else than a method of its own cannot be copied, nor followed.
+
+    Raises:
+        TraceError: it was compiled or scripted, or its forward was replaced by a function.
+    """
+    for path, module in model.named_modules():
+        forward = vars(module).get("forward")
+        called = nn.Module if isinstance(module, fx.GraphModule) else type(module)
+        if forward is not None and getattr(forward, "__self__", None) is not module:
+            reason = "was compiled, or its forward replaced by a function that is no method of it"
+        elif isinstance(module, torch.jit.ScriptModule):
+            reason = "was compiled by TorchScript"
+        elif module is model and called.__call__ is not nn.Module.__call__:
+            reason = f"is called through {called.__call__.__qualname__} rather than its forward"
+        else:
+            continue
+        raise TraceError(
+            f"module {path or '<root>'!r}, a {type(module).__name__}, {reason}",
+            hint="rewrite the model as its author wrote it; compile, wrap or patch what rewrite returns",
+        )
 
 
 def _refuse_hooks(model: nn.Module, opened: frozenset[str]) -> None:

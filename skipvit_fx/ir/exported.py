@@ -162,8 +162,7 @@ class _Translation:
         self._program = program
         self._root = root
         self._twins: dict[fx.Node, Any] = {}
-        self._constants: dict[str, Tensor] = {}
-        self._image: fx.Node | None = None
+        self._constant_count = 0
         self._place_inputs(inputs)
         for node in program.graph.nodes:
             if node.op == "call_function":
@@ -198,16 +197,13 @@ class _Translation:
 
     def _placeholder(self, name: str, example: Any) -> Any:
         node = self.graph.placeholder(name)
-        self._image = self._image or node
         return parts_of(example, fx.Proxy(node, self._tracer))
 
     def _constant(self, name: str) -> fx.Node:
         """A tensor that the model makes anew in every call, such as ``torch.tensor([1.0])``."""
-        attribute = f"_tensor_constant{len(self._constants)}"
-        constant = self._program.constants[name]
-        assert isinstance(constant, Tensor)
-        self._constants[attribute] = constant
-        setattr(self._root, attribute, constant)
+        attribute = f"_tensor_constant{self._constant_count}"
+        self._constant_count += 1
+        setattr(self._root, attribute, self._program.constants[name])
         return self.graph.get_attr(attribute)
 
     # -- calls ------------------------------------------------------------------------------------------------
@@ -225,17 +221,17 @@ class _Translation:
         if _is_leaf(node):
             self._place_leaf(node)
             return
+        target: Any = node.target
         args, kwargs = self._twin_of((node.args, node.kwargs))
-        if node.target in _METHODS:
-            twin = self.graph.call_method(_METHODS[node.target], args, kwargs)
+        if target in _METHODS:
+            twin = self.graph.call_method(_METHODS[target], args, kwargs)
+        elif target in _FUNCTIONS:
+            # an argument left out in one of the two modes only is its default there
+            missing = target._schema.arguments[len(args) :]
+            args += tuple(a.default_value for a in missing if not a.kwarg_only)
+            twin = self.graph.call_function(_FUNCTIONS[target], args, kwargs)
         else:
-            target: Any = node.target
-            if (
-                target in _FUNCTIONS
-            ):  # defaults are left out, which may be so in one of the two modes only
-                given = target._schema.arguments[len(args) :]
-                args += tuple(a.default_value for a in given if not a.kwarg_only)
-            twin = self.graph.call_function(_FUNCTIONS.get(target, target), args, kwargs)
+            twin = self.graph.call_function(target, args, kwargs)
         self._remember(twin, node)
         self._twins[node] = twin
 

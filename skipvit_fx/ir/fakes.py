@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 _Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 _SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
 
-
 MOST_KNOWN = 4096
 """Elements of the largest integer tensor whose values stay known."""
 
@@ -59,7 +58,8 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         """Empty every cache that caught a fake tensor since the last time."""
         for cache, known in self._caches.items():
             if cache.cache_info().misses != known:
-                if any(isinstance(x, FakeTensor) for x in pytree.tree_leaves(_results(cache))):
+                held = gc.get_referents(cache)  # results, keys, and the function
+                if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(held)):
                     cache.cache_clear()
                 self._caches[cache] = cache.cache_info().misses
 
@@ -72,11 +72,6 @@ def _caches() -> list[_Cached]:
         if type(found) is functools._lru_cache_wrapper
         and (found.__module__ or "").partition(".")[0] not in _SPARED
     ]
-
-
-def _results(cache: _Cached) -> list[Any]:
-    """What a cache holds, keys and function included."""
-    return gc.get_referents(cache)
 
 
 def fake_inputs(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from torch import Tensor, fx, nn
 
+from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ops.switch import Switchable
 
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
@@ -21,6 +22,35 @@ _AUTHOR = "_author"
 _GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(
     vars(nn.Module())
 )
+_NOT_ADOPTED = _GRAPH_STATE | {_AUTHOR, "forward"}
+
+
+class Own(Switchable):
+    """The one child that the compiler adds: what it inserts, and what it remembers of the module as a whole.
+
+    Here, and not on the module itself, where the author's attributes are and may have any name.
+
+    Attributes:
+        author: class of the model.
+        run: its forward, or the method that the model itself has in its place; takes the model first.
+        built_in, defaults: arguments that the graph has built in, by name, as the example call passed them, and where
+            it passed none. A call may repeat them, and not change them.
+        drops: whether the plan drops anything at all.
+    """
+
+    def __init__(
+        self,
+        author: type[nn.Module],
+        run: Callable[..., Any],
+        built_in: dict[str, Any],
+        defaults: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.author = author
+        self.run = run
+        self.built_in = built_in
+        self.defaults = defaults
+        self.drops = True
 
 
 class SkipViTModule(fx.GraphModule):
@@ -30,29 +60,23 @@ class SkipViTModule(fx.GraphModule):
 
     Where nothing is skipped, the author's own forward runs on this state: the same bits, whatever inference kernels
     PyTorch takes in it that a graph cannot show.
-
-    Attributes:
-        author: class of the model.
-        built_in, defaults: arguments that the graph has built in, by name, as the example call passed them, and where
-            it passed none. A call may repeat them, and not change them.
-        drops: whether the plan drops anything at all.
-        enabled, train_only: the switches of :class:`skipvit_fx.ops.switch.Switchable`, for the module as a whole.
     """
 
-    author: type[nn.Module] = nn.Module
-    built_in: Mapping[str, Any] = MappingProxyType({})
-    defaults: Mapping[str, Any] = MappingProxyType({})
     _run_code: Callable[..., Any]
-    drops: bool = True
-    enabled: bool = True
-    train_only: bool = False
+
+    @property
+    def own(self) -> Own:
+        """What the compiler keeps in the module."""
+        child = self._modules[OWN_CHILD]
+        assert isinstance(child, Own)
+        return child
 
     def adopt(self, owner: dict[str, Any]) -> None:
-        """Take over a module's ``__dict__``, all but what belongs to a graph."""
+        """Take over a module's ``__dict__`` with the compiler's child, all but a graph's state and a forward."""
         for name, value in owner.items():
-            if name not in _GRAPH_STATE and name != _AUTHOR:
+            if name not in _NOT_ADOPTED:
                 self.__dict__[name] = value
-        view = object.__new__(self.author)
+        view = object.__new__(self.own.author)
         object.__setattr__(view, "__dict__", self.__dict__)
         self.__dict__[_AUTHOR] = view
 
@@ -62,12 +86,12 @@ class SkipViTModule(fx.GraphModule):
         Raises:
             ValueError: an argument differs from what is built into the graph.
         """
-        for name in [name for name in kwargs if name in self.built_in or name in self.defaults]:
-            fixed = self.built_in[name] if name in self.built_in else self.defaults[name]
+        fixed = {**self.own.defaults, **self.own.built_in}
+        for name in [name for name in kwargs if name in fixed]:
             given = kwargs.pop(name)
-            if isinstance(given, Tensor) or given != fixed:
+            if isinstance(given, Tensor) or given != fixed[name]:
                 raise ValueError(
-                    f"{name} was {fixed!r} when the model was rewritten, and that is built in; rewrite it with "
+                    f"{name} was {fixed[name]!r} when the model was rewritten, and that is built in; rewrite it with "
                     f"example_inputs in which {name} is what it shall be"
                 )
         return self._run_code(*args, **kwargs)
@@ -75,12 +99,12 @@ class SkipViTModule(fx.GraphModule):
     def author_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the author's forward on this state, with the options that the example call passed."""
         view: nn.Module = self.__dict__[_AUTHOR]
-        return view.forward(*args, **{**self.built_in, **kwargs})
+        return self.own.run(view, *args, **{**self.own.built_in, **kwargs})
 
     @property
     def skipping(self) -> bool:
         """Whether the graph runs, rather than the author's forward."""
-        return self.drops and self.enabled and (self.training or not self.train_only)
+        return self.own.drops and self.own.active
 
     def recompile(self) -> Any:
         """Make the graph's code anew, behind the choice between it and the author's forward."""
@@ -113,12 +137,29 @@ class SkipViTModule(fx.GraphModule):
         )
 
 
+def forward_of(model: nn.Module) -> Callable[..., Any]:
+    """What ``model`` runs, a function that takes it first: of its class, or a method put on the object itself."""
+    return getattr(model.forward, "__func__", type(model).forward)
+
+
 def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
-    """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
+    """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses.
+
+    Raises:
+        TraceError: the model has an attribute that would hide one of the module's, or be hidden by it.
+    """
     module = SkipViTModule(nn.Module(), fx.Graph(), class_name=f"SkipViT{type(model).__name__}")
-    module.__dict__.update(author=type(model), built_in=inputs.built_in, defaults=inputs.defaults)
+    taken = {OWN_CHILD, _AUTHOR, *dir(module)} - set(dir(nn.Module()))
+    if isinstance(model, fx.GraphModule):
+        taken -= _GRAPH_STATE
+    clash = taken & {*vars(model), *model._parameters, *model._buffers, *model._modules}
+    if clash:
+        raise TraceError(
+            f"{type(model).__name__} has what a rewritten model needs for itself: {', '.join(sorted(clash))}",
+            hint="rewrite a module that has the model as a child, and calls it in its forward",
+        )
+    child = Own(type(model), forward_of(model), inputs.built_in, inputs.defaults)
+    model.add_module(OWN_CHILD, child.train(model.training))
     module.adopt(vars(model))
-    if OWN_CHILD not in module._modules:
-        module.add_module(OWN_CHILD, nn.Module())
     module.graph = graph
     return module

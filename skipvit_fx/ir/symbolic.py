@@ -181,10 +181,12 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
         """Placeholders for the arguments that the example passes; the others keep their defaults."""
-        del is_module, concrete_args
-        root = self.root
+        del root_fn, is_module, concrete_args
+        root: Any = self.root
         args, kwargs = self._inputs.placed(self._placeholder)
-        return (lambda: root_fn(root, *args, **kwargs)), []
+        return (
+            lambda: root.forward(*args, **kwargs)
+        ), []  # which may be a method of the object alone
 
     def _placeholder(self, name: str, example: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
