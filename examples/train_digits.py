@@ -3,7 +3,7 @@
 Handwritten digits lie at random places on larger canvases, cluttered with pieces of other digits; the class is the one
 whole digit. Every row starts from the same weights and sees the same images for the same seed.
 
-    python examples/train_digits.py             # all rows, three seeds; about an hour on one core
+    python examples/train_digits.py             # all rows, three seeds; about two hours on one core
     python examples/train_digits.py --quick     # three tiny rows: shows that it runs, learns nothing
 
 Every finished run is a line in digits.jsonl, and a run that is there is not repeated: stop and go on at any time.
@@ -60,20 +60,20 @@ ROWS = (
 class Settings:
     """The task and the recipe; runs of different settings are never mixed in one table."""
 
-    canvas: int = 24
+    canvas: int = 32
     patch: int = 4
-    pieces: int = 6
+    pieces: int = 10
     width: int = 48
     heads: int = 3
     epochs: int = 8
     warmup_epochs: int = 1
-    images: int = 2048
+    images: int = 4096
     batch: int = 32
     rate: float = 1e-3
     validation: int = 1800
 
 
-QUICK = Settings(width=24, epochs=2, images=64, validation=128)
+QUICK = Settings(canvas=24, width=24, epochs=2, images=64, validation=128)
 TIMING_BATCH = 128
 
 
