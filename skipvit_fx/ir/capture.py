@@ -18,6 +18,14 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attention_modules import attention_modules, slow_attention
+from skipvit_fx.ir.attributes import (
+    Place,
+    of_one_call,
+    refuse_memory,
+    same_graph,
+    warn_of_kept,
+    watch_attributes,
+)
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.exported import export_graph
 from skipvit_fx.ir.fakes import TracelessFakeMode
@@ -25,6 +33,7 @@ from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
+from skipvit_fx.ir.unseen import refuse_unseen
 from skipvit_fx.ops.mode import FixedSize
 
 Frontend = Literal["symbolic", "export"]
@@ -83,16 +92,19 @@ def capture(
     inputs = Inputs(model.forward, args, kwargs)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
-    fixed_sizes = frontend == "export"
+    fixed_sizes = False
     for training in (False, True):
         traced = clone_structure(model).train(training)
-        with _following(model, training), slow_attention(), torch.enable_grad():
-            if frontend == "symbolic":
-                tracer = SymbolicTracer(opened, mode, inputs)
-                graph = tracer.trace(traced)
-                fixed_sizes |= tracer.fixed_sizes
-            else:
-                graph = export_graph(traced, opened, inputs)
+        changed = watch_attributes(traced, opened)
+        graph, fixed = _follow(traced, frontend, opened, mode, inputs)
+        fixed_sizes |= fixed
+        if changed:
+            again = _after_a_call(model, changed).train(training)
+            if not training:
+                warn_of_kept(changed)
+            second, _ = _follow(again, frontend, opened, mode, inputs)
+            if not same_graph((graph, traced), (second, again)):
+                raise refuse_memory(list(changed))
         mode.empty_caches()
         _share_constants(graph, traced, constants)
         graph.eliminate_dead_code(_is_impure)
@@ -107,18 +119,44 @@ def capture(
     return Capture(module, args, dict(kwargs), inputs, frontend, opened, mode)
 
 
+def _follow(
+    traced: nn.Module,
+    frontend: Frontend,
+    opened: frozenset[str],
+    mode: TracelessFakeMode,
+    inputs: Inputs,
+) -> tuple[fx.Graph, bool]:
+    """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only."""
+    with _following(traced), slow_attention(), torch.enable_grad():
+        if frontend == "export":
+            return export_graph(traced, opened, inputs), True
+        tracer = SymbolicTracer(opened, mode, inputs)
+        return tracer.trace(traced), tracer.fixed_sizes
+
+
+def _after_a_call(model: nn.Module, changed: dict[Place, Any]) -> nn.Module:
+    """A structural clone with the attributes that a call leaves behind, but for tensors of the call itself."""
+    again = clone_structure(model)
+    for (path, name), value in changed.items():
+        if not of_one_call(value):
+            setattr(again.get_submodule(path), name, value)
+    return again
+
+
 @contextlib.contextmanager
-def _following(model: nn.Module, training: bool) -> Iterator[None]:
+def _following(traced: nn.Module) -> Iterator[None]:
     """Turn what an author's forward may raise into a refusal.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
     try:
-        yield
+        with refuse_unseen():
+            yield
     except FORWARD_FAILURES as error:
         raise TraceError(
-            f"the forward of {type(model).__name__} cannot be followed in {'train' if training else 'eval'} mode: "
+            f"the forward of {type(traced).__name__} cannot be followed in "
+            f"{'train' if traced.training else 'eval'} mode: "
             f"{type(error).__name__}: {error}",
             hint="a branch or loop that depends on what a tensor holds must move into a module that runs no attention",
         ) from error

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.in_place import refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
+from skipvit_fx.ir.unseen import unseen_allowed
 
 aten = torch.ops.aten
 
@@ -45,6 +47,7 @@ class _LeafCall:
         spec, constants: structure of its arguments, and the leaves of it that are neither tensor nor symbolic size.
         tensors, sizes: which leaves are.
         out_spec, out_leaves: the same of what it returned; ``TENSOR`` stands for a tensor.
+        handed_on: of every tensor that it returned, the place of the argument in whose memory it lies, or None.
     """
 
     path: str
@@ -55,6 +58,7 @@ class _LeafCall:
     sizes: list[int]
     out_spec: pytree.TreeSpec | None = None
     out_leaves: list[Any] = field(default_factory=list)
+    handed_on: list[int | None] = field(default_factory=list)
 
     def arguments(self, tensors: list[Any], sizes: list[Any]) -> tuple[Any, Any]:
         """Positional and keyword arguments, made whole again."""
@@ -74,7 +78,8 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
     """What a leaf module returns: fresh tensors of the shapes that its own forward gives."""
     leaf = _CALLS[call]
     args, kwargs = leaf.arguments(tensors, sizes)
-    leaves, leaf.out_spec = pytree.tree_flatten(leaf.forward(*args, **kwargs))
+    with unseen_allowed():
+        leaves, leaf.out_spec = pytree.tree_flatten(leaf.forward(*args, **kwargs))
     if any(isinstance(out, (torch.SymInt, torch.SymFloat, torch.SymBool)) for out in leaves):
         raise TraceError(
             f"module {leaf.path!r} returns a number that depends on the batch size",
@@ -82,6 +87,8 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
         )
     leaf.out_leaves = [TENSOR if isinstance(out, Tensor) else out for out in leaves]
     outs = [out for out in leaves if isinstance(out, Tensor)]
+    memory = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(tensors)}
+    leaf.handed_on = [memory.get(out.untyped_storage()._cdata) for out in outs]
     return [
         torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
         for out in outs
@@ -173,6 +180,7 @@ class _Translation:
                     hint="move what the model does under autocast or without gradient into a module of its own",
                 )
         self._place_output()
+        refuse_lost_writes(self.graph, root, self._values().get)
 
     # -- inputs and state -------------------------------------------------------------------------------------
 
@@ -247,6 +255,20 @@ class _Translation:
         )
         parts = pytree.tree_leaves(parts_of(example, fx.Proxy(twin, self._tracer)))
         self._twins[node] = [part.node for part in parts if isinstance(part, fx.Proxy)]
+
+    def _values(self) -> dict[fx.Node, Any]:
+        """The fake tensors that the nodes compute."""
+        found: dict[fx.Node, Any] = {}
+        for node, twin in self._twins.items():
+            value = node.meta["val"]
+            if isinstance(twin, fx.Node):
+                found.setdefault(twin, value)
+            elif _is_leaf(node):
+                given: Any = node.args[0]
+                aliases = _CALLS[node.args[2]].handed_on  # type: ignore[index]
+                for part, fresh, place in zip(twin, value, aliases, strict=True):
+                    found[part] = fresh if place is None else given[place].meta["val"]
+        return found
 
     def _twin_of(self, argument: Any) -> Any:
         return fx.node.map_arg(argument, self._twins.__getitem__)

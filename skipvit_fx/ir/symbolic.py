@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
 import unittest.mock
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
+from skipvit_fx.ir.in_place import AUGMENTED, augmented, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
+from skipvit_fx.ir.unseen import unseen_allowed
 
 FORWARD_FAILURES = (
     fx.proxy.TraceError,
@@ -52,6 +55,9 @@ FACTORIES = (
 """Functions of sizes and dtypes: torch does not dispatch them on proxies, so they are recorded by hand."""
 
 
+_OF_GRADIENTS = ("grad", "grad_fn", "is_leaf", "requires_grad")
+
+
 def _none_or_dtype(tensor: Any) -> Any:
     """What ``torch.nn.MultiheadAttention`` asks of its masks, also where they are proxies."""
     return None if tensor is None else tensor.dtype
@@ -77,6 +83,10 @@ class _Witnessed:
 
     def __getattr__(self, name: str) -> Any:
         return _WitnessedAttribute(cast(Proxy, self), name)
+
+
+for _name in AUGMENTED:
+    setattr(_Witnessed, f"__i{_name}__", augmented(_name))
 
 
 class _WitnessedProxy(_Witnessed, Proxy):  # type: ignore[misc]
@@ -130,13 +140,14 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self._mode = mode
         self._witnesses = (_Witness(), _Witness())
         self._evaluating = False
+        self._state: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
 
     # -- capture ----------------------------------------------------------------------------------------------
 
     def trace(self, root: nn.Module, concrete_args: None = None) -> fx.Graph:  # type: ignore[override]
-        named = [*root.named_parameters(), *root.named_buffers()]
-        self._names = {id(tensor): name for name, tensor in named}
+        self._state = dict(_state(root))
+        self._names = {id(tensor): name for name, tensor in _state(root)}
         recorded: dict[str, Any] = {
             name: self._recorded(getattr(torch, name)) for name in FACTORIES
         }
@@ -145,7 +156,9 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             unittest.mock.patch.object(F, "_none_or_dtype", _none_or_dtype),
             unittest.mock.patch.object(torch.autocast, "__enter__", self._autocast()),
         ):
-            return super().trace(root)
+            graph = super().trace(root)
+        refuse_lost_writes(graph, root, self.example)
+        return graph
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function``, which becomes a node where it is called with proxies."""
@@ -184,9 +197,8 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         del root_fn, is_module, concrete_args
         root: Any = self.root
         args, kwargs = self._inputs.placed(self._placeholder)
-        return (
-            lambda: root.forward(*args, **kwargs)
-        ), []  # which may be a method of the object alone
+        # not the class's forward: it may be a method of the object alone
+        return (lambda: root.forward(*args, **kwargs)), []
 
     def _placeholder(self, name: str, example: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
@@ -245,6 +257,11 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         Raises:
             TraceError: it is not, or it depends on what the tensors hold.
         """
+        if node.target is builtins.getattr and node.args[1] in _OF_GRADIENTS:
+            raise TraceError(
+                f"the model's Python code asks for {node.args[1]!r} of a tensor, which is not known before training",
+                hint="move the branch into a module that runs no attention",
+            )
         try:
             first, second = (read(self._value(node, witness)) for witness in self._witnesses)
         except FORWARD_FAILURES as error:
@@ -261,6 +278,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self.fixed_sizes = True
         return first
 
+    def example(self, node: fx.Node) -> Any:
+        """The node's value in the example call, with fake tensors."""
+        return self._value(node, self._witnesses[0])
+
     def _value(self, node: fx.Node, witness: _Witness) -> Any:
         """The node's value on a witness: what it needs and has not is computed first, in graph order."""
         values = witness.values
@@ -272,7 +293,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
                     waiting.append(argument)
         self._evaluating = True
         try:
-            with self._mode, torch.no_grad():
+            with unseen_allowed(), self._mode, torch.no_grad():
                 for pending in self.graph.nodes:
                     if pending in needed and pending not in values:
                         values[pending] = self._run(pending, witness)
@@ -290,13 +311,20 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return pytree.tree_map_only(FakeTensor, _forget, out)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "get_attr":
-            value = attribute(self.root, str(node.target))
+            name = str(node.target)
+            value = self._state[name] if name in self._state else attribute(self.root, name)
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
                 return self._mode.from_tensor(value.detach(), static_shapes=True)
             return value
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _state(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer, a shared one under its first name."""
+    yield from root.named_parameters()
+    yield from root.named_buffers()
 
 
 def _lost_context(context: str) -> TraceError:

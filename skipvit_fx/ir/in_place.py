@@ -1,0 +1,131 @@
+"""Writes into tensors, which a graph of values does not show: harmless, or refused."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
+
+from skipvit_fx.errors import TraceError
+
+AUGMENTED = (
+    "add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor",
+)  # fmt: skip
+"""Operators with an assignment, such as ``+=``."""
+
+_WRITES = "skipvit_writes"
+
+
+def augmented(name: str) -> Callable[[Proxy, Any], Proxy]:
+    """The method of a proxy behind ``x += y``: a new value, and a note that it was written over the old one."""
+    function = getattr(operator, f"__{name}__")
+
+    def method(proxy: Proxy, other: Any) -> Proxy:
+        result: Proxy = function(proxy, other)
+        result.node.meta[_WRITES] = True
+        return result
+
+    return method
+
+
+def refuse_lost_writes(graph: fx.Graph, root: nn.Module, value: Callable[[fx.Node], Any]) -> None:
+    """Let a write pass where all that reads the memory afterwards reads the result of the write.
+
+    What is written under one name and read under another, such as ``y = x.view(-1); x += 1; f(y)``, does not survive
+    a rewrite, in which ``x`` and ``y`` may become copies. What no node reads, such as ``x[0] = 1``, would even be
+    eliminated as dead code.
+
+    Args:
+        graph: of eval or train mode, before anything was eliminated.
+        root: whose modules it calls.
+        value: the fake tensor that a node computes.
+
+    Raises:
+        TraceError: some write would be lost, or changes the model's state or its inputs.
+    """
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        for written in _written(node, root):
+            place = order[node]
+            if _kind(value(written)) != _kind(value(node)):
+                raise _refusal(node, f"is written over {written.name}, of another shape or dtype")
+            for other, there in order.items():
+                if there >= place or not _share_memory(value(written), value(other)):
+                    continue
+                if other.op in ("placeholder", "get_attr"):
+                    whose = "an input" if other.op == "placeholder" else "its own state"
+                    raise _refusal(node, f"changes {whose}, {other.target!r}")
+                readers = [user for user in other.users if order[user] > place]
+                if readers:
+                    raise _refusal(
+                        node,
+                        f"changes {other.name} in place, which {readers[0].name} reads afterwards",
+                    )
+
+
+def _written(node: fx.Node, root: nn.Module) -> Iterator[fx.Node]:
+    """The arguments that a node writes into, or may write into."""
+    target = node.target
+    places: list[Any] = []
+    if isinstance(target, torch._ops.OpOverload):
+        for i, argument in enumerate(target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                places.append(
+                    node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+                )
+    elif node.op == "call_module":
+        leaf = root.get_submodule(str(target))
+        if any(getattr(module, "inplace", False) for module in leaf.modules()):
+            places += [node.args, node.kwargs]
+    elif node.op in ("call_method", "call_function"):
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or node.kwargs.get("inplace") is True or node.meta.pop(_WRITES, False):
+            places.append(node.args[0] if node.args else node.kwargs.get("input"))
+        places.append(node.kwargs.get("out"))
+    found: list[fx.Node] = []
+    fx.node.map_arg(places, found.append)
+    yield from found
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, len(value.shape)) if isinstance(value, Tensor) else None
+
+
+def _share_memory(one: Any, other: Any) -> bool:
+    """Whether two fake tensors have an element in common."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return False
+    storage = one.untyped_storage()
+    if storage._cdata != other.untyped_storage()._cdata:
+        return False
+    length = max(_end(one), _end(other))
+    touched = torch.zeros(length, dtype=torch.bool)
+    _view(touched, one).fill_(True)
+    return bool(_view(touched, other).any())
+
+
+def _view(memory: Tensor, like: Tensor) -> Tensor:
+    return memory.as_strided(_ints(like.shape), _ints(like.stride()), int(like.storage_offset()))
+
+
+def _end(tensor: Tensor) -> int:
+    spans = zip(_ints(tensor.shape), _ints(tensor.stride()), strict=True)
+    return int(tensor.storage_offset()) + 1 + sum((size - 1) * step for size, step in spans)
+
+
+def _ints(sizes: Any) -> list[int]:
+    """Sizes as numbers, a symbolic one as the example has it."""
+    hints: list[Any] = [s.node.hint if isinstance(s, torch.SymInt) else s for s in sizes]
+    return [int(hint) for hint in hints]
+
+
+def _refusal(node: fx.Node, reason: str) -> TraceError:
+    return TraceError(
+        f"{node.name} {reason}; a graph does not show that",
+        hint="compute a new tensor (x = x + y), or keep state that changes in a module that runs no attention",
+    )
