@@ -65,7 +65,7 @@ def attention_modules(
 
     Every ancestor on the call stack is included, the model itself (path ``""``) too.
     """
-    watched = fake_structure(model, mode)
+    watched = fake_structure(model, mode).eval()  # whatever mode it is in: the same modules
     watch = _Watch()
     for path, module in watched.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: watch.stack.append(path))

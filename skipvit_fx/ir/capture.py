@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,7 +34,7 @@ from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
-from skipvit_fx.ir.unseen import refuse_unseen
+from skipvit_fx.ir.unseen import Checkpoints, refuse_unseen
 from skipvit_fx.ops.mode import FixedSize
 
 Frontend = Literal["symbolic", "export"]
@@ -127,10 +128,17 @@ def _follow(
     inputs: Inputs,
 ) -> tuple[fx.Graph, bool]:
     """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only."""
-    with _following(traced), slow_attention(), torch.enable_grad():
+    with _following(traced) as checkpoints, slow_attention(), torch.enable_grad():
         if frontend == "export":
-            return export_graph(traced, opened, inputs), True
-        tracer = SymbolicTracer(opened, mode, inputs)
+            graph = export_graph(traced, opened, inputs)
+            if checkpoints.count and traced.training:
+                warnings.warn(
+                    "the model recomputes activations (torch.utils.checkpoint); the exported graph keeps them, and "
+                    "takes more memory in training",
+                    stacklevel=2,
+                )
+            return graph, True
+        tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
         return tracer.trace(traced), tracer.fixed_sizes
 
 
@@ -144,15 +152,15 @@ def _after_a_call(model: nn.Module, changed: dict[Place, Any]) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _following(traced: nn.Module) -> Iterator[None]:
+def _following(traced: nn.Module) -> Iterator[Checkpoints]:
     """Turn what an author's forward may raise into a refusal.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
     try:
-        with refuse_unseen():
-            yield
+        with refuse_unseen() as checkpoints:
+            yield checkpoints
     except FORWARD_FAILURES as error:
         raise TraceError(
             f"the forward of {type(traced).__name__} cannot be followed in "

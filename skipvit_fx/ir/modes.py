@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.places import module_path
+from skipvit_fx.ir.recompute import CHECKPOINT
 from skipvit_fx.ops.mode import ByMode, InTraining
 
 
@@ -84,6 +85,8 @@ class _Union:
                     _refuse_paths(here, there)
                 here_leaves[i] = self._constant(_owner(here), a, b)
         here.args, here.kwargs = _arguments(here_leaves, spec)
+        if CHECKPOINT in there.meta:  # some authors ask for checkpoints in train mode only
+            here.meta[CHECKPOINT] = there.meta[CHECKPOINT]
         self.twins[there] = here
 
     def _insert(self, here: fx.Node, there: fx.Node) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from torch import Tensor, fx, nn
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir import recompute
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ops.switch import Switchable
 
@@ -108,7 +109,8 @@ class SkipViTModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make the graph's code anew, behind the choice between it and the author's forward."""
-        made = super().recompile()
+        with self.graph.on_generate_code(lambda _: recompute.transformer(self.graph)):
+            made = super().recompile()
         owner: Any = type(self)
         owner._run_code = run_code = owner.forward
 

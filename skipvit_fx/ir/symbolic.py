@@ -21,7 +21,8 @@ from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.ir.in_place import AUGMENTED, augmented, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
-from skipvit_fx.ir.unseen import unseen_allowed
+from skipvit_fx.ir.recompute import CHECKPOINT
+from skipvit_fx.ir.unseen import Checkpoints, unseen_allowed
 
 FORWARD_FAILURES = (
     fx.proxy.TraceError,
@@ -132,8 +133,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         open_paths: frozenset[str],
         mode: TracelessFakeMode,
         inputs: Inputs,
+        checkpoints: Checkpoints,
     ) -> None:
         super().__init__()
+        self._checkpoints = checkpoints
         self.open_paths = open_paths
         self.fixed_sizes = False
         self._inputs = inputs
@@ -185,7 +188,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call") and not torch.is_grad_enabled():
             raise _lost_context("torch.no_grad")
-        return super().create_node(kind, *args, **kwargs)
+        node = super().create_node(kind, *args, **kwargs)
+        if self._checkpoints.current is not None:
+            node.meta[CHECKPOINT] = self._checkpoints.current
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.open_paths

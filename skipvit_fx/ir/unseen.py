@@ -10,31 +10,58 @@ import pickle
 import random
 import sys
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from skipvit_fx.errors import TraceError
 
-_AS_WRITTEN = {
-    (torch.autograd.Function, "apply"): "calls a torch.autograd.Function",
-    (Tensor, "register_hook"): "hooks the gradient of a tensor",
-}
+
+@dataclass
+class Checkpoints:
+    """Where a forward that is followed recomputes its activations.
+
+    Attributes:
+        count: how many calls of ``torch.utils.checkpoint`` there were so far.
+        current: number of the outermost that runs, or None.
+    """
+
+    count: int = 0
+    current: int | None = None
+    _depth: int = 0
+
+    def enter(self) -> None:
+        if not self._depth:
+            self.current = self.count
+            self.count += 1
+        self._depth += 1
+
+    def leave(self) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.current = None
 
 
 @contextlib.contextmanager
-def refuse_unseen() -> Iterator[None]:
+def refuse_unseen() -> Iterator[Checkpoints]:
     """While a forward is followed.
+
+    Yields:
+        What is not refused: the checkpoints that it makes.
 
     Raises:
         TraceError: it draws random numbers in Python, which the graph would repeat for ever, or changes gradients.
     """
     before = _generators()
+    checkpoints = Checkpoints()
     try:
-        with _replaced({place: _refusal(what) for place, what in _AS_WRITTEN.items()}):
-            yield
+        with _replaced(_while_followed(checkpoints)):
+            yield checkpoints
         drawn = [name for name, state in _generators().items() if not _same(state, before[name])]
     finally:
         _restore(before)
@@ -60,19 +87,44 @@ def _lost(what: str) -> TraceError:
     )
 
 
-def _refusal(what: str) -> Callable[..., NoReturn]:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise _lost(what)
-
-    return refuse
-
-
 # -- functions --------------------------------------------------------------------------------------------------------
 
 _Place = tuple[Any, str]
 _ORIGINALS: dict[_Place, Any] = {
-    (owner, name): vars(owner)[name] for owner, name in _AS_WRITTEN if name in vars(owner)
+    (owner, name): vars(owner)[name]
+    for owner, name in (
+        (torch.autograd.Function, "apply"),
+        (Tensor, "register_hook"),
+        (saved_tensors_hooks, "__enter__"),
+        (saved_tensors_hooks, "__exit__"),
+    )
 }
+
+
+def _while_followed(checkpoints: Checkpoints) -> dict[_Place, Any]:
+    """What stands in for the originals."""
+
+    def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+        if function is not CheckpointFunction:
+            raise _lost("calls a torch.autograd.Function")
+        run, _, *arguments = args
+        checkpoints.enter()
+        result = run(*arguments)
+        checkpoints.leave()
+        return result
+
+    def register_hook(tensor: Tensor, hook: Any) -> NoReturn:
+        raise _lost("hooks the gradient of a tensor")
+
+    def enter(hooks: saved_tensors_hooks) -> None:
+        if type(hooks).__module__ != checkpoint.__module__:
+            raise _lost("saves tensors for its backward pass in a way of its own")
+        checkpoints.enter()
+
+    def leave(hooks: saved_tensors_hooks, *error: Any) -> None:
+        checkpoints.leave()
+
+    return dict(zip(_ORIGINALS, (classmethod(apply), register_hook, enter, leave), strict=True))
 
 
 @contextlib.contextmanager
