@@ -199,3 +199,13 @@ def test_another_rewrite_of_the_same_model_is_independent(images: Tensor) -> Non
         skipvit_fx.set_skipping(two, False)
         assert torch.equal(one(images), wanted)
         assert torch.equal(two(images), model(images))
+
+
+def test_a_rewrite_in_inference_mode_can_be_trained(images: Tensor) -> None:
+    model = small_vit()
+    with torch.inference_mode():
+        fast = rewritten(model)
+    fast(images).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.no_grad():
+        assert torch.equal(fast(images), rewritten(model)(images))

@@ -593,3 +593,19 @@ def test_class_tokens_of_all_layers_need_no_filling() -> None:
     for plan in PLANS.values():
         fast = rewrite(model, image(), plan)
         assert_exact(fast, model, image(3), model.layout(), plan)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_the_length_of_a_tensor_is_its_batch_size(frontend: str) -> None:
+    class Lengths(Odd):
+        def forward(self, image: Tensor) -> Tensor:
+            x = self.embed(image).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos
+            assert len(x.shape) == 3
+            y: Tensor = self.head(self.norm(self.layers(x))[:, 0])
+            return y
+
+    model = scramble(Lengths([Block() for _ in range(4)])).eval()
+    fast = rewrite(model, image(), TWO, frontend=frontend)
+    assert_exact(fast, model, image(5), model.layout(), TWO)
+    assert "len" not in globals()

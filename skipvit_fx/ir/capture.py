@@ -31,6 +31,7 @@ from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.exported import export_graph
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ir.lengths import lengths_followed
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
@@ -128,7 +129,12 @@ def _follow(
     inputs: Inputs,
 ) -> tuple[fx.Graph, bool]:
     """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only."""
-    with _following(traced) as checkpoints, slow_attention(), torch.enable_grad():
+    with (
+        _following(traced) as checkpoints,
+        lengths_followed(traced, opened),
+        slow_attention(),
+        torch.enable_grad(),
+    ):
         if frontend == "export":
             graph = export_graph(traced, opened, inputs)
             if checkpoints.count and traced.training:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.capture import Capture, Frontend, capture
@@ -22,6 +24,7 @@ class OpenModules(Exception):  # noqa: N818 - it asks for something, nothing is 
         super().__init__(sorted(self.paths))
 
 
+@torch.inference_mode(False)  # in which no operator could be watched
 def with_capture(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -39,6 +42,7 @@ def with_capture(
         TraceError: the model's Python code cannot be followed.
     """
     mode = TracelessFakeMode()
+    args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
     if frontend != "auto":
         return _opening(model, args, kwargs, work, frontend, mode)
     try:
@@ -48,6 +52,11 @@ def with_capture(
             return _opening(model, args, kwargs, work, "export", mode)
         except TraceError as second:
             raise first from second
+
+
+def _trackable(leaf: Any) -> Any:
+    """A tensor that autograd may see, also if the example was made in inference mode."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _opening(
