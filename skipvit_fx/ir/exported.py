@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.in_place import refuse_lost_writes
+from skipvit_fx.ir.in_place import WatchWrites, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
 from skipvit_fx.ir.unseen import unseen_allowed
@@ -47,6 +47,7 @@ class _LeafCall:
         spec, constants: structure of its arguments, and the leaves of it that are neither tensor nor symbolic size.
         tensors, sizes: which leaves are.
         out_spec, out_leaves: the same of what it returned; ``TENSOR`` stands for a tensor.
+        writes: whether it writes into one of the tensors.
         handed_on: of every tensor that it returned, the place of the argument in whose memory it lies, or None.
     """
 
@@ -58,6 +59,7 @@ class _LeafCall:
     sizes: list[int]
     out_spec: pytree.TreeSpec | None = None
     out_leaves: list[Any] = field(default_factory=list)
+    writes: bool = False
     handed_on: list[int | None] = field(default_factory=list)
 
     def arguments(self, tensors: list[Any], sizes: list[Any]) -> tuple[Any, Any]:
@@ -79,7 +81,9 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
     leaf = _CALLS[call]
     args, kwargs = leaf.arguments(tensors, sizes)
     with unseen_allowed():
-        leaves, leaf.out_spec = pytree.tree_flatten(leaf.forward(*args, **kwargs))
+        with WatchWrites() as watch:
+            leaves, leaf.out_spec = pytree.tree_flatten(leaf.forward(*args, **kwargs))
+        leaf.writes = watch.wrote_into(tensors)
     if any(isinstance(out, (torch.SymInt, torch.SymFloat, torch.SymBool)) for out in leaves):
         raise TraceError(
             f"module {leaf.path!r} returns a number that depends on the batch size",
@@ -169,6 +173,7 @@ class _Translation:
         self._program = program
         self._root = root
         self._twins: dict[fx.Node, Any] = {}
+        self._written_by_leaf: dict[fx.Node, list[fx.Node]] = {}
         self._constant_count = 0
         self._place_inputs(inputs)
         for node in program.graph.nodes:
@@ -180,7 +185,7 @@ class _Translation:
                     hint="move what the model does under autocast or without gradient into a module of its own",
                 )
         self._place_output()
-        refuse_lost_writes(self.graph, root, self._values().get)
+        refuse_lost_writes(self.graph, self._values().get, self._written_by_leaf.__getitem__)
 
     # -- inputs and state -------------------------------------------------------------------------------------
 
@@ -248,6 +253,7 @@ class _Translation:
         leaf = _CALLS[index]  # type: ignore[index]
         args, kwargs = leaf.arguments(self._twin_of(tensors), self._twin_of(sizes))
         twin = self.graph.call_module(leaf.path, args, kwargs)
+        self._written_by_leaf[twin] = twin.all_input_nodes if leaf.writes else []
         self._remember(twin, node)
         assert leaf.out_spec is not None
         example = pytree.tree_unflatten(

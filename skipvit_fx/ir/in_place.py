@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx import Proxy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.errors import TraceError
 
@@ -32,7 +34,11 @@ def augmented(name: str) -> Callable[[Proxy, Any], Proxy]:
     return method
 
 
-def refuse_lost_writes(graph: fx.Graph, root: nn.Module, value: Callable[[fx.Node], Any]) -> None:
+def refuse_lost_writes(
+    graph: fx.Graph,
+    value: Callable[[fx.Node], Any],
+    written_by_leaf: Callable[[fx.Node], list[fx.Node]],
+) -> None:
     """Let a write pass where all that reads the memory afterwards reads the result of the write.
 
     What is written under one name and read under another, such as ``y = x.view(-1); x += 1; f(y)``, does not survive
@@ -41,18 +47,19 @@ def refuse_lost_writes(graph: fx.Graph, root: nn.Module, value: Callable[[fx.Nod
 
     Args:
         graph: of eval or train mode, before anything was eliminated.
-        root: whose modules it calls.
         value: the fake tensor that a node computes.
+        written_by_leaf: the arguments that a called module writes into.
 
     Raises:
         TraceError: some write would be lost, or changes the model's state or its inputs.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        for written in _written(node, root):
-            place = order[node]
-            if _kind(value(written)) != _kind(value(node)):
-                raise _refusal(node, f"is written over {written.name}, of another shape or dtype")
+        place = order[node]
+        if node.meta.get(_WRITES) and _kind(value(node.args[0])) != _kind(value(node)):
+            raise _refusal(node, f"is written over {node.args[0]}, of another shape or dtype")
+        is_leaf = node.op == "call_module"
+        for written in written_by_leaf(node) if is_leaf else _written(node):
             for other, there in order.items():
                 if there >= place or not _share_memory(value(written), value(other)):
                     continue
@@ -67,20 +74,12 @@ def refuse_lost_writes(graph: fx.Graph, root: nn.Module, value: Callable[[fx.Nod
                     )
 
 
-def _written(node: fx.Node, root: nn.Module) -> Iterator[fx.Node]:
-    """The arguments that a node writes into, or may write into."""
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a function or method writes into."""
     target = node.target
     places: list[Any] = []
     if isinstance(target, torch._ops.OpOverload):
-        for i, argument in enumerate(target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                places.append(
-                    node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-                )
-    elif node.op == "call_module":
-        leaf = root.get_submodule(str(target))
-        if any(getattr(module, "inplace", False) for module in leaf.modules()):
-            places += [node.args, node.kwargs]
+        places += _places(target, node.args, node.kwargs)
     elif node.op in ("call_method", "call_function"):
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
@@ -89,7 +88,42 @@ def _written(node: fx.Node, root: nn.Module) -> Iterator[fx.Node]:
         places.append(node.kwargs.get("out"))
     found: list[fx.Node] = []
     fx.node.map_arg(places, found.append)
-    yield from found
+    return found
+
+
+class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which memory is written into while a module runs on fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._written: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for value in _places(func, args, kwargs):
+                self._written |= _memory(value)
+        return func(*args, **kwargs)
+
+    def wrote_into(self, tensors: Any) -> bool:
+        """Whether any of these tensors, however nested, changed."""
+        return not self._written.isdisjoint(_memory(tensors))
+
+
+def _memory(tensors: Any) -> set[int]:
+    leaves = (leaf for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor))
+    return {leaf.untyped_storage()._cdata for leaf in leaves}
+
+
+def _places(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that an operator writes into, by its schema."""
+    return [
+        args[i] if i < len(args) else kwargs.get(argument.name)
+        for i, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _kind(value: Any) -> Any:

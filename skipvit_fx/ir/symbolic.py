@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
-from skipvit_fx.ir.in_place import AUGMENTED, augmented, refuse_lost_writes
+from skipvit_fx.ir.in_place import AUGMENTED, WatchWrites, augmented, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
 from skipvit_fx.ir.recompute import CHECKPOINT
@@ -145,6 +145,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self._evaluating = False
         self._state: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
+        self._writing_leaves: set[fx.Node] = set()
 
     # -- capture ----------------------------------------------------------------------------------------------
 
@@ -160,7 +161,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             unittest.mock.patch.object(torch.autocast, "__enter__", self._autocast()),
         ):
             graph = super().trace(root)
-        refuse_lost_writes(graph, root, self.example)
+        refuse_lost_writes(graph, self.example, self._written_by_leaf)
         return graph
 
     def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -288,6 +289,11 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         """The node's value in the example call, with fake tensors."""
         return self._value(node, self._witnesses[0])
 
+    def _written_by_leaf(self, node: fx.Node) -> list[fx.Node]:
+        """All arguments of a module that writes into one of them."""
+        self.example(node)
+        return node.all_input_nodes if node in self._writing_leaves else []
+
     def _value(self, node: fx.Node, witness: _Witness) -> Any:
         """The node's value on a witness: what it needs and has not is computed first, in graph order."""
         values = witness.values
@@ -313,7 +319,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             args, kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda a: witness.known.get(a, values[a])
             )
-            out = self.root.get_submodule(str(node.target))(*args, **kwargs)
+            with WatchWrites() as watch:
+                out = self.root.get_submodule(str(node.target))(*args, **kwargs)
+            if watch.wrote_into((args, kwargs)):
+                self._writing_leaves.add(node)
             return pytree.tree_map_only(FakeTensor, _forget, out)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "get_attr":
