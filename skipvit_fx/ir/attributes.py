@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
@@ -20,11 +20,20 @@ _CONSTANT = "_tensor_constant"
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 _COMPARED = (bool, int, float, str)
 
+_MISSING = object()
+
 Place = tuple[str, str]
 """The path of a module and the name of an attribute."""
 
 
-def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]:
+class Change(NamedTuple):
+    """An attribute before and after a call."""
+
+    before: Any
+    now: Any
+
+
+def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Change]:
     """Replace the forward of ``root``. Calling it fills what is returned.
 
     Args:
@@ -32,17 +41,19 @@ def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]
         paths: of the modules to watch.
 
     Returns:
-        What the plain attributes are that every call changes: to be read after a call.
+        The plain attributes that the last call changed.
 
     Raises:
         TraceError: in the call, if it assigns another tensor to a parameter or buffer.
     """
-    changed: dict[Place, Any] = {}
+    changes: dict[Place, Change] = {}
     forward = root.forward
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        attributes, state = dict(_attributes(root, paths)), dict(_state(root, paths))
+        changes.clear()
+        before, leaves = dict(_attributes(root, paths)), dict(_leaves(root, paths))
+        state = dict(_state(root, paths))
         result = forward(*args, **kwargs)
         for place, tensor in _state(root, paths):
             if tensor is not state.get(place):
@@ -50,20 +61,36 @@ def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]
                     f"the model replaces its own state, {_spelled([place])}, in a module that runs attention",
                     hint="keep state that changes in a module of its own",
                 )
-        for place, now in _attributes(root, paths):
-            if not _same(attributes.get(place), now):
-                changed[place] = vars(root.get_submodule(place[0]))[place[1]]
+        after = dict(_attributes(root, paths))
+        for place, now in _leaves(root, paths):
+            if not _same(leaves.get(place), now):
+                changes[place] = Change(before.get(place, _MISSING), after[place])
         return result
 
     root.forward = watched
-    return changed
+    return changes
+
+
+def keep_what_is_known(root: nn.Module, changes: Mapping[Place, Change]) -> None:
+    """Leave ``root`` as after a call, but for what was seen while tracing, and means nothing afterwards."""
+    for (path, name), change in changes.items():
+        attributes = vars(root.get_submodule(path))
+        attributes[name] = change.before if _of_one_call(change.now) else change.now
+        if attributes[name] is _MISSING:
+            del attributes[name]
 
 
 def _attributes(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
     for path in sorted(paths):
         for name, value in vars(root.get_submodule(path)).items():
             if name not in _OF_EVERY_MODULE and not name.startswith(_CONSTANT):
-                yield (path, name), pytree.tree_flatten(value)  # so that a list may change
+                yield (path, name), value
+
+
+def _leaves(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
+    """The attributes in parts, so that a list that grows has changed."""
+    for place, value in _attributes(root, paths):
+        yield place, pytree.tree_flatten(value)
 
 
 def _state(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
@@ -82,16 +109,17 @@ def _same(before: Any, now: Any) -> bool:
     )
 
 
-def of_one_call(value: Any) -> bool:
-    """Whether an attribute holds what was seen while tracing, and means nothing afterwards."""
+def _of_one_call(value: Any) -> bool:
     traced = (fx.Proxy, FakeTensor, torch.SymInt)
     return any(isinstance(leaf, traced) for leaf in pytree.tree_leaves(value))
 
 
-def warn_of_kept(changed: dict[Place, Any]) -> None:
+def warn_of_kept(changes: Mapping[Place, Change]) -> None:
     """Say that modules keep tensors of every call."""
     places = [
-        place for place, value in changed.items() if any(map(_is_tensor, pytree.tree_leaves(value)))
+        place
+        for place, change in changes.items()
+        if any(map(_is_activation, pytree.tree_leaves(change.now)))
     ]
     if places:
         warnings.warn(
@@ -100,23 +128,11 @@ def warn_of_kept(changed: dict[Place, Any]) -> None:
         )
 
 
-def _is_tensor(leaf: Any) -> bool:
-    if isinstance(leaf, fx.Proxy):
-        tracer: Any = leaf.tracer
-        leaf = tracer.example(leaf.node)
-    return isinstance(leaf, FakeTensor)
-
-
-def same_graph(one: tuple[fx.Graph, nn.Module], other: tuple[fx.Graph, nn.Module]) -> bool:
-    """Whether two traces show the same, constants that lie in the roots included."""
-    return str(one[0]) == str(other[0]) and all(
-        torch.equal(a, b) for a, b in zip(_constants(*one), _constants(*other), strict=True)
-    )
-
-
-def _constants(graph: fx.Graph, root: nn.Module) -> list[Tensor]:
-    names = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    return [getattr(root, name) for name in names if name.startswith(_CONSTANT)]
+def _is_activation(leaf: Any) -> bool:
+    if not isinstance(leaf, fx.Proxy) or leaf.node.op == "get_attr":
+        return False  # torch.export warns of what it sees itself
+    tracer: Any = leaf.tracer
+    return isinstance(tracer.example(leaf.node), FakeTensor)
 
 
 def refuse_memory(places: list[Place]) -> TraceError:

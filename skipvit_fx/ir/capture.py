@@ -20,10 +20,8 @@ from torch.utils import _pytree as pytree
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attention_modules import attention_modules, slow_attention
 from skipvit_fx.ir.attributes import (
-    Place,
-    of_one_call,
+    keep_what_is_known,
     refuse_memory,
-    same_graph,
     warn_of_kept,
     watch_attributes,
 )
@@ -97,20 +95,23 @@ def capture(
     fixed_sizes = False
     for training in (False, True):
         traced = clone_structure(model).train(training)
-        changed = watch_attributes(traced, opened)
+        changes = watch_attributes(traced, opened)
         graph, fixed = _follow(traced, frontend, opened, mode, inputs)
-        fixed_sizes |= fixed
-        if changed:
-            again = _after_a_call(model, changed).train(training)
-            if not training:
-                warn_of_kept(changed)
-            second, _ = _follow(again, frontend, opened, mode, inputs)
-            if not same_graph((graph, traced), (second, again)):
-                raise refuse_memory(list(changed))
         mode.empty_caches()
         _share_constants(graph, traced, constants)
+        if changes:
+            if not training:
+                warn_of_kept(changes)
+            places = list(changes)
+            keep_what_is_known(traced, changes)
+            second, _ = _follow(traced, frontend, opened, mode, inputs)
+            mode.empty_caches()
+            _share_constants(second, traced, constants)
+            if str(graph) != str(second):
+                raise refuse_memory(places)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
+        fixed_sizes |= fixed
     module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
@@ -146,15 +147,6 @@ def _follow(
             return graph, True
         tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
         return tracer.trace(traced), tracer.fixed_sizes
-
-
-def _after_a_call(model: nn.Module, changed: dict[Place, Any]) -> nn.Module:
-    """A structural clone with the attributes that a call leaves behind, but for tensors of the call itself."""
-    again = clone_structure(model)
-    for (path, name), value in changed.items():
-        if not of_one_call(value):
-            setattr(again.get_submodule(path), name, value)
-    return again
 
 
 @contextlib.contextmanager
@@ -246,6 +238,8 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
             name = f"{OWN_CHILD}_constant_{len(constants)}"
             constants[name] = value
             node.target = name
+    for name in [name for name in vars(root) if name.startswith("_tensor_constant")]:
+        delattr(root, name)  # the next trace starts counting again
 
 
 def _fix_input_shapes(module: SkipViTModule, inputs: Inputs) -> None:

@@ -71,6 +71,9 @@ class _LeafCall:
         return args, kwargs
 
 
+_LEAF = "skipvit_leaf"
+"""Where a forward that calls the opaque operator keeps the one that it stands for, for a second export."""
+
 _CALLS: list[_LeafCall] = []
 """Calls of the export that runs; the operator knows them by their index."""
 
@@ -119,6 +122,7 @@ def _opaque(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         outs = [next(made) if out is TENSOR else out for out in record.out_leaves]
         return pytree.tree_unflatten(outs, record.out_spec)
 
+    setattr(call, _LEAF, forward)
     return call
 
 
@@ -133,7 +137,8 @@ def export_graph(model: nn.Module, open_paths: frozenset[str], inputs: Inputs) -
     """
     for path, module in model.named_modules():
         if path not in open_paths and path.rpartition(".")[0] in open_paths:
-            module.forward = _opaque(path, module.forward)
+            forward = getattr(module.forward, _LEAF, module.forward)
+            module.forward = _opaque(path, forward)
     args, kwargs = inputs.several_samples()
     batches = inputs.by_parameter(
         lambda leaf: {0: Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.ndim else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,8 +104,12 @@ class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for value in _places(func, args, kwargs):
-                self._written |= _memory(value)
+            places = _places(func, args, kwargs)
+            self._written |= _memory(places)
+            if places and not isinstance(places[0], FakeTensor):
+                return places[
+                    0
+                ]  # a count of batches, say: it is the author's own, and must not change
         return func(*args, **kwargs)
 
     def wrote_into(self, tensors: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from skipvit_fx.errors import TraceError
+from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture, Frontend, capture
 from skipvit_fx.ir.fakes import TracelessFakeMode
 
@@ -40,18 +40,34 @@ def with_capture(
 
     Raises:
         TraceError: the model's Python code cannot be followed.
+        UnsupportedModelError: that of a module cannot, which ``work`` wants to look into.
     """
     mode = TracelessFakeMode()
     args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
-    if frontend != "auto":
-        return _opening(model, args, kwargs, work, frontend, mode)
-    try:
-        return _opening(model, args, kwargs, work, "symbolic", mode)
-    except TraceError as first:
+    failures: list[TraceError] = []
+    attempts: tuple[Frontend, ...] = ("symbolic", "export") if frontend == "auto" else (frontend,)
+    for attempt in attempts:
         try:
-            return _opening(model, args, kwargs, work, "export", mode)
-        except TraceError as second:
-            raise first from second
+            return _opening(model, args, kwargs, work, attempt, mode)
+        except TraceError as error:
+            failures.append(error)
+    raise failures[0].as_refusal() if isinstance(failures[0], _ClosedModuleError) else failures[0]
+
+
+class _ClosedModuleError(TraceError):
+    """A leaf module that must be looked into cannot be."""
+
+    def __init__(self, path: str, error: TraceError) -> None:
+        super().__init__(str(error.args[0]))
+        self.path = path
+
+    def as_refusal(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"this module may mix tokens, and what it computes cannot be followed: {self.args[0]}",
+            node=self.path.replace(".", "_"),
+            module_path=self.path,
+            hint="choose a plan that returns before this place or drops after it, or change the model there",
+        )
 
 
 def _trackable(leaf: Any) -> Any:
@@ -67,12 +83,18 @@ def _opening(
     frontend: Frontend,
     mode: TracelessFakeMode,
 ) -> T:
-    opened: frozenset[str] = frozenset()
+    opened = asked = frozenset[str]()
     while True:
-        captured = capture(model, args, kwargs, frontend=frontend, mode=mode, also_open=opened)
+        try:
+            captured = capture(model, args, kwargs, frontend=frontend, mode=mode, also_open=opened)
+        except TraceError as error:
+            if not asked:
+                raise
+            raise _ClosedModuleError(min(asked), error) from error
         try:
             return work(captured)
         except OpenModules as leaves:
             if leaves.paths <= opened:
                 raise
-            opened |= leaves.paths
+            asked = leaves.paths
+            opened |= asked
