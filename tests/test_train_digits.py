@@ -23,11 +23,11 @@ def test_every_picture_holds_its_digit_whole(example: ModuleType) -> None:
     settings = example.Settings(images=20, pieces=0)
     digits = example.Digits(settings)
     images, classes = digits.training(torch.Generator().manual_seed(3))
-    assert images.shape == (20, 1, 24, 24)
+    assert images.shape == (20, 1, 32, 32)
     training = digits.pixels[: digits.split]
     for image, label in zip(images, classes, strict=True):
         pixels = (image[0] + 0.5) / 2
-        places = [(r, c) for r in range(0, 17, 4) for c in range(0, 17, 4)]
+        places = [(r, c) for r in range(0, 25, 4) for c in range(0, 25, 4)]
         found = {
             int(digits.classes[i])
             for r, c in places
