@@ -3,7 +3,8 @@
 import skipvit_fx._autoload  # noqa: F401  (before torch)
 from skipvit_fx.analysis.explain import AttentionReport, find_attention
 from skipvit_fx.api import rewrite, set_skipping
-from skipvit_fx.cost.latency import LatencyReport, measure_latency
+from skipvit_fx.cost.latency import measure_latency
+from skipvit_fx.cost.latency_report import LatencyReport
 from skipvit_fx.errors import (
     ExportError,
     NotRewrittenError,
@@ -15,7 +16,8 @@ from skipvit_fx.errors import (
 )
 from skipvit_fx.export.atc import AtcReport, atc_check
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
-from skipvit_fx.inspect.inspection import Inspection, inspect
+from skipvit_fx.inspect.inspection import inspect
+from skipvit_fx.inspect.report import Inspection
 from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.plan import Plan, Stage
 from skipvit_fx.saving import load, save

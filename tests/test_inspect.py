@@ -14,7 +14,7 @@ from torch import nn
 
 import skipvit_fx
 from models import BY_NAME, Family
-from skipvit_fx.inspect.inspection import Inspection
+from skipvit_fx.inspect.report import Inspection
 from skipvit_fx.pipeline.record import graph_lines, record_of
 
 GIGA = 1e9

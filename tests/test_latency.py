@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 import skipvit_fx
 from skipvit_fx.cli.app import app
 from skipvit_fx.cost import latency
-from skipvit_fx.cost.latency import LatencyModel, LatencyReport, LayerLatency, measure_latency
+from skipvit_fx.cost.latency import measure_latency
+from skipvit_fx.cost.latency_model import LatencyModel
+from skipvit_fx.cost.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.cost.macs import count_macs
 from skipvit_fx.errors import NotRewrittenError, SkipViTError
 from skipvit_fx.ops.switch import Switchable

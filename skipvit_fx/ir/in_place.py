@@ -107,9 +107,7 @@ class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
             places = _places(func, args, kwargs)
             self._written |= _memory(places)
             if places and not isinstance(places[0], FakeTensor):
-                return places[
-                    0
-                ]  # a count of batches, say: it is the author's own, and must not change
+                return places[0]  # of the author's own: a count of batches, say, must not change
         return func(*args, **kwargs)
 
     def wrote_into(self, tensors: Any) -> bool:

@@ -1,0 +1,20 @@
+"""Cells as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+
+def columns(
+    rows: Iterator[Sequence[str]] | Sequence[Sequence[str]],
+    to_the_left: Sequence[int],
+) -> Iterator[str]:
+    """Cells as lines of text, every column as wide as its widest cell; to the right but for those named."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = [
+            cell.ljust(width) if i in to_the_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(padded).rstrip()
