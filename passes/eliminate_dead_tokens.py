@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tokens_of
-from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
 from skipvit_fx.analysis.tokens import SDPA, carries_tokens
 from skipvit_fx.ir.sizes import dimension_of, sizes_of
 from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst

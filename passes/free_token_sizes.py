@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import Axes, Tokens, is_data, size, tokens_of
-from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.axes import Axes, Tokens, is_data, size, tensors_in, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
@@ -100,11 +99,11 @@ def _follow_in_reshape(
     editor = rewriting.editor
     for d, slot in enumerate(slots):
         if slot is None and d not in token_dims:
-            slots[d] = editor.insert_function_before(operator.getitem, (sizes, d), before=node)
+            slots[d] = editor.insert_call(operator.getitem, (sizes, d), before=node)
     for d in moved:
         own = _dim_with(rewriting, source, axes[d], token_dims.index(d))
         if own is not None:
-            slots[d] = editor.insert_method("size", (source, own), before=node)
+            slots[d] = editor.insert_call("size", (source, own), before=node)
             continue
         for other, slot in enumerate(slots):
             if slot == -1 and other != d:
@@ -180,9 +179,9 @@ def _follow_in_split(rewriting: Rewriting, node: fx.Node) -> None:
     at = next(i for i, part in enumerate(parts) if _part_has_patches(part, dim))
     editor = rewriting.editor
     rest = sum(part.shape[dim] for i, part in enumerate(parts) if i != at)
-    live = editor.insert_method("size", (source, dim % len(axes)), before=node)
+    live = editor.insert_call("size", (source, dim % len(axes)), before=node)
     if rest:
-        live = editor.insert_function_before(operator.sub, (live, rest), before=node)
+        live = editor.insert_call(operator.sub, (live, rest), before=node)
     fixed = [live if i == at else part.shape[dim] for i, part in enumerate(parts)]
     kwargs = {k: v for k, v in node.kwargs.items() if k == "dim"}
     editor.set_args(node, (source, fixed, *node.args[2:]), kwargs)
@@ -251,7 +250,7 @@ def _redirect_shape(rewriting: Rewriting, node: fx.Node, axes: Axes) -> None:
         parts = tuple(
             full_size(rewriting, axes[d])
             if tokens_of(axes[d])
-            else editor.insert_function_before(operator.getitem, (node, i), before=user)
+            else editor.insert_call(operator.getitem, (node, i), before=user)
             for i, d in enumerate(dims)
         )
         editor.rewire(user, node, parts)
@@ -328,12 +327,10 @@ def full_size(rewriting: Rewriting, dim: Any) -> fx.Node:
         editor = rewriting.editor
         cut = rewriting.stages[0].cut
         if 0 not in rewriting.full_sizes:
-            rewriting.full_sizes[0] = editor.insert_method(
-                "size", (cut, stream.dim), before=cut.next
-            )
+            rewriting.full_sizes[0] = editor.insert_call("size", (cut, stream.dim), before=cut.next)
         if difference:
             base = rewriting.full_sizes[0]
-            rewriting.full_sizes[difference] = editor.insert_function(
-                operator.add, (base, difference), after=base
+            rewriting.full_sizes[difference] = editor.insert_call(
+                operator.add, (base, difference), before=base.next
             )
     return rewriting.full_sizes[difference]

@@ -40,8 +40,10 @@ class InsertSelect:
             select = editor.insert_module(
                 f"{stage.name}.select", stage.choice, scores, after=stage.cut
             )
-            stage.kept = editor.insert_function(operator.getitem, (select, 0), after=select)
-            stage.dropped = editor.insert_function(operator.getitem, (select, 1), after=stage.kept)
+            stage.kept = editor.insert_call(operator.getitem, (select, 0), before=select.next)
+            stage.dropped = editor.insert_call(
+                operator.getitem, (select, 1), before=stage.kept.next
+            )
             stage.positions = stage.kept
             if before is not None and not rewriting.plan.fused:
                 stage.positions = editor.insert_module(

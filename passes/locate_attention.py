@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import fx
 
+from skipvit_fx.analysis.axes import tensors_in
 from skipvit_fx.analysis.layers import find_stream
-from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 

@@ -8,7 +8,7 @@ stand for the token axis and the batch axis, also after they were merged into on
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -156,3 +156,14 @@ def is_lost(tensor: Tensor) -> bool:
 def mark_lost(tensor: Tensor) -> None:
     """Note that a token axis was lost on the way to this tensor."""
     setattr(tensor, _LOST, True)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        return [t for value in tree.values() for t in tensors_in(value)]
+    if isinstance(tree, (tuple, list)):
+        return [t for value in tree for t in tensors_in(value)]
+    return []

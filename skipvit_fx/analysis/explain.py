@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from skipvit_fx.analysis.apart import takes_tokens, why_not_apart
-from skipvit_fx.analysis.axes import Batch, is_lost, size, tokens_of
+from skipvit_fx.analysis.axes import Batch, is_lost, size, tensors_in, tokens_of
 from skipvit_fx.analysis.layers import Stream, find_stream
 from skipvit_fx.analysis.residual import is_softmax
-from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
 from skipvit_fx.ir.calls import Calls, watch_calls

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, token_dim, tokens_of
+from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, tensors_in, token_dim, tokens_of
 from skipvit_fx.analysis.residual import (
     Chain,
     Span,
@@ -19,7 +19,6 @@ from skipvit_fx.analysis.residual import (
     refuse_sequence,
     residual_chain,
 )
-from skipvit_fx.analysis.rules import tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import is_data
-from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.ir.symbolic import attribute
 

@@ -8,8 +8,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import is_data
-from skipvit_fx.analysis.rules import tensors_in
+from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path

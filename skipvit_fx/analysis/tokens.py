@@ -27,6 +27,7 @@ from skipvit_fx.analysis.axes import (
     mark_lost,
     merge_ints,
     set_axes,
+    tensors_in,
     tokens_of,
 )
 from skipvit_fx.errors import TraceError
@@ -80,8 +81,8 @@ class AxisMode(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        outputs = rules.tensors_in(out)
-        inputs = rules.tensors_in((args, kwargs)) if outputs else []
+        outputs = tensors_in(out)
+        inputs = tensors_in((args, kwargs)) if outputs else []
         if not any(is_data(t) for t in inputs):
             return out
         for tensor in outputs:
@@ -286,7 +287,7 @@ class TokenAnalysis:
         if other.mixing:
             return other.mixing
         here, there = (
-            [(tensor.shape, axes_of(tensor)) for tensor in rules.tensors_in(value)]
+            [(tensor.shape, axes_of(tensor)) for tensor in tensors_in(value)]
             for value in (self.facts[node].value, other.value)
         )
         return "" if here == there else "the number or order of tokens changes"
@@ -352,4 +353,4 @@ def _attention(given: AttentionArguments) -> NodeFacts:
 
 def carries_tokens(facts: NodeFacts) -> bool:
     """Whether any tensor of the node's value has a token axis."""
-    return any(axes_of(t) is not None for t in rules.tensors_in(facts.value))
+    return any(axes_of(t) is not None for t in tensors_in(facts.value))

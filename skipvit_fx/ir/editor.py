@@ -53,26 +53,13 @@ class GraphEditor:
             node = self.graph.call_module(f"{OWN_CHILD}.{name}", args)
         return self._inserted(node)
 
-    def insert_function(
-        self, function: Callable[..., Any], args: tuple[Any, ...], *, after: fx.Node
+    def insert_call(
+        self, target: Callable[..., Any] | str, args: tuple[Any, ...], *, before: fx.Node
     ) -> fx.Node:
-        """Insert a function call behind ``after`` and everything in ``args``."""
-        with self.graph.inserting_after(self.latest([after, *_nodes(args)])):
-            node = self.graph.call_function(function, args)
-        return self._inserted(node)
-
-    def insert_method(self, method: str, args: tuple[Any, ...], *, before: fx.Node) -> fx.Node:
-        """Insert a method call in front of ``before``."""
+        """Insert a call of a function, or of the method with this name, in front of ``before``."""
+        kind = "call_method" if isinstance(target, str) else "call_function"
         with self.graph.inserting_before(before):
-            node = self.graph.call_method(method, args)
-        return self._inserted(node)
-
-    def insert_function_before(
-        self, function: Callable[..., Any], args: tuple[Any, ...], *, before: fx.Node
-    ) -> fx.Node:
-        """Insert a function call in front of ``before``."""
-        with self.graph.inserting_before(before):
-            node = self.graph.call_function(function, args)
+            node = self.graph.create_node(kind, target, args)
         return self._inserted(node)
 
     def insert_attribute(self, path: str, *, before: fx.Node) -> fx.Node:

@@ -1,0 +1,222 @@
+"""Operators that only move elements."""
+
+from __future__ import annotations
+
+import torch
+
+from skipvit_fx.analysis.axes import (
+    Axes,
+    Dim,
+    MixesTokens,
+    Tokens,
+    axes_of,
+    merge_ints,
+    plain,
+    regroup,
+    size,
+    tokens_of,
+)
+from skipvit_fx.analysis.rules.call import (
+    Call,
+    axes_or_plain,
+    labelled_self,
+    only_tokens,
+    refuse_tokens,
+    rule,
+)
+from skipvit_fx.analysis.rules.pointwise import align
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.view,
+    aten._unsafe_view,
+    aten._reshape_alias,
+    aten.reshape,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.flatten,
+)
+def _reshape(call: Call) -> Axes:
+    return regroup(labelled_self(call), call.out.shape)
+
+
+@rule(aten.view_as_complex)
+def _view_as_complex(call: Call) -> Axes:
+    axes = labelled_self(call)
+    refuse_tokens(axes, [-1], "view_as_complex")
+    return axes[:-1]
+
+
+@rule(aten.view_as_real)
+def _view_as_real(call: Call) -> Axes:
+    return (*labelled_self(call), (2,))
+
+
+@rule(aten.expand)
+def _expand(call: Call) -> Axes:
+    axes = labelled_self(call)
+    shape = call.out.shape
+    fresh = len(shape) - len(axes)
+    grown = plain(shape)
+    return tuple(
+        grown[d] if d < fresh or call.self.shape[d - fresh] == 1 else axes[d - fresh]
+        for d in range(len(shape))
+    )
+
+
+@rule(aten.repeat)
+def _repeat(call: Call) -> Axes:
+    axes = labelled_self(call)
+    repeats = list(call.argument(1, "repeats"))
+    axes = (*((),) * (len(repeats) - len(axes)), *axes)
+    result: list[Dim] = []
+    for dim, times in zip(axes, repeats, strict=True):
+        if times == 1:
+            result.append(dim)
+        elif any(not isinstance(factor, int) for factor in dim):
+            raise MixesTokens("repeat along the token or batch axis")
+        else:
+            result.append(merge_ints((times, *dim)))
+    return tuple(result)
+
+
+@rule(aten.permute)
+def _permute(call: Call) -> Axes:
+    axes = labelled_self(call)
+    return tuple(axes[d] for d in call.argument(1, "dims"))
+
+
+@rule(aten.transpose)
+def _transpose(call: Call) -> Axes:
+    axes = list(labelled_self(call))
+    a, b = call.argument(1, "dim0"), call.argument(2, "dim1")
+    axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+@rule(aten.t)
+def _t(call: Call) -> Axes:
+    return tuple(reversed(labelled_self(call)))
+
+
+@rule(aten.select)
+def _select(call: Call) -> Axes:
+    axes = list(labelled_self(call))
+    d = call.argument(1, "dim") % len(axes)
+    tokens = only_tokens(axes[d], "select")
+    if tokens:
+        index = call.argument(2, "index") % size(tokens)
+        if tokens.lead <= index < tokens.lead + tokens.patches:
+            raise MixesTokens("a patch token is picked out by its position")
+        call.reads = index + 1 - tokens.lead
+    del axes[d]
+    return tuple(axes)
+
+
+def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
+    """The rows ``start:stop`` of a token axis: all patches with part of the rest, or none of them."""
+    first, last = tokens.lead, tokens.lead + tokens.patches
+    if start <= first and stop >= last:
+        return (tokens._replace(lead=first - start, tail=stop - last),)
+    if stop <= first or start >= last:
+        return merge_ints((stop - start,))
+    raise MixesTokens("a slice cuts the patch tokens in two by position")
+
+
+@rule(aten.slice)
+def _slice(call: Call) -> Axes:
+    axes = list(labelled_self(call))
+    d = call.argument(1, "dim", 0) % len(axes)
+    length = call.self.shape[d]
+    start, stop = call.argument(2, "start"), call.argument(3, "end")
+    step = call.argument(4, "step", 1)
+    start, stop, _ = slice(start, stop).indices(length)
+    tokens = tokens_of(axes[d])
+    if (start, stop, step) == (0, length, 1):
+        return tuple(axes)
+    if tokens is None:
+        axes[d] = merge_ints((call.out.shape[d],))
+        return tuple(axes)
+    only_tokens(axes[d], "a slice")
+    if step != 1:
+        raise MixesTokens("a slice with a step picks tokens by their position")
+    axes[d] = _cut(tokens, start, stop)
+    if not tokens_of(axes[d]):
+        call.reads = stop - tokens.lead
+    return tuple(axes)
+
+
+@rule(aten.split, aten.split_with_sizes, aten.split_copy, aten.split_with_sizes_copy)
+def _split(call: Call) -> list[Axes | None]:
+    axes = labelled_self(call)
+    d = call.argument(2, "dim", 0) % len(axes)
+    tokens = only_tokens(axes[d], "split")
+    result: list[Axes | None] = []
+    start = 0
+    for part in call.out:
+        length = part.shape[d]
+        dim = _cut(tokens, start, start + length) if tokens else merge_ints((length,))
+        result.append((*axes[:d], dim, *axes[d + 1 :]))
+        start += length
+    return result
+
+
+@rule(aten.unbind)
+def _unbind(call: Call) -> list[Axes | None]:
+    axes = labelled_self(call)
+    (d,) = refuse_tokens(axes, [call.argument(1, "dim", 0)], "unbind")
+    return [(*axes[:d], *axes[d + 1 :])] * len(call.out)
+
+
+@rule(aten.cat)
+def _cat(call: Call) -> Axes:
+    tensors = [t for t in call.argument(0, "tensors") if t.shape != (0,)]
+    rank = tensors[0].ndim
+    d = call.argument(1, "dim", 0) % rank
+    tensors = [t for t in tensors if t.shape[d]] or tensors[:1]  # a prefix may be empty
+    along = [axes_or_plain(t)[d] for t in tensors]
+    carriers = [i for i, dim in enumerate(along) if tokens_of(dim)]
+    # everywhere but along d, the parts must line up; there they are joined
+    parts = [
+        (t.narrow(d, 0, 1), None if (own := axes_of(t)) is None else (*own[:d], (), *own[d + 1 :]))
+        for t in tensors
+    ]
+    across = align(call, parts, [1 if i == d else s for i, s in enumerate(call.out.shape)])
+    if call.positions:
+        raise MixesTokens("tokens are joined to a tensor of fixed token length")
+    if not carriers:
+        joined: Dim = merge_ints((call.out.shape[d],))
+    elif len(carriers) > 1:
+        raise MixesTokens("two token sequences are joined to one")
+    else:
+        (at,) = carriers
+        tokens = only_tokens(along[at], "cat")
+        assert tokens is not None
+        before = sum(t.shape[d] for t in tensors[:at])
+        after = sum(t.shape[d] for t in tensors[at + 1 :])
+        joined = (tokens._replace(lead=tokens.lead + before, tail=tokens.tail + after),)
+    return (*across[:d], joined, *across[d + 1 :])
+
+
+@rule(aten.stack)
+def _stack(call: Call) -> Axes:
+    tensors = call.argument(0, "tensors")
+    d = call.argument(1, "dim", 0) % call.out.ndim
+    shape = [s for i, s in enumerate(call.out.shape) if i != d]
+    axes = align(call, [(t, axes_of(t)) for t in tensors], shape)
+    if call.positions:
+        raise MixesTokens("tokens are stacked with a tensor of fixed token length")
+    return (*axes[:d], merge_ints((len(tensors),)), *axes[d:])
+
+
+@rule(aten.constant_pad_nd)
+def _pad(call: Call) -> Axes:
+    axes = list(labelled_self(call))
+    pad = call.argument(1, "pad")
+    for i in range(len(pad) // 2):
+        if pad[2 * i] or pad[2 * i + 1]:
+            refuse_tokens(tuple(axes), [-1 - i], "padding")
+            axes[-1 - i] = merge_ints((call.out.shape[-1 - i],))
+    return tuple(axes)
