@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -48,6 +49,16 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         self._entered -= 1
         if not self._entered:
             self.empty_caches()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Make parameters fake first: results that real ones take part in are not cached, and take ten times as long."""
+        args = tuple(
+            self.from_tensor(arg, static_shapes=True) if type(arg) is nn.Parameter else arg
+            for arg in args
+        )
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
         """Whether values stay known while operators work on them: of small integer tensors, not on the meta device."""
