@@ -42,6 +42,6 @@ def test_every_error_is_one_of_ours_and_has_a_hint() -> None:
 
 
 def test_the_function_is_not_hidden_by_its_package() -> None:
-    from skipvit_fx.inspect import table  # noqa: F401
+    from skipvit_fx.inspect import report  # noqa: F401
 
     assert callable(skipvit_fx.inspect)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 
 _Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
@@ -51,9 +53,13 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             self.empty_caches()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] = immutable_dict(),  # noqa: B008 - as in torch, and cannot change
     ) -> Any:
-        """Make parameters fake first: results that real ones take part in are not cached, and take ten times as long."""
+        """Make parameters fake first: what real ones take part in is not cached, and takes ten times as long."""
         args = tuple(
             self.from_tensor(arg, static_shapes=True) if type(arg) is nn.Parameter else arg
             for arg in args
