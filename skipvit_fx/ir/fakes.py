@@ -57,7 +57,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         func: Any,
         types: Any,
         args: Sequence[object] = (),
-        kwargs: Mapping[str, object] = immutable_dict(),  # noqa: B008 - as in torch, and cannot change
+        kwargs: Mapping[str, object] = immutable_dict(),
     ) -> Any:
         """Make parameters fake first: what real ones take part in is not cached, and takes ten times as long."""
         args = tuple(
