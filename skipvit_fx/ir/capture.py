@@ -31,7 +31,7 @@ from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.lengths import lengths_followed
 from skipvit_fx.ir.modes import keep_both_modes
-from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own
+from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
 from skipvit_fx.ir.unseen import Checkpoints, refuse_unseen
 from skipvit_fx.ops.mode import FixedSize
@@ -76,6 +76,7 @@ def capture(
         TraceError: the model's Python code cannot be followed.
     """
     _refuse_disguises(model)
+    refuse_taken_names(model)
     try:
         opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
     except (DataDependentOutputException, DynamicOutputShapeException) as error:

@@ -144,22 +144,27 @@ def forward_of(model: nn.Module) -> Callable[..., Any]:
     return getattr(model.forward, "__func__", type(model).forward)
 
 
-def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
-    """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses.
+_TAKEN = {OWN_CHILD, _AUTHOR, *dir(SkipViTModule(nn.Module(), fx.Graph()))} - set(dir(nn.Module()))
+
+
+def refuse_taken_names(model: nn.Module) -> None:
+    """Check that :func:`own` can take ``model`` over.
 
     Raises:
         TraceError: the model has an attribute that would hide one of the module's, or be hidden by it.
     """
-    module = SkipViTModule(nn.Module(), fx.Graph(), class_name=f"SkipViT{type(model).__name__}")
-    taken = {OWN_CHILD, _AUTHOR, *dir(module)} - set(dir(nn.Module()))
-    if isinstance(model, fx.GraphModule):
-        taken -= _GRAPH_STATE
+    taken = _TAKEN - _GRAPH_STATE if isinstance(model, fx.GraphModule) else _TAKEN
     clash = taken & {*vars(model), *model._parameters, *model._buffers, *model._modules}
     if clash:
         raise TraceError(
             f"{type(model).__name__} has what a rewritten model needs for itself: {', '.join(sorted(clash))}",
             hint="rewrite a module that has the model as a child, and calls it in its forward",
         )
+
+
+def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
+    """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
+    module = SkipViTModule(nn.Module(), fx.Graph(), class_name=f"SkipViT{type(model).__name__}")
     child = Own(type(model), forward_of(model), inputs.built_in, inputs.defaults)
     model.add_module(OWN_CHILD, child.train(model.training))
     module.adopt(vars(model))
