@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from typing import Any, TypeVar
 
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.module import SkipViTModule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -19,22 +20,31 @@ def clone_structure(model: ModuleT) -> ModuleT:
     The copy can be traced, switched between train and eval, or given caches without the original noticing.
     """
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shared)
+    return _deepcopy(model, shared)
 
 
-def fake_structure(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def fake_structure(model: nn.Module, mode: TracelessFakeMode) -> nn.Module:
     """Copy every module object below ``model`` with fake tensors in place of parameters and buffers.
 
     The copy of a rewritten model has its children and tensors, and no graph.
     """
     fakes: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+        twin = mode.twin(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
-        fakes[id(tensor)] = nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+        fakes[id(tensor)] = nn.Parameter(twin, False) if is_parameter else twin.detach()
     if not isinstance(model, SkipViTModule):
-        return copy.deepcopy(model, fakes)
+        return _deepcopy(model, fakes)
     owner = nn.Module()
     for name in ("_modules", "_parameters", "_buffers"):
         setattr(owner, name, getattr(model, name))
-    return copy.deepcopy(owner, fakes)
+    return _deepcopy(owner, fakes)
+
+
+def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
+    """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:
+                known[id(value)] = OrderedDict()
+    return copy.deepcopy(model, known)

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 _Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 _SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
@@ -35,6 +36,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self._caches = {cache: cache.cache_info().misses for cache in _caches()}
+        self._twins = WeakIdKeyDictionary()
         self._entered = 0  # operators enter it again while they run
 
     def __enter__(self) -> Self:
@@ -60,11 +62,15 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] = immutable_dict(),
     ) -> Any:
         """Make parameters fake first: what real ones take part in is not cached, and takes ten times as long."""
-        args = tuple(
-            self.from_tensor(arg, static_shapes=True) if type(arg) is nn.Parameter else arg
-            for arg in args
-        )
+        args = tuple(self.twin(arg) if type(arg) is nn.Parameter else arg for arg in args)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def twin(self, tensor: torch.Tensor) -> FakeTensor:
+        """A fake tensor for a parameter or buffer, without gradient, the same one every time."""
+        twin: FakeTensor | None = self._twins.get(tensor)  # type: ignore[no-untyped-call]
+        if twin is None:
+            twin = self._twins[tensor] = self.from_tensor(tensor.detach(), static_shapes=True)
+        return twin
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
         """Whether values stay known while operators work on them: of small integer tensors, not on the meta device."""

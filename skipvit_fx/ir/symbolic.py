@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import functools
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -161,6 +161,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             unittest.mock.patch.object(torch.autocast, "__enter__", self._autocast()),
         ):
             graph = super().trace(root)
+        self._compute(graph.find_nodes(op="call_module"), self._witnesses[0])
         refuse_lost_writes(graph, self.example, self._written_by_leaf)
         return graph
 
@@ -290,28 +291,34 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return self._value(node, self._witnesses[0])
 
     def _written_by_leaf(self, node: fx.Node) -> list[fx.Node]:
-        """All arguments of a module that writes into one of them."""
-        self.example(node)
+        """All arguments of a module that writes into one of them, as was seen when it was computed."""
         return node.all_input_nodes if node in self._writing_leaves else []
 
     def _value(self, node: fx.Node, witness: _Witness) -> Any:
-        """The node's value on a witness: what it needs and has not is computed first, in graph order."""
+        """The node's value on a witness."""
+        self._compute([node], witness)
+        return witness.values[node]
+
+    def _compute(self, nodes: Iterable[fx.Node], witness: _Witness) -> None:
+        """Fill in values on a witness: what they need and has none is computed first, in graph order."""
         values = witness.values
-        needed, waiting = {node}, [node]
+        waiting = [node for node in nodes if node not in values]
+        needed = set(waiting)
         while waiting:
             for argument in waiting.pop().all_input_nodes:
                 if argument not in values and argument not in needed:
                     needed.add(argument)
                     waiting.append(argument)
+        if not needed:
+            return
         self._evaluating = True
         try:
             with unseen_allowed(), self._mode, torch.no_grad():
                 for pending in self.graph.nodes:
-                    if pending in needed and pending not in values:
+                    if pending in needed:
                         values[pending] = self._run(pending, witness)
         finally:
             self._evaluating = False
-        return values[node]
 
     def _run(self, node: fx.Node, witness: _Witness) -> Any:
         values = witness.values
