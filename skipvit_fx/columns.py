@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 
-def columns(
-    rows: Iterator[Sequence[str]] | Sequence[Sequence[str]],
-    to_the_left: Sequence[int],
-) -> Iterator[str]:
+def columns(rows: Iterable[Sequence[str]], to_the_left: Container[int]) -> Iterator[str]:
     """Cells as lines of text, every column as wide as its widest cell; to the right but for those named."""
     cells = list(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

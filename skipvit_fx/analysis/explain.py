@@ -15,6 +15,7 @@ from skipvit_fx.analysis.axes import Batch, is_lost, size, tensors_in, tokens_of
 from skipvit_fx.analysis.layers import Stream, find_stream
 from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.columns import columns
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
 from skipvit_fx.ir.calls import Calls, watch_calls
 from skipvit_fx.ir.capture import Capture
@@ -445,7 +446,7 @@ class AttentionReport:
         lines = [self._headline()]
         if rows := [self._row(site) for site in self.sites if site.layer]:
             header = ("layer", "module", "kind", "tokens", "heads", "prefix")
-            lines += ["", *_table([header, *rows])]
+            lines += ["", *columns([header, *rows], to_the_left=range(len(header)))]
         if others := [site for site in self.sites if not site.layer]:
             lines += ["", "No layer's attention:"]
             lines += [f"  {s.module_path or '<root>'} ({s.kind}): {s.reason}" for s in others]
@@ -487,8 +488,3 @@ def _within(path: str, ancestor: str) -> bool:
 
 def _message(error: SkipViTError) -> str:
     return error.reason if isinstance(error, UnsupportedModelError) else str(error.args[0])
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

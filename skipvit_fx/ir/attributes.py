@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 
-_CONSTANT = "_tensor_constant"
+CONSTANT = "_tensor_constant"
 """What tracers call the tensors that they meet; they keep them in the root."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
@@ -83,7 +83,7 @@ def keep_what_is_known(root: nn.Module, changes: Mapping[Place, Change]) -> None
 def _attributes(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
     for path in sorted(paths):
         for name, value in vars(root.get_submodule(path)).items():
-            if name not in _OF_EVERY_MODULE and not name.startswith(_CONSTANT):
+            if name not in _OF_EVERY_MODULE and not name.startswith(CONSTANT):
                 yield (path, name), value
 
 

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attention_modules import attention_modules, slow_attention
 from skipvit_fx.ir.attributes import (
+    CONSTANT,
     keep_what_is_known,
     refuse_memory,
     warn_of_kept,
@@ -97,17 +98,13 @@ def capture(
     for training in (False, True):
         traced = clone_structure(model).train(training)
         changes = watch_attributes(traced, opened)
-        graph, fixed = _follow(traced, frontend, opened, mode, inputs)
-        mode.empty_caches()
-        _share_constants(graph, traced, constants)
+        graph, fixed = _follow(traced, frontend, opened, mode, inputs, constants)
         if changes:
             if not training:
                 warn_of_kept(changes)
             places = list(changes)
             keep_what_is_known(traced, changes)
-            second, _ = _follow(traced, frontend, opened, mode, inputs)
-            mode.empty_caches()
-            _share_constants(second, traced, constants)
+            second, _ = _follow(traced, frontend, opened, mode, inputs, constants)
             if str(graph) != str(second):
                 raise refuse_memory(places)
         graph.eliminate_dead_code(_is_impure)
@@ -129,8 +126,12 @@ def _follow(
     opened: frozenset[str],
     mode: TracelessFakeMode,
     inputs: Inputs,
+    constants: dict[str, torch.Tensor],
 ) -> tuple[fx.Graph, bool]:
-    """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only."""
+    """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only.
+
+    Constants that are made on the way are added to ``constants``.
+    """
     with (
         _following(traced) as checkpoints,
         lengths_followed(traced, opened),
@@ -138,16 +139,19 @@ def _follow(
         torch.enable_grad(),
     ):
         if frontend == "export":
-            graph = export_graph(traced, opened, inputs)
+            graph, fixed = export_graph(traced, opened, inputs), True
             if checkpoints.count and traced.training:
                 warnings.warn(
                     "the model recomputes activations (torch.utils.checkpoint); the exported graph keeps them, and "
                     "takes more memory in training",
                     stacklevel=2,
                 )
-            return graph, True
-        tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
-        return tracer.trace(traced), tracer.fixed_sizes
+        else:
+            tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
+            graph, fixed = tracer.trace(traced), tracer.fixed_sizes
+    mode.empty_caches()
+    _share_constants(graph, traced, constants)
+    return graph, fixed
 
 
 @contextlib.contextmanager
@@ -228,7 +232,7 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
         if node.op != "get_attr" or node.target in owned:
             continue
         value = attribute(root, node.target)
-        if not isinstance(value, torch.Tensor) or not node.target.startswith("_tensor_constant"):
+        if not isinstance(value, torch.Tensor) or not node.target.startswith(CONSTANT):
             continue
         for name, known in constants.items():
             same = known.dtype == value.dtype and known.shape == value.shape
@@ -239,7 +243,7 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
             name = f"{OWN_CHILD}_constant_{len(constants)}"
             constants[name] = value
             node.target = name
-    for name in [name for name in vars(root) if name.startswith("_tensor_constant")]:
+    for name in [name for name in vars(root) if name.startswith(CONSTANT)]:
         delattr(root, name)  # the next trace starts counting again
 
 

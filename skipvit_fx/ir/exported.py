@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.attributes import CONSTANT
 from skipvit_fx.ir.in_place import WatchWrites, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
@@ -219,7 +220,7 @@ class _Translation:
 
     def _constant(self, name: str) -> fx.Node:
         """A tensor that the model makes anew in every call, such as ``torch.tensor([1.0])``."""
-        attribute = f"_tensor_constant{self._constant_count}"
+        attribute = f"{CONSTANT}{self._constant_count}"
         self._constant_count += 1
         setattr(self._root, attribute, self._program.constants[name])
         return self.graph.get_attr(attribute)

@@ -43,7 +43,8 @@ def transformer(graph: fx.Graph) -> Callable[[list[str]], list[str]]:
     """
 
     def transform(body: list[str]) -> list[str]:
-        regions = list(_regions(graph))
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        regions = list(_regions(order))
         if not regions:
             return body
         pieces = _pieces(body)
@@ -54,18 +55,18 @@ def transformer(graph: fx.Graph) -> Callable[[list[str]], list[str]]:
             inside = [
                 line for piece in pieces[region.first : region.last + 1] for line in piece[1:]
             ]
-            lines += [pieces[region.first][0], *_function(graph, region, number, "".join(inside))]
+            lines += [pieces[region.first][0], *_function(order, region, number, "".join(inside))]
             place = region.last + 1
         return [*lines, *(line for piece in pieces[place:] for line in piece)]
 
     return transform
 
 
-def _regions(graph: fx.Graph) -> Iterator[_Region]:
+def _regions(order: dict[fx.Node, int]) -> Iterator[_Region]:
     """From the first to the last node of every checkpoint, in order; those that overlap are one."""
-    marked = [(i, node.meta.get(CHECKPOINT)) for i, node in enumerate(graph.nodes)]
     spans: dict[int, _Region] = {}
-    for i, number in marked:
+    for node, i in order.items():
+        number = node.meta.get(CHECKPOINT)
         if number is not None:
             spans[number] = _Region(spans[number].first if number in spans else i, i)
     open_region: _Region | None = None
@@ -91,8 +92,7 @@ def _pieces(body: list[str]) -> list[list[str]]:
     return pieces
 
 
-def _function(graph: fx.Graph, region: _Region, number: int, code: str) -> Iterator[str]:
-    order = {node: i for i, node in enumerate(graph.nodes)}
+def _function(order: dict[fx.Node, int], region: _Region, number: int, code: str) -> Iterator[str]:
     nodes = [node for node, i in order.items() if region.first <= i <= region.last]
     given = list(
         dict.fromkeys(

@@ -336,7 +336,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             name = str(node.target)
             value = self._state[name] if name in self._state else attribute(self.root, name)
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
-                return self._mode.from_tensor(value.detach(), static_shapes=True)
+                return self._mode.twin(value)
             return value
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

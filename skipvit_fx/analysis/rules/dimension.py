@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,10 @@ from skipvit_fx.analysis.rules.pointwise import pointwise
 aten = torch.ops.aten
 
 
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 @rule(
     aten.cumsum,
     aten.cumprod,
@@ -40,11 +46,11 @@ def _along(call: Call) -> list[Axes | None] | Axes:
     axes = labelled_self(call)
     names = {aten.topk: (2, "dim"), aten.flip: (1, "dims"), aten.roll: (2, "dims")}
     dims = call.argument(*names.get(call.func.overloadpacket, (1, "dim")), -1)
-    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    dims = _listed(dims)
     if not dims:
         raise MixesTokens(f"{call.func.overloadpacket} runs over all axes")
     normal = refuse_tokens(axes, dims, str(call.func.overloadpacket))
-    outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
+    outs = _listed(call.out)
     results: list[Axes | None] = [
         tuple(merge_ints((out.shape[d],)) if d in normal else dim for d, dim in enumerate(axes))
         for out in outs
@@ -91,14 +97,14 @@ _REDUCTION_DIM = {
 )
 def _reduce(call: Call) -> list[Axes | None] | Axes:
     axes = labelled_self(call)
-    outs = call.out if isinstance(call.out, (tuple, list)) else [call.out]
+    outs = _listed(call.out)
     other = call.argument(1, "other")
     if isinstance(other, Tensor):  # max(x, y), min(x, y)
         return pointwise(call)
     dims = call.argument(_REDUCTION_DIM.get(call.func.overloadpacket, 1), "dim")
     if dims is None or dims == []:
         raise MixesTokens(f"{call.func.overloadpacket} runs over all axes")
-    dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
+    dims = _listed(dims)
     normal = [d % len(axes) for d in dims]
     if any(tokens_of(axes[d]) for d in normal):
         raise PoolsTokens(f"{call.func.overloadpacket} runs over the token axis")
