@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
 from skipvit_fx.analysis.tokens import SDPA, carries_tokens
-from skipvit_fx.ir.sizes import dimension_of, sizes_of
+from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst
 from skipvit_fx.ops.score import ScoreByQuery
 from skipvit_fx.ops.skip import Merge
@@ -156,8 +157,9 @@ class _Liveness:
         if facts is None:
             is_size = node.op == "call_method" and node.target == "size"
             return [] if is_size else [(a, ALL) for a in arguments]
-        if facts.reads is not None and not facts.mixing and not carries_tokens(facts):
-            return [(a, facts.reads) for a in arguments]
+        if facts.reads is not None and not carries_tokens(facts):
+            apart = not why_not_apart(self.analysis, node)
+            return [(a, facts.reads if apart else ALL) for a in arguments]
         if not tensors_in(facts.value):
             return [(a, ALL) for a in arguments if self._reads_token_size(node)]
         unread = need == NONE and carries_tokens(facts)
@@ -176,7 +178,8 @@ class _Liveness:
             axes = self.analysis.axes(found[0])
             return axes is not None and tokens_of(axes[found[1]]) is not None
         if sizes_of(node) is None:
-            return False
+            attribute = node.args[1] if node.target is getattr else node.target
+            return attribute not in SIZE_FREE
         return not all(
             user.target is operator.getitem and not self._reads_token_size(user)
             for user in node.users
@@ -198,7 +201,7 @@ class _Liveness:
             for tensor in tensors_in(self.analysis.value(argument)):
                 if axes_of(tensor) is not None and _single_tokens(axes_of(tensor)) not in own:
                     return False
-        return not (node.op == "call_module" and self.analysis.counts_tokens(node))
+        return not why_not_apart(self.analysis, node)
 
     def _can_be_narrow(self, node: fx.Node) -> bool:
         need = self.need.get(node, NONE)

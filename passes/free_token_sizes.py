@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import Axes, Tokens, is_data, size, tensors_in, tokens_of
+from skipvit_fx.analysis.axes import Axes, Batch, Dim, axes_of, size, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
@@ -27,20 +28,6 @@ _SPLITS: frozenset[Any] = frozenset(
 )
 
 
-_SIZED: frozenset[Any] = (
-    _RESHAPES
-    | _SPLITS
-    | {operator.getitem, "expand_as", "repeat", "tile", "narrow", "unflatten", "chunk", "unfold"}
-    | {torch.arange, torch.empty, torch.eye, torch.full, torch.ones, torch.rand, torch.randn}
-    | {torch.zeros, torch.narrow, torch.chunk, torch.unflatten, torch._assert}
-    | {"new_empty", "new_full", "new_ones", "new_zeros"}
-    | {aten.slice.Tensor, aten.narrow.default, aten.arange.default, aten.arange.start_step}
-    | {aten.arange.start, aten.zeros.default, aten.ones.default, aten.full.default}
-    | {aten.empty.memory_format, aten.repeat.default, aten.new_zeros.default}
-)
-"""Operators that take numbers as sizes, bounds or counts."""
-
-
 @dataclass(frozen=True)
 class FreeTokenSizes:
     """Two kinds of size come from one expression; this pass tells them apart.
@@ -53,9 +40,10 @@ class FreeTokenSizes:
     After (``table`` keeps its full length, and its rows are gathered later)::
 
         y = x.reshape(b, x.size(1), heads, -1)
-        table = cos[:full_n]; y * table
+        table = cos[:197]; y * table
 
-    So a drop never changes what the author computes from a token count, such as a position table or a scale.
+    So a drop never changes what the author computes from a token count, such as a position table or a scale. The full
+    count is a constant, since every input is bound to the size that it had in the example.
     """
 
     name: ClassVar[str] = "free-token-sizes"
@@ -139,7 +127,7 @@ def _is_number(rewriting: Rewriting, node: fx.Node) -> bool:
     return value is None or isinstance(value, int)
 
 
-def _is_live(rewriting: Rewriting, node: fx.Node, slot: Any, dim: Any) -> bool:
+def _is_live(rewriting: Rewriting, node: fx.Node, slot: Any, dim: Dim) -> bool:
     """Whether a size argument already is the length of a token axis under the same drops."""
     if slot == -1:
         return True
@@ -154,7 +142,7 @@ def _is_live(rewriting: Rewriting, node: fx.Node, slot: Any, dim: Any) -> bool:
     return axes is not None and axes[own] == dim and same_drops
 
 
-def _dim_with(rewriting: Rewriting, source: fx.Node, dim: Any, occurrence: int) -> int | None:
+def _dim_with(rewriting: Rewriting, source: fx.Node, dim: Dim, occurrence: int) -> int | None:
     """The input's dimension that is the same token axis and nothing else."""
     axes = rewriting.analysis.axes(source) or ()
     places = [d for d, own in enumerate(axes) if tokens_of(own)]
@@ -188,7 +176,7 @@ def _follow_in_split(rewriting: Rewriting, node: fx.Node) -> None:
 
 
 def _part_has_patches(part: Tensor, dim: int) -> bool:
-    axes = getattr(part, "_skipvit_axes", None)
+    axes = axes_of(part)
     return axes is not None and tokens_of(axes[dim]) is not None
 
 
@@ -248,7 +236,7 @@ def _redirect_shape(rewriting: Rewriting, node: fx.Node, axes: Axes) -> None:
             continue
         editor = rewriting.editor
         parts = tuple(
-            full_size(rewriting, axes[d])
+            _full_size(rewriting, user, axes[d])
             if tokens_of(axes[d])
             else editor.insert_call(operator.getitem, (node, i), before=user)
             for i, d in enumerate(dims)
@@ -256,46 +244,10 @@ def _redirect_shape(rewriting: Rewriting, node: fx.Node, axes: Axes) -> None:
         editor.rewire(user, node, parts)
 
 
-def _redirect(rewriting: Rewriting, node: fx.Node, dim: Any) -> None:
+def _redirect(rewriting: Rewriting, node: fx.Node, dim: Dim) -> None:
     for user in list(node.users):
-        if _follows(rewriting, user, node):
-            continue
-        _refuse_arithmetic(rewriting, user)
-        rewriting.editor.rewire(user, node, full_size(rewriting, dim))
-
-
-def _refuse_arithmetic(rewriting: Rewriting, node: fx.Node) -> None:
-    """A token count may say how long something is; what it means as a factor, on fewer tokens, nobody can tell.
-
-    Raises:
-        UnsupportedModelError: a tensor is computed with a number made of the count.
-    """
-    facts = rewriting.analysis.facts.get(node)
-    if facts is None:
-        return
-    if not tensors_in(facts.value):
-        if facts.value is not None:
-            for user in node.users:
-                _refuse_arithmetic(rewriting, user)
-        return
-    if node.op == "output" or node.target in _SIZED or _is_table(rewriting, node):
-        return
-    raise UnsupportedModelError(
-        "a tensor is computed with the number of tokens",
-        node=node.name,
-        module_path=module_path(node),
-        hint="pass the number in as a constant of the module instead",
-    )
-
-
-def _is_table(rewriting: Rewriting, node: fx.Node) -> bool:
-    """Whether a module makes constants with one row per token, which will be gathered where they meet tokens."""
-    tokens = rewriting.stream.tokens
-    counts = {size(tokens), tokens.patches}
-    tables = tensors_in(rewriting.analysis[node].value)
-    return node.op == "call_module" and all(
-        not is_data(table) and counts & set(table.shape) for table in tables
-    )
+        if not _follows(rewriting, user, node):
+            rewriting.editor.rewire(user, node, _full_size(rewriting, user, dim))
 
 
 def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:
@@ -312,25 +264,20 @@ def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:
     )
 
 
-def full_size(rewriting: Rewriting, dim: Any) -> fx.Node:
-    """The length that a token axis has without any drop, as a node behind the first cut."""
-    if len(dim) != 1:
-        raise UnsupportedModelError(
-            "the size of an axis that merges tokens with others is used in a computation",
-            hint="compute it from the batch size and the token count separately",
-        )
-    tokens = dim[0]
-    assert isinstance(tokens, Tokens)
-    stream = rewriting.stream
-    difference = size(tokens) - size(stream.tokens)
-    if difference not in rewriting.full_sizes:
-        editor = rewriting.editor
-        cut = rewriting.stages[0].cut
-        if 0 not in rewriting.full_sizes:
-            rewriting.full_sizes[0] = editor.insert_call("size", (cut, stream.dim), before=cut.next)
-        if difference:
-            base = rewriting.full_sizes[0]
-            rewriting.full_sizes[difference] = editor.insert_call(
-                operator.add, (base, difference), before=base.next
-            )
-    return rewriting.full_sizes[difference]
+def _full_size(rewriting: Rewriting, reader: fx.Node, dim: Dim) -> int:
+    """The length that a token axis has without any drop.
+
+    Raises:
+        UnsupportedModelError: there is no such number, or none that would mean what it meant.
+    """
+    if any(isinstance(factor, Batch) for factor in dim):
+        reason = "the size of an axis that merges tokens with samples is used in a computation"
+        hint = "compute it from the batch size and the token count separately"
+    elif rewriting.return_node is None and rewriting.stream.layers[-1].end < reader:
+        reason = "the number of tokens is used after the last layer, where some of them have left for good"
+        hint = f"let them return: {rewriting.plan}+{len(rewriting.stream.layers) + 1}"
+    else:
+        return math.prod(map(size, dim))
+    raise UnsupportedModelError(
+        reason, node=reader.name, module_path=module_path(reader), hint=hint
+    )

@@ -2,25 +2,132 @@
 
 from __future__ import annotations
 
-from torch import fx
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
 
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.analysis.axes import Axes, Batch, axes_of, lengths, mark_data, set_axes, tensors_in
+from skipvit_fx.analysis.leaves import computes_with_counts, described, structure
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
+from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
     """Why ``node`` may not see fewer tokens than the author gave it; empty if each row goes its own way."""
     facts = analysis[node]
-    if facts.mixing:
+    if facts.mixing or not _is_code(node) or not takes_tokens(analysis, node):
         return facts.mixing
-    if node.op != "call_module" or not takes_tokens(analysis, node):
-        return ""
     if facts.positions:
         return "a module holds values of fixed token length"
-    if reason := analysis.in_other_mode(node):
-        return f"a module behaves otherwise in train than in eval mode: {reason}"
-    return analysis.counts_tokens(node)
+    callee = analysis.callee(node)
+    own = structure(callee) if isinstance(callee, nn.Module) else callee
+    key = (own, tuple(map(described, pytree.tree_leaves(analysis.inputs(node)))))
+    if key not in analysis.judged:
+        analysis.judged[key] = _judge(analysis, node)
+    return analysis.judged[key]
 
 
 def takes_tokens(analysis: TokenAnalysis, node: fx.Node) -> bool:
     """Whether any input of the node has a token axis."""
     return any(carries_tokens(analysis[argument]) for argument in node.all_input_nodes)
+
+
+def _is_code(node: fx.Node) -> bool:
+    """Whether the node calls Python code as a whole: a module, or a function that is not torch's."""
+    if node.op == "call_function" and isinstance(node.target, types.FunctionType):
+        return not node.target.__module__.startswith("torch.")
+    return node.op == "call_module"
+
+
+def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:
+    """What the node's code does to tokens elsewhere than where it was watched: how it mixes them, or nothing.
+
+    Elsewhere is in the other mode, for one sample only, and for any other number of tokens and samples.
+    """
+    callee = analysis.callee(node)
+    if isinstance(callee, nn.Module) and _is_torchs_own(callee):
+        return _in_other_mode(analysis, node, callee)
+    if reason := _otherwise(analysis, node, pytree.tree_map(_of_one_sample, analysis.inputs(node))):
+        return f"a module treats one sample otherwise than several: {reason}"
+    if reason := _counting(analysis, node):
+        return reason
+    if not isinstance(callee, nn.Module):
+        return ""
+    if reason := _in_other_mode(analysis, node, callee):
+        return reason
+    with _other_mode(callee):
+        return _counting(analysis, node)
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    """Whether all of its code is torch's, which asks for no counts: what it does to tokens shows in its operators."""
+    return all(type(part).__module__.startswith("torch.nn.") for part in module.modules())
+
+
+def _in_other_mode(analysis: TokenAnalysis, node: fx.Node, module: nn.Module) -> str:
+    with _other_mode(module):
+        reason = _otherwise(analysis, node, analysis.inputs(node))
+    return f"a module behaves otherwise in train than in eval mode: {reason}" if reason else ""
+
+
+def _otherwise(analysis: TokenAnalysis, node: fx.Node, inputs: Any) -> str:
+    """How the node treats the tokens of these inputs otherwise than of its own; nothing if it does not."""
+    try:
+        with analysis.fake_mode, torch.no_grad():
+            other = analysis.execute(node, *inputs)
+    except TraceError as error:
+        return str(error.args[0])
+    if other.mixing:
+        return other.mixing
+    here, there = (
+        [_unbatched(axes_of(tensor)) for tensor in tensors_in(value)]
+        for value in (analysis[node].value, other.value)
+    )
+    if here != there or other.positions:
+        return "the number or order of tokens changes"
+    return ""
+
+
+def _counting(analysis: TokenAnalysis, node: fx.Node) -> str:
+    try:
+        return computes_with_counts(
+            analysis.fake_mode, analysis.callee(node), *analysis.inputs(node)
+        )
+    except FORWARD_FAILURES:
+        return "a module works for one number of tokens only"
+
+
+@contextlib.contextmanager
+def _other_mode(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.train(not module.training)
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def _of_one_sample(leaf: Any) -> Any:
+    """A tensor with tokens, of the first sample only."""
+    axes = axes_of(leaf) if isinstance(leaf, Tensor) else None
+    if axes is None:
+        return leaf
+    alone = tuple(tuple(Batch(1) if isinstance(f, Batch) else f for f in dim) for dim in axes)
+    first = torch.empty(lengths(alone), dtype=leaf.dtype, device=leaf.device)
+    mark_data(first)
+    set_axes(first, alone)
+    return first
+
+
+def _unbatched(axes: Axes | None) -> Axes | None:
+    """The axes, whatever the number of samples."""
+    return axes and tuple(
+        tuple(Batch(0) if isinstance(f, Batch) else f for f in dim) for dim in axes
+    )

@@ -7,6 +7,7 @@ stand for the token axis and the batch axis, also after they were merged into on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 
 class MixesTokens(Exception):  # noqa: N818 - a finding of the analysis, caught within it
-    """An operator that does not keep tokens apart, or is not known to."""
+    """An operator that does not keep tokens and samples apart, or is not known to."""
 
 
 class PoolsTokens(MixesTokens):
@@ -51,9 +52,19 @@ def size(factor: Factor) -> int:
     return factor.samples if isinstance(factor, Batch) else factor
 
 
+def lengths(axes: Axes) -> tuple[int, ...]:
+    """The shape of a tensor that has these axes."""
+    return tuple(math.prod(size(factor) for factor in dim) for dim in axes)
+
+
 def tokens_of(dim: Dim) -> Tokens | None:
     """The token factor of one dimension, if it has one."""
     return next((factor for factor in dim if isinstance(factor, Tokens)), None)
+
+
+def batch_of(dim: Dim) -> Batch | None:
+    """The batch factor of one dimension, if it has one."""
+    return next((factor for factor in dim if isinstance(factor, Batch)), None)
 
 
 def has_tokens(axes: Axes | None) -> bool:
@@ -76,6 +87,14 @@ def token_dim(axes: Axes) -> int:
 def plain(shape: Sequence[int]) -> Axes:
     """The axes of a tensor without tokens."""
     return tuple((s,) if s != 1 else () for s in shape)
+
+
+def unweighted(axes: Axes) -> Axes:
+    """The same axes, where what lies along the tokens are no attention weights: one that is gone need not be zero."""
+    return tuple(
+        tuple(f._replace(weights=False) if isinstance(f, Tokens) else f for f in dim)
+        for dim in axes
+    )
 
 
 def merge_ints(factors: Iterable[Factor]) -> Dim:
@@ -103,6 +122,8 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
     for wanted in shape:
         taken: list[Factor] = []
         product = 1
+        if wanted == 1 and queue and not isinstance(queue[0], int) and size(queue[0]) == 1:
+            taken.append(queue.pop(0))  # a batch of one
         while product < wanted:
             if not queue:
                 raise MixesTokens("a reshape whose sizes do not fit together")

@@ -162,7 +162,8 @@ def _first_layer(
                 hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
             )
         lead = prefix_tokens or 0
-        candidates = [token_dim(known)] if known is not None else [1, 0]
+        batch = analysis.batch_dim(start)
+        candidates = [token_dim(known)] if known is not None else [d for d in (1, 0) if d != batch]
         for dim in candidates:
             count = stream.shape[dim] - lead
             if count < 1:

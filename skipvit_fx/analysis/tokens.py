@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,16 +20,18 @@ from skipvit_fx.analysis.axes import (
     PoolsTokens,
     Tokens,
     axes_of,
+    batch_of,
+    has_tokens,
     is_data,
     is_lost,
+    lengths,
     mark_data,
     mark_lost,
     merge_ints,
     set_axes,
     tensors_in,
-    tokens_of,
 )
-from skipvit_fx.errors import TraceError
+from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import fake_inputs
@@ -88,7 +89,7 @@ class AxisMode(TorchDispatchMode):
         for tensor in outputs:
             mark_data(tensor)
         if any(axes_of(t) is not None for t in inputs):
-            self._apply(rules.Call(func, args, kwargs, out), inputs, outputs)
+            self._apply(rules.Call(func, args, kwargs, out), outputs)
         elif any(is_lost(t) for t in inputs):
             for tensor in outputs:
                 mark_lost(tensor)
@@ -96,14 +97,15 @@ class AxisMode(TorchDispatchMode):
             _see_prefix(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
         return out
 
-    def _apply(self, call: rules.Call, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _apply(self, call: rules.Call, outputs: list[Tensor]) -> None:
         rule = rules.find_rule(call.func)
         try:
             if rule is None:
                 raise MixesTokens(f"{call.func} is not known to keep tokens apart")
             if call.func._schema.is_mutable and any(axes_of(t) is None for t in outputs):
                 raise MixesTokens(f"{call.func} writes tokens into a tensor of fixed shape")
-            axes = rule(call)
+            results = rule(call)
+            check_results(call, results)
         except MixesTokens as reason:
             if not self.facts.mixing:
                 self.facts.mixing = str(reason)
@@ -113,14 +115,9 @@ class AxisMode(TorchDispatchMode):
                 mark_lost(tensor)
             return
         self.note(call)
-        if axes is None:
-            return
-        if isinstance(axes, list):
-            for tensor, own in zip(call.out, axes, strict=True):
-                if isinstance(tensor, Tensor):
-                    set_axes(tensor, own)
-        else:
-            set_axes(call.out, axes)
+        for tensor, axes in zip(outputs, results, strict=True):
+            if axes is not None:
+                set_axes(tensor, axes)
 
     def note(self, call: rules.Call) -> None:
         self.facts.positions += call.positions
@@ -130,43 +127,25 @@ class AxisMode(TorchDispatchMode):
             self.facts.reads = max(call.reads, self.facts.reads or call.reads)
 
 
-_RESHAPES = ("view", "_unsafe_view", "reshape", "expand", "slice", "split", "split_with_sizes")
-_FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "arange")
-_NEW = ("new_empty", "new_zeros", "new_ones", "new_full", "as_strided", "repeat")
-_SHAPING = frozenset(getattr(torch.ops.aten, name) for name in (*_RESHAPES, *_FACTORIES, *_NEW))
+def check_results(call: rules.Call, results: list[Axes | None]) -> None:
+    """What a rule says must fit what the operator returned, and leave every sample to itself.
 
-
-class _Recorder(TorchDispatchMode):
-    """The operators that run and their plain arguments, without sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Any] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        scalars = []
-        if func.overloadpacket not in _SHAPING:
-            leaves = pytree.tree_leaves((args, kwargs))
-            scalars = [leaf for leaf in leaves if isinstance(leaf, (bool, int, float))]
-        self.calls.append((func, scalars))
-        return func(*args, **(kwargs or {}))
-
-
-def _shorter(value: Any, less: int) -> Any:
-    """The value with ``less`` patches taken off every token axis that stands alone; strides keep their order."""
-
-    def cut(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or axes_of(leaf) is None:
-            return leaf
-        shorter = leaf
-        for d, dim in enumerate(axes_of(leaf) or ()):
-            if tokens_of(dim) and len(dim) == 1:
-                shorter = shorter.narrow(d, 0, shorter.shape[d] - less)
-        return torch.empty_like(shorter)
-
-    return pytree.tree_map(cut, value)
+    Raises:
+        MixesTokens: a result has tokens, and not the batch axis that they belong to.
+        RuntimeError: the rule is wrong.
+    """
+    shapes = [tuple(out.shape) for out in call.outs]
+    claimed = [None if axes is None else lengths(axes) for axes in results]
+    fits = len(shapes) == len(claimed) and all(
+        ours is None or ours == theirs for ours, theirs in zip(claimed, shapes, strict=True)
+    )
+    if not fits:
+        raise RuntimeError(f"the rule of {call.func} says {claimed} of results {shapes}")
+    for axes in results:
+        if has_tokens(axes) and sum(isinstance(f, Batch) for dim in axes or () for f in dim) != 1:
+            raise MixesTokens(
+                f"{call.name} mixes the samples of a batch: they have no axis any more"
+            )
 
 
 def _see_prefix(tensors: Any, dim: int, out: Tensor) -> None:
@@ -200,14 +179,31 @@ class TokenAnalysis:
         self.module: SkipViTModule = capture.module
         self.facts: dict[fx.Node, NodeFacts] = {}
         self.fake_mode = capture.fake_mode
+        self.judged: dict[Hashable, str] = {}
         self._fake = fake_structure(self.module, self.fake_mode)
-        inputs = iter(_fake_arguments(self.fake_mode, capture))
+        self._more_samples = _placeholders(capture, 1)
+        given = _placeholders(capture, 0)
         with self.fake_mode, torch.no_grad():
             for node in self.module.graph.nodes:
-                self.facts[node] = self._run(node, inputs)
+                if node in given:
+                    self.facts[node] = NodeFacts(given[node])
+                else:
+                    self.facts[node] = self.execute(node, *self.inputs(node))
 
     def seed(self, node: fx.Node, axes: Axes) -> None:
-        """Give ``node`` these axes and follow them to the output."""
+        """Give ``node`` these axes and follow them to the output.
+
+        Raises:
+            UnsupportedModelError: the samples are not where these axes have them.
+        """
+        batch = self.batch_dim(node)
+        if batch is None or not batch_of(axes[batch]):
+            raise UnsupportedModelError(
+                "the samples of a batch do not lie along an axis of their own in the residual stream",
+                node=node.name,
+                module_path=module_path(node),
+                hint="rewrite a model that takes [batch, ...] and keeps the batch as one axis",
+            )
         facts = self.facts[node]
         changed = {node}
         with self.fake_mode, torch.no_grad():
@@ -218,7 +214,7 @@ class TokenAnalysis:
             while later.op != "root":
                 if changed & set(later.all_input_nodes):
                     changed.add(later)
-                    self.facts[later] = self._run(later, iter(()))
+                    self.facts[later] = self.execute(later, *self.inputs(later))
                 later = later.next
 
     def __getitem__(self, node: fx.Node) -> NodeFacts:
@@ -241,13 +237,28 @@ class TokenAnalysis:
     def axes(self, node: fx.Node) -> Axes | None:
         return self.facts[node].axes
 
-    def _run(self, node: fx.Node, inputs: Iterator[Any]) -> NodeFacts:
-        inputs_: Any = fx.node.map_arg(
+    def inputs(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The fake arguments of a node."""
+        given: Any = fx.node.map_arg(
             (node.args, node.kwargs), lambda argument: self.facts[argument].value
         )
-        args, kwargs = inputs_
-        if node.op == "placeholder":
-            return NodeFacts(next(inputs))
+        args, kwargs = given
+        return args, kwargs
+
+    def callee(self, node: fx.Node) -> Callable[..., Any]:
+        """What a node calls."""
+        if node.op == "call_module":
+            return self.fake_module(str(node.target))
+        if isinstance(node.target, str):
+            return _method(node.target)
+        return node.target
+
+    def execute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NodeFacts:
+        """What a node does with these fake arguments; call it under the fake mode.
+
+        Raises:
+            TraceError: its code does not run on them.
+        """
         if node.op == "get_attr":
             return NodeFacts(self.fake_attribute(str(node.target)))
         if node.op == "output":
@@ -257,76 +268,57 @@ class TokenAnalysis:
         mode = AxisMode()
         try:
             with mode:
-                if node.op == "call_module":
-                    value = self.fake_module(str(node.target))(*args, **kwargs)
-                elif node.op == "call_method":
-                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+                mode.facts.value = self.callee(node)(*args, **kwargs)
         except FORWARD_FAILURES as error:
             raise TraceError(
                 f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
                 hint="check that the example inputs fit the model",
             ) from error
-        mode.facts.value = value
         return mode.facts
 
-    def in_other_mode(self, node: fx.Node) -> str:
-        """Whether a leaf module treats tokens otherwise when it trains (or evaluates): how, or nothing."""
-        module = self.fake_module(str(node.target))
-        modes = {part: part.training for part in module.modules()}
-        module.train(not module.training)
-        try:
-            with self.fake_mode, torch.no_grad():
-                other = self._run(node, iter(()))
-        except TraceError as error:
-            return str(error.args[0])
-        finally:
-            for part, training in modes.items():
-                part.training = training
-        if other.mixing:
-            return other.mixing
-        here, there = (
-            [(tensor.shape, axes_of(tensor)) for tensor in tensors_in(value)]
-            for value in (self.facts[node].value, other.value)
+    def batch_dim(self, node: fx.Node) -> int | None:
+        """The one dimension of a tensor node whose length changes with the number of samples; ``None`` if not one."""
+        here, there = self.facts[node].value.shape, self._with_more_samples(node).shape
+        if len(here) != len(there):
+            return None
+        changed = [d for d, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
+        return changed[0] if len(changed) == 1 else None
+
+    def _with_more_samples(self, node: fx.Node) -> Any:
+        values = self._more_samples
+        needed, waiting = {node}, [node]
+        while waiting:
+            for argument in waiting.pop().all_input_nodes:
+                if argument not in needed and argument not in values:
+                    needed.add(argument)
+                    waiting.append(argument)
+        with self.fake_mode, torch.no_grad():
+            for pending in self.module.graph.nodes:
+                if pending in needed and pending not in values:
+                    inputs: Any = fx.node.map_arg(
+                        (pending.args, pending.kwargs), values.__getitem__
+                    )
+                    values[pending] = self.execute(pending, *inputs).value
+        return values[node]
+
+
+def _placeholders(capture: Capture, more_samples: int) -> dict[fx.Node, Any]:
+    """The example inputs on fake tensors, of two samples at least, as data that a model sees."""
+    examples = capture.inputs.with_tensors()
+    alone = any(
+        leaf.ndim and leaf.shape[0] == 1
+        for leaf in pytree.tree_leaves(list(examples.values()))
+        if isinstance(leaf, Tensor)
+    )
+    found = {}
+    for node in capture.module.graph.find_nodes(op="placeholder"):
+        value = fake_inputs(
+            capture.fake_mode, examples[str(node.target)], more_batch=alone + more_samples
         )
-        return "" if here == there else "the number or order of tokens changes"
-
-    def _shorter_value(self, node: fx.Node, less: int) -> Any:
-        return _shorter(self.facts[node].value, less)
-
-    def counts_tokens(self, node: fx.Node) -> str:
-        """Whether a leaf module computes with the number of tokens: the reason why it may, or nothing.
-
-        It runs once as it is and once with one patch less; but for sizes, both must be the same operators.
-        """
-        runs = []
-        for less in (0, 1):
-            recorder = _Recorder()
-            try:
-                with self.fake_mode, torch.no_grad():
-                    shorter = functools.partial(self._shorter_value, less=less)
-                    inputs: Any = fx.node.map_arg((node.args, node.kwargs), shorter)
-                    args, kwargs = inputs
-                    with recorder:
-                        self.fake_module(str(node.target))(*args, **kwargs)
-            except FORWARD_FAILURES:
-                return "a module works for one number of tokens only"
-            runs.append(recorder.calls)
-        return "" if runs[0] == runs[1] else "a module computes with the number of tokens"
-
-
-def _fake_arguments(mode: Any, capture: Capture) -> list[Any]:
-    example = list(capture.inputs.with_tensors().values())
-    tensors = [
-        leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor) and leaf.ndim
-    ]
-    alone = any(t.shape[0] == 1 for t in tensors)
-    values = [fake_inputs(mode, value, more_batch=int(alone)) for value in example]
-    for leaf in pytree.tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            mark_data(leaf)
-    return values
+        for tensor in tensors_in(value):
+            mark_data(tensor)
+        found[node] = value
+    return found
 
 
 def _attention(given: AttentionArguments) -> NodeFacts:
@@ -349,6 +341,10 @@ def _attention(given: AttentionArguments) -> NodeFacts:
             facts.mixing = str(reason)
             mark_lost(out)
     return facts
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
 def carries_tokens(facts: NodeFacts) -> bool:

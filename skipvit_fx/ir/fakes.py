@@ -12,6 +12,7 @@ from typing import Any, Self, TypeAlias
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
@@ -34,7 +35,8 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__(allow_non_fake_inputs=True)
+        shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        super().__init__(allow_non_fake_inputs=True, shape_env=shapes)
         self._caches = {cache: cache.cache_info().misses for cache in _caches()}
         self._twins = WeakIdKeyDictionary()
         self._entered = 0  # operators enter it again while they run

@@ -52,7 +52,8 @@ class GatherPositions(nn.Module):
             shape[self.batch_dim], shape[d] = rows.shape
             sizes = list(full.shape)
             sizes[d] = rows.shape[1]
-            full = full.gather(d, rows.reshape(shape).expand(sizes))
+            places = rows if self.batch_dim < d else rows.T
+            full = full.gather(d, places.reshape(shape).expand(sizes))
         if not self.per_sample and self.repeat > 1:
             full = full.repeat_interleave(self.repeat, self.batch_dim)
         return full

@@ -72,7 +72,6 @@ class Rewriting:
     facts: set[str] = field(default_factory=set)
     stages: list[StageNodes] = field(default_factory=list)
     taps: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
-    full_sizes: dict[int, fx.Node] = field(default_factory=dict)
     narrow: set[fx.Node] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -112,7 +111,7 @@ class Rewriting:
         """Nodes that read the whole stream at a cut, and go on doing so when its other readers do not."""
         scores = {score for stage in self.stages for score in stage.scores.values()}
         taps = {reader for stage in self.stages for reader in self.taps.get(stage.cut, ())}
-        return scores | taps | set(self.full_sizes.values())
+        return scores | taps
 
     def rank(self, node: fx.Node) -> int:
         """Number of dimensions of a tensor node."""

@@ -8,7 +8,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from skipvit_fx.analysis.axes import Axes, Dim, MixesTokens, Tokens, axes_of, plain, tokens_of
+from skipvit_fx.analysis.axes import (
+    Axes,
+    Dim,
+    MixesTokens,
+    Tokens,
+    axes_of,
+    batch_of,
+    plain,
+    tensors_in,
+    tokens_of,
+)
 
 
 class Position(NamedTuple):
@@ -50,19 +60,44 @@ class Call:
     sums_weights: bool = False
     reads: int | None = None
 
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
-        if index < len(self.args):
-            return self.args[index]
-        return self.kwargs.get(name, default)
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operator's schema: as passed, or the schema's default.
+
+        The dispatcher leaves out what equals its default, so no rule may have a default of its own. ``None`` where
+        this overload has no such argument.
+        """
+        for i, argument in enumerate(self.func._schema.arguments):
+            if argument.name == name:
+                if i < len(self.args) and not argument.kwarg_only:
+                    return self.args[i]
+                return self.kwargs.get(name, argument.default_value)
+        return None
 
     @property
     def self(self) -> Tensor:
-        tensor = self.argument(0, "self")
+        """The first argument."""
+        tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
         assert isinstance(tensor, Tensor)
         return tensor
 
+    @property
+    def outs(self) -> list[Tensor]:
+        """The tensors that the operator returns, in order."""
+        return tensors_in(self.out)
 
-Rule: TypeAlias = Callable[[Call], "Axes | list[Axes | None] | None"]
+    @property
+    def name(self) -> str:
+        """The operator, for a person to read."""
+        return str(self.func.overloadpacket).removeprefix("aten.")
+
+    def same(self, axes: Axes) -> list[Axes | None]:
+        """These axes for every result."""
+        return [axes] * len(self.outs)
+
+
+Rule: TypeAlias = Callable[[Call], "list[Axes | None]"]
+"""From a call to the axes of its results, one entry each; ``None`` for one without a token axis."""
+
 RULES: dict[Any, Rule] = {}
 
 
@@ -85,7 +120,7 @@ def labelled_self(call: Call) -> Axes:
     """The axes of the first argument, which must be what has the tokens."""
     axes = axes_of(call.self)
     if axes is None:
-        raise MixesTokens(f"{call.func.overloadpacket} looks things up by token")
+        raise MixesTokens(f"{call.name} looks things up by token")
     return axes
 
 
@@ -97,9 +132,17 @@ def only_tokens(dim: Dim, what: str) -> Tokens | None:
     return tokens
 
 
-def refuse_tokens(axes: Axes, dims: Sequence[int], what: str) -> list[int]:
-    """The dimensions, counted from the front, if none of them is the token axis."""
+def refuse_moving(axes: Axes, dims: Sequence[int], what: str) -> list[int]:
+    """The dimensions, counted from the front, if neither tokens nor samples lie along them."""
     normal = [d % len(axes) for d in dims]
-    if any(tokens_of(axes[d]) for d in normal):
-        raise MixesTokens(f"{what} runs over the token axis")
+    for d in normal:
+        if tokens_of(axes[d]):
+            raise MixesTokens(f"{what} runs over the token axis")
+        refuse_samples(axes[d], what)
     return normal
+
+
+def refuse_samples(dim: Dim, what: str) -> None:
+    """Tokens are chosen for each sample alone, so what works along the batch axis meets tokens of other places."""
+    if batch_of(dim):
+        raise MixesTokens(f"{what} mixes the samples of a batch")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from skipvit_fx.analysis.axes import (
     Axes,
@@ -14,12 +13,14 @@ from skipvit_fx.analysis.axes import (
     axes_of,
     merge_ints,
     tokens_of,
+    unweighted,
 )
 from skipvit_fx.analysis.rules.call import (
     Call,
     labelled_self,
     only_tokens,
-    refuse_tokens,
+    refuse_moving,
+    refuse_samples,
     rule,
 )
 from skipvit_fx.analysis.rules.pointwise import pointwise
@@ -27,8 +28,17 @@ from skipvit_fx.analysis.rules.pointwise import pointwise
 aten = torch.ops.aten
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _dims(call: Call, name: str) -> list[int]:
+    """The dimensions that the call names.
+
+    Raises:
+        MixesTokens: it names none, which means all.
+    """
+    value: Any = call.argument(name)
+    dims = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not dims or dims == [None]:
+        raise MixesTokens(f"{call.name} runs over all axes")
+    return dims
 
 
 @rule(
@@ -41,38 +51,39 @@ def _listed(value: Any) -> list[Any]:
     aten.roll,
     aten._log_softmax,
 )
-def _along(call: Call) -> list[Axes | None] | Axes:
-    """Operators that run along dimensions which are not the token axis, and may change their length."""
+def _along(call: Call) -> list[Axes | None]:
+    """Operators that run along dimensions which hold neither tokens nor samples, and may change their length."""
     axes = labelled_self(call)
-    names = {aten.topk: (2, "dim"), aten.flip: (1, "dims"), aten.roll: (2, "dims")}
-    dims = call.argument(*names.get(call.func.overloadpacket, (1, "dim")), -1)
-    dims = _listed(dims)
-    if not dims:
-        raise MixesTokens(f"{call.func.overloadpacket} runs over all axes")
-    normal = refuse_tokens(axes, dims, str(call.func.overloadpacket))
-    outs = _listed(call.out)
-    results: list[Axes | None] = [
+    plural = call.func.overloadpacket in (aten.flip, aten.roll)
+    normal = refuse_moving(axes, _dims(call, "dims" if plural else "dim"), call.name)
+    first, *others = (
         tuple(merge_ints((out.shape[d],)) if d in normal else dim for d, dim in enumerate(axes))
-        for out in outs
-    ]
-    return results if isinstance(call.out, (tuple, list)) else results[0] or ()
+        for out in call.outs
+    )
+    moves = call.func.overloadpacket is not aten._log_softmax
+    return [first if moves else unweighted(first), *map(unweighted, others)]  # indices
 
 
 @rule(aten._softmax, aten._safe_softmax)
-def _softmax(call: Call) -> Axes:
+def _softmax(call: Call) -> list[Axes | None]:
     axes = list(labelled_self(call))
-    d = call.argument(1, "dim") % len(axes)
+    d = call.argument("dim") % len(axes)
+    refuse_samples(axes[d], "softmax")
     tokens = only_tokens(axes[d], "softmax")
     if tokens:
-        axes[d] = (tokens._replace(weights=True),)
+        if tokens.weights:
+            raise MixesTokens(
+                "a softmax of attention weights, in which a token of no weight counts"
+            )
         call.softmax_over = tokens
-    return tuple(axes)
+    axes = list(unweighted(tuple(axes)))
+    if tokens:
+        axes[d] = (tokens._replace(weights=True),)
+    return [tuple(axes)]
 
 
-_REDUCTION_DIM = {
-    aten.linalg_vector_norm: 2,
-    aten.norm: 2,
-}
+_OF_WEIGHTS = frozenset({aten.amax, aten.amin, aten.max, aten.mean, aten.min, aten.prod, aten.sum})
+"""Reductions under which tokens without weight still have none."""
 
 
 @rule(
@@ -95,37 +106,35 @@ _REDUCTION_DIM = {
     aten.var,
     aten.var_mean,
 )
-def _reduce(call: Call) -> list[Axes | None] | Axes:
-    axes = labelled_self(call)
-    outs = _listed(call.out)
-    other = call.argument(1, "other")
-    if isinstance(other, Tensor):  # max(x, y), min(x, y)
+def _reduce(call: Call) -> list[Axes | None]:
+    if call.argument("other") is not None:  # max(x, y), min(x, y)
         return pointwise(call)
-    dims = call.argument(_REDUCTION_DIM.get(call.func.overloadpacket, 1), "dim")
-    if dims is None or dims == []:
-        raise MixesTokens(f"{call.func.overloadpacket} runs over all axes")
-    dims = _listed(dims)
-    normal = [d % len(axes) for d in dims]
-    if any(tokens_of(axes[d]) for d in normal):
-        raise PoolsTokens(f"{call.func.overloadpacket} runs over the token axis")
-    keeps = outs[0].ndim == len(axes)
-    reduced = tuple(
+    axes = labelled_self(call)
+    normal = [d % len(axes) for d in _dims(call, "dim")]
+    for d in normal:
+        refuse_samples(axes[d], call.name)
+        if tokens_of(axes[d]):
+            raise PoolsTokens(f"{call.name} runs over the token axis")
+    keeps = call.outs[0].ndim == len(axes)
+    left = tuple(
         () if d in normal else dim for d, dim in enumerate(axes) if keeps or d not in normal
     )
-    return [reduced] * len(outs) if isinstance(call.out, (tuple, list)) else reduced
+    first = left if call.func.overloadpacket in _OF_WEIGHTS else unweighted(left)
+    return [first, *[unweighted(left)] * (len(call.outs) - 1)]
 
 
 @rule(aten.native_layer_norm, aten._fused_rms_norm)
 def _layer_norm(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    normalized = len(call.argument(1, "normalized_shape"))
-    refuse_tokens(axes, range(-normalized, 0), "normalisation")
-    return [axes, *[None] * (len(call.out) - 1)]
+    normalized = len(call.argument("normalized_shape"))
+    refuse_moving(axes, range(-normalized, 0), "normalisation")
+    statistics: Axes = (*unweighted(axes)[:-normalized], *((),) * normalized)
+    return [unweighted(axes), *[statistics] * (len(call.outs) - 1)]
 
 
 @rule(aten.embedding)
-def _embedding(call: Call) -> Axes:
-    axes = axes_of(call.argument(1, "indices"))
-    if axes is None:
+def _embedding(call: Call) -> list[Axes | None]:
+    axes = axes_of(call.argument("indices"))
+    if axes is None or axes_of(call.self) is not None:
         raise MixesTokens("an embedding table made of tokens")
-    return (*axes, merge_ints((call.out.shape[-1],)))
+    return [(*unweighted(axes), merge_ints((call.out.shape[-1],)))]

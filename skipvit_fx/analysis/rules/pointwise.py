@@ -10,15 +10,18 @@ from torch import Tensor
 
 from skipvit_fx.analysis.axes import (
     Axes,
+    Batch,
     Dim,
     MixesTokens,
     Tokens,
     axes_of,
+    batch_of,
     merge_ints,
     plain,
     size,
     tensors_in,
     tokens_of,
+    unweighted,
 )
 from skipvit_fx.analysis.rules.call import (
     Call,
@@ -30,12 +33,16 @@ from skipvit_fx.analysis.rules.call import (
 
 aten = torch.ops.aten
 
+FACTORIES = (aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)
+"""Operators that take nothing but dtype and device from their tensor."""
 
-def pointwise(call: Call) -> Axes:
+
+def pointwise(call: Call) -> list[Axes | None]:
     """Token axes that line up stay; an operand of fixed token length is noted as a :class:`Position`."""
-    out = call.out[0] if isinstance(call.out, (tuple, list)) else call.out
     operands = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim]
-    return align(call, [(t, axes_of(t)) for t in operands], tuple(out.shape))
+    axes = align(call, [(t, axes_of(t)) for t in operands], tuple(call.outs[0].shape))
+    first = axes if _keeps_zeros(call) else unweighted(axes)
+    return [first, *[unweighted(axes)] * (len(call.outs) - 1)]  # masks and the like
 
 
 def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Sequence[int]) -> Axes:
@@ -44,7 +51,7 @@ def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Seq
     Every operand comes with its axes, ``None`` for one without tokens.
 
     Raises:
-        MixesTokens: token axes meet that are out of step.
+        MixesTokens: axes of tokens or samples meet that are out of step.
     """
     rank = len(shape)
     result: list[Dim] = []
@@ -53,27 +60,18 @@ def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Seq
         present = []
         for i, (tensor, axes) in enumerate(operands):
             own = d - rank + tensor.ndim
-            if own >= 0 and tensor.shape[own] != 1:
-                present.append((i, own, (axes or plain(tensor.shape))[own]))
-        with_tokens = {dim for _, _, dim in present if tokens_of(dim)}
-        if len(with_tokens) > 1:
-            raise MixesTokens(f"token axes that are out of step meet in {call.func.overloadpacket}")
-        if not with_tokens:
-            labelled = [dim for i, _, dim in present if operands[i][1] is not None]
-            result.append(next(iter(labelled), merge_ints((shape[d],))))
+            if own >= 0 and (its := (axes or plain(tensor.shape))[own]):
+                present.append((i, own, its))
+        dim = _in_step(call, [dim for i, _, dim in present if operands[i][1] is not None])
+        result.append(merge_ints((shape[d],)) if dim is None else dim)
+        if dim is None or not tokens_of(dim):
             continue
-        (dim,) = with_tokens
-        result.append(dim)
-        for i, own, other in present:
-            if not tokens_of(other):
+        for i, own, _ in present:
+            if operands[i][1] is None:
                 tokens = only_tokens(dim, "an operand of fixed length")
                 assert tokens is not None
-                if operands[i][1] is not None:
-                    raise MixesTokens(
-                        "a token axis meets an axis of fixed length that moves with tokens"
-                    )
                 noted[i, own] = tokens
-    batch = next((d for d, dim in enumerate(result) if _is_batch(dim)), None)
+    batch = next((d for d, dim in enumerate(result) if dim and isinstance(dim[0], Batch)), None)
     for (i, own), tokens in noted.items():
         operand = operands[i][0]
         per_sample, repeat = False, 1
@@ -85,31 +83,70 @@ def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Seq
     return tuple(result)
 
 
-def _is_batch(dim: Dim) -> bool:
-    return bool(dim) and not isinstance(dim[0], (int, Tokens))
+def _in_step(call: Call, labelled: Sequence[Dim]) -> Dim | None:
+    """What the dimensions of operands with tokens are that meet here; ``None`` if there are none."""
+    dims = list(dict.fromkeys(unweighted(tuple(labelled))))
+    if not dims:
+        return None
+    if len(dims) == 1:  # weights times anything are weights
+        return max(labelled, key=lambda dim: bool((tokens := tokens_of(dim)) and tokens.weights))
+    if all(map(tokens_of, dims)):
+        raise MixesTokens(f"token axes that are out of step meet in {call.name}")
+    if any(map(tokens_of, dims)):
+        raise MixesTokens("a token axis meets an axis of fixed length that moves with tokens")
+    if any(map(batch_of, dims)):
+        raise MixesTokens(f"{call.name} mixes the samples of a batch: they are out of step")
+    raise MixesTokens(f"axes that are out of step meet in {call.name}")
+
+
+_OF_WEIGHTS = frozenset(
+    {aten._to_copy, aten.alias, aten.clone, aten.detach, aten.lift_fresh_copy, aten.neg, aten.relu}
+    | {aten.abs, aten.sqrt, aten.dropout, aten.native_dropout, aten.mul, aten.mul_}
+)
+"""Operators under which zero stays zero, whatever their other operands are."""
+
+
+def _keeps_zeros(call: Call) -> bool:
+    """Whether a token without weight still has none afterwards."""
+    packet = call.func.overloadpacket
+    if packet in (aten.add, aten.sub, aten.add_, aten.sub_):
+        other = call.argument("other")
+        return _weighs(call.self) and isinstance(other, Tensor) and _weighs(other)
+    if packet in (aten.div, aten.div_):
+        other = call.argument("other")
+        return not (isinstance(other, Tensor) and _weighs(other))
+    if packet in (aten.masked_fill, aten.masked_fill_):
+        return call.argument("value") == 0 if call.func._overloadname == "Scalar" else False
+    return packet in _OF_WEIGHTS
+
+
+def _weighs(tensor: Tensor) -> bool:
+    axes = axes_of(tensor)
+    return axes is not None and axes != unweighted(axes)
 
 
 @rule(
     aten._to_copy,
     aten.alias,
     aten.bernoulli,
+    aten.bernoulli_,
     aten.copy,
     aten.copy_,
     aten.detach,
     aten.dropout,
     aten.hardswish,
+    aten.lift_fresh_copy,
     aten.native_dropout,
     aten.rsub,
     aten.floor_divide,
     aten._prelu_kernel,
     aten.rrelu_with_noise,
 )
-def _pointwise_untagged(call: Call) -> Axes:
+def _pointwise_untagged(call: Call) -> list[Axes | None]:
     return pointwise(call)
 
 
 @rule(
-    aten.bernoulli_,
     aten.fill_,
     aten.normal_,
     aten.random_,
@@ -117,16 +154,15 @@ def _pointwise_untagged(call: Call) -> Axes:
     aten.zero_,
     aten.empty_like,
     aten.full_like,
-    aten.lift_fresh_copy,
     aten.ones_like,
     aten.rand_like,
     aten.randn_like,
     aten.zeros_like,
 )
-def _same_as_self(call: Call) -> Axes:
-    return labelled_self(call)
+def _same_as_self(call: Call) -> list[Axes | None]:
+    return call.same(unweighted(labelled_self(call)))
 
 
-@rule(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.sym_size, aten.sym_numel)
-def _unrelated(call: Call) -> None:
-    return None
+@rule(*FACTORIES, aten.sym_size, aten.sym_numel)
+def _unrelated(call: Call) -> list[Axes | None]:
+    return [None] * len(call.outs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from skipvit_fx.analysis.rules.call import (
     Call,
     axes_or_plain,
     labelled_self,
-    refuse_tokens,
+    refuse_moving,
+    refuse_samples,
     rule,
 )
 from skipvit_fx.analysis.rules.pointwise import align
@@ -25,78 +28,102 @@ from skipvit_fx.analysis.rules.pointwise import align
 aten = torch.ops.aten
 
 
-def contract(call: Call, a: Axes, b: Axes, a_dim: int, b_dim: int) -> None:
+def contract(call: Call, left: Dim, right: Dim) -> None:
     """Check that what is summed over are channels, or attention weights with their values."""
-    left, right = tokens_of(a[a_dim]), tokens_of(b[b_dim])
-    if left is None and right is None:
+    for dim in (left, right):
+        refuse_samples(dim, "a matrix product")
+    a, b = tokens_of(left), tokens_of(right)
+    if a is None and b is None:
         return
-    if left is None or right is None:
+    if a is None or b is None:
         raise MixesTokens("a matrix of fixed size is multiplied over the token axis")
-    same = left._replace(weights=False) == right._replace(weights=False)
-    if not (
-        same and left.weights != right.weights and a[a_dim] == (left,) and b[b_dim] == (right,)
-    ):
+    same = a._replace(weights=False) == b._replace(weights=False)
+    if not (same and a.weights != b.weights and left == (a,) and right == (b,)):
         raise MixesTokens("a sum over the token axis that is not attention weights times values")
     call.sums_weights = True
 
 
-def _mm(call: Call, a: Tensor, b: Tensor) -> Axes:
+def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
+    """The axes of ``a @ b``, both matrices or both batches of matrices."""
     left, right = axes_or_plain(a), axes_or_plain(b)
-    contract(call, left, right, -1, -2)
-    batch: tuple[Dim, ...] = ()
-    if len(left) == 3:
-        # a matrix that is expanded over the batch (stride 0) is one matrix, whatever the length
-        dims = [ax[0] for ax, t in ((left, a), (right, b)) if t.stride(0) != 0 or t.shape[0] == 1]
-        if any(tokens_of(dim) for dim in dims) and len(set(dims)) > 1:
-            raise MixesTokens("a batch of matrices per token meets one of fixed length")
-        candidates = [dim for dim in dims if any(not isinstance(f, int) for f in dim)]
-        batch = (max(candidates or dims or [left[0]], key=len),)
+    contract(call, left[-1], right[-2])
+    batch = (_joint(_shared(a, b, left, right)),) if len(left) == 3 else ()
     return (*batch, left[-2], right[-1])
 
 
+def _shared(a: Tensor, b: Tensor, left: Axes, right: Axes) -> Iterator[tuple[Dim, bool]]:
+    """The batch dimension of each factor, and whether it is that of a labelled one.
+
+    A matrix that is expanded over the batch (stride 0) is one matrix, whatever the length.
+    """
+    for tensor, axes in ((a, left), (b, right)):
+        if tensor.stride(0) != 0 or tensor.shape[0] == 1:
+            yield axes[0], axes_of(tensor) is not None
+
+
+def _joint(dims: Iterator[tuple[Dim, bool]]) -> Dim:
+    """The one dimension that stands for all of them."""
+    given = list(dims)
+    labelled = list(dict.fromkeys(dim for dim, is_labelled in given if is_labelled))
+    if len(labelled) > 1:
+        raise MixesTokens("batches of matrices that are out of step are multiplied")
+    (joint,) = labelled or [given[0][0]]
+    if tokens_of(joint) and any(dim != joint for dim, _ in given):
+        raise MixesTokens("a batch of matrices per token meets one of fixed length")
+    return joint
+
+
 @rule(aten.mm, aten.bmm)
-def _matrix_product(call: Call) -> Axes:
-    return _mm(call, call.args[0], call.args[1])
+def _matrix_product(call: Call) -> list[Axes | None]:
+    return [_product(call, call.argument("self"), call.argument("mat2"))]
 
 
 @rule(aten.mv)
-def _matrix_vector(call: Call) -> Axes:
-    a, b = axes_or_plain(call.args[0]), axes_or_plain(call.args[1])
-    contract(call, a, b, -1, -1)
-    return (a[0],)
+def _matrix_vector(call: Call) -> list[Axes | None]:
+    a, b = axes_or_plain(call.self), axes_or_plain(call.argument("vec"))
+    contract(call, a[-1], b[-1])
+    return [(a[0],)]
 
 
-@rule(aten.addmm, aten.baddbmm)
-def _add_matrix_product(call: Call) -> Axes:
-    bias, a, b = call.args[:3]
-    axes = _mm(call, a, b)
-    return (
-        align(call, [(bias, axes_of(bias)), (call.out, axes)], call.out.shape)
-        if bias.ndim
-        else axes
-    )
+_FACTORS = {aten.addmm: ("mat1", "mat2"), aten.baddbmm: ("batch1", "batch2")}
+
+
+@rule(*_FACTORS)
+def _add_matrix_product(call: Call) -> list[Axes | None]:
+    a, b = map(call.argument, _FACTORS[call.func.overloadpacket])
+    axes, bias = _product(call, a, b), call.self
+    return [align(call, [(bias, axes_of(bias)), (call.out, axes)], call.out.shape)]
 
 
 @rule(aten.linear)
-def _linear(call: Call) -> Axes:
+def _linear(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    refuse_tokens(axes, [-1], "a linear layer")
-    return (*axes[:-1], merge_ints((call.out.shape[-1],)))
+    refuse_moving(axes, [-1], "a linear layer")
+    if any(axes_of(t) for t in (call.argument("weight"), call.argument("bias")) if t is not None):
+        raise MixesTokens("a linear layer whose weights are tokens")
+    return [(*axes[:-1], merge_ints((call.out.shape[-1],)))]
 
 
 @rule(aten.convolution)
-def _convolution(call: Call) -> Axes:
+def _convolution(call: Call) -> list[Axes | None]:
     """A convolution whose kernel has length 1 along the token axis treats every token alone."""
     axes = labelled_self(call)
-    weight = call.args[1]
-    stride, padding, _, transposed = call.args[3:7]
+    weight: Tensor = call.argument("weight")
+    if axes_of(weight) is not None:
+        raise MixesTokens("a convolution whose kernel is made of tokens")
+    refuse_moving(axes, [1], "a convolution's sum over channels")
+    if call.argument("transposed") and any(map(tokens_of, axes[2:])):
+        raise MixesTokens("a transposed convolution runs over the token axis")
     for d in range(2, len(axes)):
-        kernel = (weight.shape[d], stride[d - 2], padding[d - 2], transposed)
-        if tokens_of(axes[d]) and kernel != (1, 1, 0, False):
+        at = {name: call.argument(name) for name in ("stride", "padding")}
+        step, pad = (values[d - 2] if len(values) > 1 else values[0] for values in at.values())
+        if tokens_of(axes[d]) and (weight.shape[d], step, pad) != (1, 1, 0):
             raise MixesTokens("a convolution runs over the token axis")
-    refuse_tokens(axes, [1], "a convolution's sum over channels")
+        refuse_samples(axes[d], "a convolution")
     spatial = tuple(
         axes[d] if tokens_of(axes[d]) else merge_ints((call.out.shape[d],))
         for d in range(2, len(axes))
     )
-    return (axes[0], merge_ints((call.out.shape[1],)), *spatial)
+    if tokens_of(axes[0]) and weight.ndim != len(axes):
+        raise MixesTokens("a convolution without a batch axis")
+    return [(axes[0], merge_ints((call.out.shape[1],)), *spatial)]

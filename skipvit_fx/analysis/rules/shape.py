@@ -15,13 +15,15 @@ from skipvit_fx.analysis.axes import (
     regroup,
     size,
     tokens_of,
+    unweighted,
 )
 from skipvit_fx.analysis.rules.call import (
     Call,
     axes_or_plain,
     labelled_self,
     only_tokens,
-    refuse_tokens,
+    refuse_moving,
+    refuse_samples,
     rule,
 )
 from skipvit_fx.analysis.rules.pointwise import align
@@ -38,38 +40,40 @@ aten = torch.ops.aten
     aten.unsqueeze,
     aten.flatten,
 )
-def _reshape(call: Call) -> Axes:
-    return regroup(labelled_self(call), call.out.shape)
+def _reshape(call: Call) -> list[Axes | None]:
+    return [regroup(labelled_self(call), call.out.shape)]
 
 
 @rule(aten.view_as_complex)
-def _view_as_complex(call: Call) -> Axes:
+def _view_as_complex(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    refuse_tokens(axes, [-1], "view_as_complex")
-    return axes[:-1]
+    refuse_moving(axes, [-1], "view_as_complex")
+    return [axes[:-1]]
 
 
 @rule(aten.view_as_real)
-def _view_as_real(call: Call) -> Axes:
-    return (*labelled_self(call), (2,))
+def _view_as_real(call: Call) -> list[Axes | None]:
+    return [(*labelled_self(call), (2,))]
 
 
 @rule(aten.expand)
-def _expand(call: Call) -> Axes:
+def _expand(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
     shape = call.out.shape
     fresh = len(shape) - len(axes)
-    grown = plain(shape)
-    return tuple(
-        grown[d] if d < fresh or call.self.shape[d - fresh] == 1 else axes[d - fresh]
-        for d in range(len(shape))
-    )
+    result = list(plain(shape))
+    for d, dim in enumerate(axes):
+        if call.self.shape[d] == shape[fresh + d]:
+            result[fresh + d] = dim
+        else:
+            refuse_samples(dim, "expand")
+    return [tuple(result)]
 
 
 @rule(aten.repeat)
-def _repeat(call: Call) -> Axes:
+def _repeat(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    repeats = list(call.argument(1, "repeats"))
+    repeats = list(call.argument("repeats"))
     axes = (*((),) * (len(repeats) - len(axes)), *axes)
     result: list[Dim] = []
     for dim, times in zip(axes, repeats, strict=True):
@@ -79,40 +83,41 @@ def _repeat(call: Call) -> Axes:
             raise MixesTokens("repeat along the token or batch axis")
         else:
             result.append(merge_ints((times, *dim)))
-    return tuple(result)
+    return [tuple(result)]
 
 
 @rule(aten.permute)
-def _permute(call: Call) -> Axes:
+def _permute(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    return tuple(axes[d] for d in call.argument(1, "dims"))
+    return [tuple(axes[d] for d in call.argument("dims"))]
 
 
 @rule(aten.transpose)
-def _transpose(call: Call) -> Axes:
+def _transpose(call: Call) -> list[Axes | None]:
     axes = list(labelled_self(call))
-    a, b = call.argument(1, "dim0"), call.argument(2, "dim1")
+    a, b = call.argument("dim0"), call.argument("dim1")
     axes[a], axes[b] = axes[b], axes[a]
-    return tuple(axes)
+    return [tuple(axes)]
 
 
 @rule(aten.t)
-def _t(call: Call) -> Axes:
-    return tuple(reversed(labelled_self(call)))
+def _t(call: Call) -> list[Axes | None]:
+    return [tuple(reversed(labelled_self(call)))]
 
 
 @rule(aten.select)
-def _select(call: Call) -> Axes:
+def _select(call: Call) -> list[Axes | None]:
     axes = list(labelled_self(call))
-    d = call.argument(1, "dim") % len(axes)
+    d = call.argument("dim") % len(axes)
+    refuse_samples(axes[d], "select")
     tokens = only_tokens(axes[d], "select")
     if tokens:
-        index = call.argument(2, "index") % size(tokens)
+        index = call.argument("index") % size(tokens)
         if tokens.lead <= index < tokens.lead + tokens.patches:
             raise MixesTokens("a patch token is picked out by its position")
         call.reads = index + 1 - tokens.lead
     del axes[d]
-    return tuple(axes)
+    return [tuple(axes)]
 
 
 def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
@@ -126,32 +131,35 @@ def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
 
 
 @rule(aten.slice)
-def _slice(call: Call) -> Axes:
+def _slice(call: Call) -> list[Axes | None]:
     axes = list(labelled_self(call))
-    d = call.argument(1, "dim", 0) % len(axes)
+    d = call.argument("dim") % len(axes)
     length = call.self.shape[d]
-    start, stop = call.argument(2, "start"), call.argument(3, "end")
-    step = call.argument(4, "step", 1)
-    start, stop, _ = slice(start, stop).indices(length)
+    step = call.argument("step")
+    start, stop, _ = slice(call.argument("start"), call.argument("end")).indices(length)
     tokens = tokens_of(axes[d])
     if (start, stop, step) == (0, length, 1):
-        return tuple(axes)
+        return [tuple(axes)]
+    refuse_samples(axes[d], "a slice")
     if tokens is None:
         axes[d] = merge_ints((call.out.shape[d],))
-        return tuple(axes)
+        return [tuple(axes)]
     only_tokens(axes[d], "a slice")
     if step != 1:
         raise MixesTokens("a slice with a step picks tokens by their position")
     axes[d] = _cut(tokens, start, stop)
     if not tokens_of(axes[d]):
         call.reads = stop - tokens.lead
-    return tuple(axes)
+    return [tuple(axes)]
 
 
 @rule(aten.split, aten.split_with_sizes, aten.split_copy, aten.split_with_sizes_copy)
 def _split(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    d = call.argument(2, "dim", 0) % len(axes)
+    d = call.argument("dim") % len(axes)
+    if len(call.outs) == 1:
+        return [axes]
+    refuse_samples(axes[d], "split")
     tokens = only_tokens(axes[d], "split")
     result: list[Axes | None] = []
     start = 0
@@ -166,17 +174,19 @@ def _split(call: Call) -> list[Axes | None]:
 @rule(aten.unbind)
 def _unbind(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
-    (d,) = refuse_tokens(axes, [call.argument(1, "dim", 0)], "unbind")
-    return [(*axes[:d], *axes[d + 1 :])] * len(call.out)
+    (d,) = refuse_moving(axes, [call.argument("dim")], "unbind")
+    return call.same((*axes[:d], *axes[d + 1 :]))
 
 
 @rule(aten.cat)
-def _cat(call: Call) -> Axes:
-    tensors = [t for t in call.argument(0, "tensors") if t.shape != (0,)]
+def _cat(call: Call) -> list[Axes | None]:
+    tensors = [t for t in call.argument("tensors") if t.shape != (0,)]
     rank = tensors[0].ndim
-    d = call.argument(1, "dim", 0) % rank
+    d = call.argument("dim") % rank
     tensors = [t for t in tensors if t.shape[d]] or tensors[:1]  # a prefix may be empty
     along = [axes_or_plain(t)[d] for t in tensors]
+    for dim in along:
+        refuse_samples(dim, "cat")
     carriers = [i for i, dim in enumerate(along) if tokens_of(dim)]
     # everywhere but along d, the parts must line up; there they are joined
     parts = [
@@ -197,26 +207,26 @@ def _cat(call: Call) -> Axes:
         before = sum(t.shape[d] for t in tensors[:at])
         after = sum(t.shape[d] for t in tensors[at + 1 :])
         joined = (tokens._replace(lead=tokens.lead + before, tail=tokens.tail + after),)
-    return (*across[:d], joined, *across[d + 1 :])
+    return [(*across[:d], joined, *across[d + 1 :])]
 
 
 @rule(aten.stack)
-def _stack(call: Call) -> Axes:
-    tensors = call.argument(0, "tensors")
-    d = call.argument(1, "dim", 0) % call.out.ndim
+def _stack(call: Call) -> list[Axes | None]:
+    tensors = call.argument("tensors")
+    d = call.argument("dim") % call.out.ndim
     shape = [s for i, s in enumerate(call.out.shape) if i != d]
     axes = align(call, [(t, axes_of(t)) for t in tensors], shape)
     if call.positions:
         raise MixesTokens("tokens are stacked with a tensor of fixed token length")
-    return (*axes[:d], merge_ints((len(tensors),)), *axes[d:])
+    return [(*axes[:d], merge_ints((len(tensors),)), *axes[d:])]
 
 
 @rule(aten.constant_pad_nd)
-def _pad(call: Call) -> Axes:
+def _pad(call: Call) -> list[Axes | None]:
     axes = list(labelled_self(call))
-    pad = call.argument(1, "pad")
+    pad = call.argument("pad")
     for i in range(len(pad) // 2):
         if pad[2 * i] or pad[2 * i + 1]:
-            refuse_tokens(tuple(axes), [-1 - i], "padding")
+            refuse_moving(tuple(axes), [-1 - i], "padding")
             axes[-1 - i] = merge_ints((call.out.shape[-1 - i],))
-    return tuple(axes)
+    return [tuple(axes) if call.argument("value") == 0 else unweighted(tuple(axes))]
