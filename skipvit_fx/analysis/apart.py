@@ -53,7 +53,9 @@ def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:
     callee = analysis.callee(node)
     if isinstance(callee, nn.Module) and _is_torchs_own(callee):
         return _in_other_mode(analysis, node, callee)
-    if reason := _otherwise(analysis, node, pytree.tree_map(_of_one_sample, analysis.inputs(node))):
+    with analysis.fake_mode:
+        alone = pytree.tree_map(_of_one_sample, analysis.inputs(node))
+    if reason := _otherwise(analysis, node, alone):
         return f"a module treats one sample otherwise than several: {reason}"
     if reason := _counting(analysis, node):
         return reason
@@ -119,10 +121,10 @@ def _of_one_sample(leaf: Any) -> Any:
     axes = axes_of(leaf) if isinstance(leaf, Tensor) else None
     if axes is None:
         return leaf
-    alone = tuple(tuple(Batch(1) if isinstance(f, Batch) else f for f in dim) for dim in axes)
-    first = torch.empty(lengths(alone), dtype=leaf.dtype, device=leaf.device)
+    its = tuple(tuple(Batch(1) if isinstance(f, Batch) else f for f in dim) for dim in axes)
+    first = torch.empty(lengths(its), dtype=leaf.dtype, device=leaf.device)
     mark_data(first)
-    set_axes(first, alone)
+    set_axes(first, its)
     return first
 
 

@@ -93,16 +93,6 @@ class GraphEditor:
         if node.op == "call_module" and INSERTED_BY in node.meta:
             self.module.delete_submodule(str(node.target))
 
-    def erase_dead(self) -> None:
-        """Remove inserted nodes and pure ones of the author's that nobody reads any more.
-
-        The author's modules stay, read or not: they may draw random numbers.
-        """
-        for node in reversed(list(self.graph.nodes)):
-            pure = node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
-            if not node.users and (pure or INSERTED_BY in node.meta):
-                self.erase(node)
-
     def latest(self, nodes: Iterable[fx.Node]) -> fx.Node:
         """The last of the nodes in graph order."""
         last, *others = nodes

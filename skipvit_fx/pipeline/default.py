@@ -5,6 +5,7 @@ from __future__ import annotations
 from skipvit_fx.passes.check_shapes import CheckShapes
 from skipvit_fx.passes.check_span import CheckSpan
 from skipvit_fx.passes.eliminate_dead_tokens import EliminateDeadTokens
+from skipvit_fx.passes.erase_dead import EraseDead
 from skipvit_fx.passes.fill_taps import FillTaps
 from skipvit_fx.passes.free_token_sizes import FreeTokenSizes
 from skipvit_fx.passes.gather_positions import GatherPositionOperands
@@ -32,4 +33,4 @@ def default_pipeline(*, eliminate_dead_tokens: bool) -> tuple[Pass, ...]:
         InsertMerge(),
     )
     dead: tuple[Pass, ...] = (EliminateDeadTokens(),) if eliminate_dead_tokens else ()
-    return (*skip, *dead, CheckShapes())
+    return (*skip, *dead, CheckShapes(), EraseDead())

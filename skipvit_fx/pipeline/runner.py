@@ -68,7 +68,6 @@ def run_passes(passes: Sequence[Pass], rewriting: Rewriting) -> tuple[PassRecord
         rewriting.facts |= step.provides
         rewriting.facts -= step.invalidates
         records.append(PassRecord(step.name, tuple(editor.events)))
-    editor.erase_dead()
     rewriting.capture.module.recompile()
     return tuple(records)
 

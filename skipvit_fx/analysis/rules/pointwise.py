@@ -107,11 +107,17 @@ _OF_WEIGHTS = frozenset(
 
 
 def _keeps_zeros(call: Call) -> bool:
-    """Whether a token without weight still has none afterwards."""
+    """Whether a token without weight still has none afterwards.
+
+    The bias of a linear layer that mixes heads is part of that layer, of which a product and a sum are left here. It is
+    not zero; that layer is defined on the tokens that are there.
+    """
     packet = call.func.overloadpacket
     if packet in (aten.add, aten.sub, aten.add_, aten.sub_):
         other = call.argument("other")
-        return _weighs(call.self) and isinstance(other, Tensor) and _weighs(other)
+        if not isinstance(other, Tensor) or not _weighs(call.self):
+            return False
+        return _weighs(other) or (other.ndim == 1 and not tokens_of(labelled_self(call)[-1]))
     if packet in (aten.div, aten.div_):
         other = call.argument("other")
         return not (isinstance(other, Tensor) and _weighs(other))
