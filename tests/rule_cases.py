@@ -725,7 +725,7 @@ def _product_with_bias(func: Any) -> Values:
 
 
 def _matrix_vector(func: Any) -> Values:
-    for left, right in (
+    yield from (
         (Operand("BN C"), fixed("C")),
         (Operand("BHN D"), fixed("D")),
         (Operand("B N"), fixed("N")),
@@ -734,8 +734,7 @@ def _matrix_vector(func: Any) -> Values:
         (fixed("C BN"), Operand("BN")),
         (fixed("K BN"), Operand("BN")),
         (Operand("BN W"), fixed("N")),
-    ):
-        yield left, right
+    )
 
 
 def _linear(func: Any) -> Values:
@@ -752,11 +751,25 @@ def _linear(func: Any) -> Values:
 
 def _convolution(func: Any) -> Values:
     def options(rank: int, **changed: Any) -> tuple[Any, ...]:
-        usual: dict[str, Any] = {"stride": [1] * rank, "padding": [0] * rank, "dilation": [1] * rank}
+        usual: dict[str, Any] = {
+            "stride": [1] * rank,
+            "padding": [0] * rank,
+            "dilation": [1] * rank,
+        }
         usual |= {"transposed": False, "output_padding": [0] * rank, "groups": 1}
         return tuple((usual | changed).values())
 
-    for spec in ("B C N", "N C B", "B N C", "N B C", "BH D N", "BN C 2", "C B N", "B C W", "K C BN"):
+    for spec in (
+        "B C N",
+        "N C B",
+        "B N C",
+        "N B C",
+        "BH D N",
+        "BN C 2",
+        "C B N",
+        "B C W",
+        "K C BN",
+    ):
         inner = spec.split()[1]
         yield Operand(spec), fixed(f"{inner} 1 1"), None, *options(1, groups=Size(inner))
         for kernel in ("1", "2"):
