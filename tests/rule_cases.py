@@ -62,10 +62,7 @@ class Selection(NamedTuple):
 _SAMPLES, _ROWS = (0, 1, 2, 3), tuple(range(PATCHES))
 EVERYTHING = Selection(_SAMPLES, (_ROWS,) * 4)
 SELECTIONS = {
-    "patches, the same of every sample": (
-        Selection(_SAMPLES, ((0, 1, 4),) * 4),
-        Selection(_SAMPLES, ((1, 3),) * 4),
-    ),
+    "patches, the same of every sample": (Selection(_SAMPLES, ((0, 1, 4),) * 4),),
     "samples": (
         Selection((0, 2, 3), (_ROWS,) * 3),
         Selection((1, 2, 3), (_ROWS,) * 3),
@@ -124,7 +121,7 @@ def fixed(spec: str, kind: str = "") -> Operand:
 
 
 KINDS = ("float", "large", "share", "int", "bool", "complex")
-USUAL_KIND = {aten.all: "bool", aten.any: "bool"}
+USUAL_KIND = {aten.all: "bool", aten.any: "bool", aten.bernoulli: "share"}
 SCALARS: dict[str, Any] = {"int": 2, "bool": True}
 
 
@@ -667,7 +664,7 @@ MATRICES: tuple[tuple[Operand, Operand], ...] = (
     (Operand("N B"), fixed("B K")),
     (Operand("B N"), Operand("N B")),
     (Operand("N B"), Operand("B N")),
-    (Operand("BN C"), fixed("C B")),
+    (Operand("BN C"), fixed("C 4")),
     (Operand("BN C"), fixed("C N")),
     (Operand("BHN W"), fixed("N D")),
     (Operand("BN C"), Operand("C NB")),
@@ -698,7 +695,7 @@ BATCHES: tuple[tuple[Operand, Operand], ...] = (
     (Operand("N C B"), fixed("N B K")),
     (Operand("H BN D"), fixed("H D K")),
     (Operand("H BN D"), Operand("H D BN")),
-    (Operand("H BN D"), Operand("H D B", labelled=False)),
+    (Operand("H BN D"), fixed("H D 4")),
     (Operand("HB N D"), Operand("HB D N")),
     (Operand("BH N D"), Operand("HB D N")),
     (Operand("BN H D"), fixed("BN D K")),
@@ -745,7 +742,7 @@ def _linear(func: Any) -> Values:
     yield Operand("B N C"), Operand("BN C"), LEFT_OUT
     yield Operand("BN C"), Operand("NB C"), LEFT_OUT
     yield fixed("K C"), Operand("BN C"), LEFT_OUT
-    yield Operand("BN C"), fixed("BN C"), fixed("BN")
+    yield Operand("BN C"), fixed("4 C"), fixed("4")
     yield Operand("B N C"), fixed("BN C"), Operand("BN")
 
 

