@@ -163,7 +163,7 @@ class _Liveness:
         if not tensors_in(facts.value):
             return [(a, ALL) for a in arguments if self._reads_token_size(node)]
         unread = need == NONE and carries_tokens(facts)
-        if node.op != "output" and (unread or (need < ALL and self._row_by_row(node))):
+        if node.op != "output" and (unread or (need < ALL and self._row_by_row(node, need))):
             if node.target in SDPA:
                 query, *_ = attention_operands(node)
                 return [(a, need if a is query else ALL) for a in arguments]
@@ -185,10 +185,15 @@ class _Liveness:
             for user in node.users
         )
 
-    def _row_by_row(self, node: fx.Node) -> bool:
-        """Whether row i of the value needs only row i of every argument (of the query, for an attention)."""
+    def _row_by_row(self, node: fx.Node, need: float) -> bool:
+        """Whether row i of the value needs only row i of every argument (of the query, for an attention).
+
+        And, in a module, prefix rows that are needed anyway.
+        """
         facts = self.analysis[node]
         if facts.mixing or node.op in ("placeholder", "output"):
+            return False
+        if facts.reads is not None and facts.reads > need:
             return False
         own = {_single_tokens(axes_of(t)) for t in tensors_in(facts.value)}
         if len(own) != 1 or None in own:
@@ -213,7 +218,7 @@ class _Liveness:
             return False
         if any(node is stage.shorter for stage in self.rewriting.stages):
             return False
-        if not self._row_by_row(node):
+        if not self._row_by_row(node, need):
             return False
         tokens = {_single_tokens(axes_of(t)) for t in tensors_in(self.analysis.value(node))}
         if any(t is None or t.lead + need < 1 for t in tokens):

@@ -116,8 +116,7 @@ class AxisMode(TorchDispatchMode):
             return
         self.note(call)
         for tensor, axes in zip(outputs, results, strict=True):
-            if axes is not None:
-                set_axes(tensor, axes)
+            set_axes(tensor, axes)
 
     def note(self, call: rules.Call) -> None:
         self.facts.positions += call.positions
@@ -332,7 +331,7 @@ def _attention(given: AttentionArguments) -> NodeFacts:
     if any(is_lost(t) for t in operands):
         mark_lost(out)
     if any(axes_of(t) is not None for t in operands):
-        call = rules.Call(scaled_dot_product_attention, (), {}, out)
+        call = rules.Call(torch.ops.aten.scaled_dot_product_attention.default, (), {}, out)
         try:
             set_axes(out, rules.attend(call, query, key, value, mask, causal=given.is_causal))
             facts.positions = call.positions

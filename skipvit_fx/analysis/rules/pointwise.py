@@ -121,6 +121,9 @@ def _keeps_zeros(call: Call) -> bool:
     if packet in (aten.div, aten.div_):
         other = call.argument("other")
         return not (isinstance(other, Tensor) and _weighs(other))
+    if packet in (aten.pow, aten.pow_):
+        exponent = call.argument("exponent")
+        return isinstance(exponent, (int, float)) and exponent > 0
     if packet in (aten.masked_fill, aten.masked_fill_):
         return call.argument("value") == 0 if call.func._overloadname == "Scalar" else False
     return packet in _OF_WEIGHTS

@@ -12,6 +12,7 @@ from skipvit_fx.analysis.axes import (
     Dim,
     MixesTokens,
     axes_of,
+    batch_of,
     merge_ints,
     tokens_of,
 )
@@ -47,8 +48,12 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
     """The axes of ``a @ b``, both matrices or both batches of matrices."""
     left, right = axes_or_plain(a), axes_or_plain(b)
     contract(call, left[-1], right[-2])
-    batch = (_joint(_shared(a, b, left, right)),) if len(left) == 3 else ()
-    return (*batch, left[-2], right[-1])
+    if len(left) == 2:
+        return (left[-2], right[-1])
+    joint = _joint(_shared(a, b, left, right))
+    if tokens_of(joint) and not all(any(map(batch_of, axes)) for axes in (left, right)):
+        raise MixesTokens("a matrix for each token, the same for all samples")
+    return (joint, left[-2], right[-1])
 
 
 def _shared(a: Tensor, b: Tensor, left: Axes, right: Axes) -> Iterator[tuple[Dim, bool]]:
