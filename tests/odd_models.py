@@ -634,6 +634,7 @@ GOOD = [
 EITHER = [
     Example("cls-last", _odd(Block, cls_last=True)),
     Example("distance-bias", _attend(ArangeBias)),
+    Example("length-scaled", _attend(LengthScaled)),
     Example("token-scale", _odd(lambda: Block(mlp=TokenScale()))),
     Example("channel-shuffle", _odd(lambda: Block(mlp=ChannelShuffle()))),
     Example("value-residual", lambda: ValueResidual([ValueBlock() for _ in range(DEPTH)])),
@@ -789,7 +790,6 @@ def mixing(name: str, place: str, layer: int) -> Odd:
 BAD = [
     Example("causal-flag", _attend(CausalAttention)),
     Example("causal-mask", _attend(lambda: CausalAttention(flag=False))),
-    Example("length-scaled", _attend(LengthScaled)),
     Example("softmax-over-queries", _attend(SoftmaxOverQueries)),
     Example("linear-attention", _attend(LinearAttention)),
     Example("window-attention", _attend(WindowAttention)),

@@ -286,6 +286,9 @@ AFTER_SOFTMAX: dict[str, tuple[Expression, bool]] = {
     "dropout": (lambda w: F.dropout(w, 0.0), True),
     "relu": (lambda w: w.relu(), True),
     "divided": (lambda w: w / 3, True),
+    "small-ones-left-out": (lambda w: w.masked_fill(w < 0.01, 0.0), True),
+    "column": (lambda w: w * w[..., :1], False),
+    "one-key": (lambda w: w * w[..., 0, None], False),
 }
 
 

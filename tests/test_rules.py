@@ -137,9 +137,13 @@ def mask(tensor: Tensor, axes: Axes, left: Selection, where: Sequence[int], valu
 
 
 def _keys(axes: Axes) -> list[int]:
-    """The factors that are keys of a softmax."""
+    """The factors that are keys of a softmax, of which those that are gone have no weight."""
     factors = [factor for dim in axes for factor in dim]
-    return [i for i, factor in enumerate(factors) if isinstance(factor, Tokens) and factor.weights]
+    return [
+        i
+        for i, factor in enumerate(factors)
+        if isinstance(factor, Tokens) and factor.weights and not factor.nonzero
+    ]
 
 
 # -- what the rule says -------------------------------------------------------------------------------------------

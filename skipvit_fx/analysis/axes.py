@@ -25,13 +25,15 @@ class PoolsTokens(MixesTokens):
 class Tokens(NamedTuple):
     """The token axis: ``lead`` prefix rows, then ``patches`` patch rows, then ``tail`` rows.
 
-    ``weights`` marks the key axis of a softmax: the one axis over which values may be summed.
+    ``weights`` marks the key axis of a softmax, which depends on all tokens. It may only be summed over, with values;
+    and only while a token that is gone would have no weight: ``nonzero`` says that this is no longer so.
     """
 
     lead: int
     patches: int
     tail: int
     weights: bool = False
+    nonzero: bool = False
 
 
 class Batch(NamedTuple):
@@ -89,10 +91,10 @@ def plain(shape: Sequence[int]) -> Axes:
     return tuple((s,) if s != 1 else () for s in shape)
 
 
-def unweighted(axes: Axes) -> Axes:
-    """The same axes, where what lies along the tokens are no attention weights: one that is gone need not be zero."""
+def nonzero(axes: Axes) -> Axes:
+    """The same axes, where a token that is gone need not have weight zero."""
     return tuple(
-        tuple(f._replace(weights=False) if isinstance(f, Tokens) else f for f in dim)
+        tuple(f._replace(nonzero=f.weights) if isinstance(f, Tokens) else f for f in dim)
         for dim in axes
     )
 

@@ -12,8 +12,8 @@ from skipvit_fx.analysis.axes import (
     PoolsTokens,
     axes_of,
     merge_ints,
+    nonzero,
     tokens_of,
-    unweighted,
 )
 from skipvit_fx.analysis.rules.call import (
     Call,
@@ -61,7 +61,7 @@ def _along(call: Call) -> list[Axes | None]:
         for out in call.outs
     )
     moves = call.func.overloadpacket is not aten._log_softmax
-    return [first if moves else unweighted(first), *map(unweighted, others)]  # indices
+    return [first if moves else nonzero(first), *map(nonzero, others)]  # indices
 
 
 @rule(aten._softmax, aten._safe_softmax)
@@ -76,7 +76,7 @@ def _softmax(call: Call) -> list[Axes | None]:
                 "a softmax of attention weights, in which a token of no weight counts"
             )
         call.softmax_over = tokens
-    axes = list(unweighted(tuple(axes)))
+    axes = list(nonzero(tuple(axes)))
     if tokens:
         axes[d] = (tokens._replace(weights=True),)
     return [tuple(axes)]
@@ -119,8 +119,8 @@ def _reduce(call: Call) -> list[Axes | None]:
     left = tuple(
         () if d in normal else dim for d, dim in enumerate(axes) if keeps or d not in normal
     )
-    first = left if call.func.overloadpacket in _OF_WEIGHTS else unweighted(left)
-    return [first, *[unweighted(left)] * (len(call.outs) - 1)]
+    first = left if call.func.overloadpacket in _OF_WEIGHTS else nonzero(left)
+    return [first, *[nonzero(left)] * (len(call.outs) - 1)]
 
 
 @rule(aten.native_layer_norm, aten._fused_rms_norm)
@@ -128,8 +128,8 @@ def _layer_norm(call: Call) -> list[Axes | None]:
     axes = labelled_self(call)
     normalized = len(call.argument("normalized_shape"))
     refuse_moving(axes, range(-normalized, 0), "normalisation")
-    statistics: Axes = (*unweighted(axes)[:-normalized], *((),) * normalized)
-    return [unweighted(axes), *[statistics] * (len(call.outs) - 1)]
+    statistics: Axes = (*nonzero(axes)[:-normalized], *((),) * normalized)
+    return [nonzero(axes), *[statistics] * (len(call.outs) - 1)]
 
 
 @rule(aten.embedding)
@@ -137,4 +137,4 @@ def _embedding(call: Call) -> list[Axes | None]:
     axes = axes_of(call.argument("indices"))
     if axes is None or axes_of(call.self) is not None:
         raise MixesTokens("an embedding table made of tokens")
-    return [(*unweighted(axes), merge_ints((call.out.shape[-1],)))]
+    return [(*nonzero(axes), merge_ints((call.out.shape[-1],)))]

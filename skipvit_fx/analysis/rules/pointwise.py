@@ -17,11 +17,11 @@ from skipvit_fx.analysis.axes import (
     axes_of,
     batch_of,
     merge_ints,
+    nonzero,
     plain,
     size,
     tensors_in,
     tokens_of,
-    unweighted,
 )
 from skipvit_fx.analysis.rules.call import (
     Call,
@@ -41,8 +41,8 @@ def pointwise(call: Call) -> list[Axes | None]:
     """Token axes that line up stay; an operand of fixed token length is noted as a :class:`Position`."""
     operands = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim]
     axes = align(call, [(t, axes_of(t)) for t in operands], tuple(call.outs[0].shape))
-    first = axes if _keeps_zeros(call) else unweighted(axes)
-    return [first, *[unweighted(axes)] * (len(call.outs) - 1)]  # masks and the like
+    first = axes if _keeps_zeros(call) else nonzero(axes)
+    return [first, *[nonzero(axes)] * (len(call.outs) - 1)]  # masks and the like
 
 
 def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Sequence[int]) -> Axes:
@@ -85,11 +85,11 @@ def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Seq
 
 def _in_step(call: Call, labelled: Sequence[Dim]) -> Dim | None:
     """What the dimensions of operands with tokens are that meet here; ``None`` if there are none."""
-    dims = list(dict.fromkeys(unweighted(tuple(labelled))))
+    dims = list(dict.fromkeys(nonzero(tuple(labelled))))
     if not dims:
         return None
     if len(dims) == 1:  # weights times anything are weights
-        return max(labelled, key=lambda dim: bool((tokens := tokens_of(dim)) and tokens.weights))
+        return next((dim for dim in labelled if (dim,) != nonzero((dim,))), dims[0])
     if all(map(tokens_of, dims)):
         raise MixesTokens(f"token axes that are out of step meet in {call.name}")
     if any(map(tokens_of, dims)):
@@ -131,7 +131,7 @@ def _keeps_zeros(call: Call) -> bool:
 
 def _weighs(tensor: Tensor) -> bool:
     axes = axes_of(tensor)
-    return axes is not None and axes != unweighted(axes)
+    return axes is not None and axes != nonzero(axes)
 
 
 @rule(
@@ -169,7 +169,7 @@ def _pointwise_untagged(call: Call) -> list[Axes | None]:
     aten.zeros_like,
 )
 def _same_as_self(call: Call) -> list[Axes | None]:
-    return call.same(unweighted(labelled_self(call)))
+    return call.same(nonzero(labelled_self(call)))
 
 
 @rule(*FACTORIES, aten.sym_size, aten.sym_numel)

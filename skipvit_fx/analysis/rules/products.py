@@ -39,7 +39,8 @@ def contract(call: Call, left: Dim, right: Dim) -> None:
     if a is None or b is None:
         raise MixesTokens("a matrix of fixed size is multiplied over the token axis")
     same = a._replace(weights=False) == b._replace(weights=False)
-    if not (same and a.weights != b.weights and left == (a,) and right == (b,)):
+    zero = not a.nonzero and not b.nonzero
+    if not (same and zero and a.weights != b.weights and left == (a,) and right == (b,)):
         raise MixesTokens("a sum over the token axis that is not attention weights times values")
     call.sums_weights = True
 
@@ -51,7 +52,8 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
     if len(left) == 2:
         return (left[-2], right[-1])
     joint = _joint(_shared(a, b, left, right))
-    if tokens_of(joint) and not all(any(map(batch_of, axes)) for axes in (left, right)):
+    known = [axes for axes in (axes_of(a), axes_of(b)) if axes is not None]
+    if tokens_of(joint) and not all(any(map(batch_of, axes)) for axes in known):
         raise MixesTokens("a matrix for each token, the same for all samples")
     return (joint, left[-2], right[-1])
 

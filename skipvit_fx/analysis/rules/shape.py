@@ -11,11 +11,11 @@ from skipvit_fx.analysis.axes import (
     Tokens,
     axes_of,
     merge_ints,
+    nonzero,
     plain,
     regroup,
     size,
     tokens_of,
-    unweighted,
 )
 from skipvit_fx.analysis.rules.call import (
     Call,
@@ -113,6 +113,8 @@ def _select(call: Call) -> list[Axes | None]:
     tokens = only_tokens(axes[d], "select")
     if tokens:
         index = call.argument("index") % size(tokens)
+        if tokens.weights:
+            raise MixesTokens(_PICKED)
         if tokens.lead <= index < tokens.lead + tokens.patches:
             raise MixesTokens("a patch token is picked out by its position")
         call.reads = index + 1 - tokens.lead
@@ -120,11 +122,16 @@ def _select(call: Call) -> list[Axes | None]:
     return [tuple(axes)]
 
 
+_PICKED = "single weights are picked out of an attention, each of which depends on all tokens"
+
+
 def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
     """The rows ``start:stop`` of a token axis: all patches with part of the rest, or none of them."""
     first, last = tokens.lead, tokens.lead + tokens.patches
     if start <= first and stop >= last:
         return (tokens._replace(lead=first - start, tail=stop - last),)
+    if tokens.weights and not start <= first <= last <= stop:
+        raise MixesTokens(_PICKED)
     if stop <= first or start >= last:
         return merge_ints((stop - start,))
     raise MixesTokens("a slice cuts the patch tokens in two by position")
@@ -229,4 +236,4 @@ def _pad(call: Call) -> list[Axes | None]:
         if pad[2 * i] or pad[2 * i + 1]:
             refuse_moving(tuple(axes), [-1 - i], "padding")
             axes[-1 - i] = merge_ints((call.out.shape[-1 - i],))
-    return [tuple(axes) if call.argument("value") == 0 else unweighted(tuple(axes))]
+    return [tuple(axes) if call.argument("value") == 0 else nonzero(tuple(axes))]
