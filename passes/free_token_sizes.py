@@ -8,24 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Batch, Dim, axes_of, size, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
-from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
+from skipvit_fx.ir.sizes import PICKS, RESHAPES, SIZE_FREE, SPLITS, dimension_of, sizes_of
 from skipvit_fx.pipeline.rewriting import Rewriting
-
-aten = torch.ops.aten
-_RESHAPES: frozenset[Any] = frozenset(
-    {"view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to"}
-    | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
-)
-_SPLITS: frozenset[Any] = frozenset(
-    {"split", "split_with_sizes", torch.split, torch.functional.split}
-    | {aten.split_with_sizes.default, torch.split_with_sizes}
-)
 
 
 @dataclass(frozen=True)
@@ -67,10 +56,12 @@ class FreeTokenSizes:
 def follow_input(rewriting: Rewriting, node: fx.Node, *, always: bool = False) -> None:
     """Let the token sizes in a reshape or split follow its input (``always``: also where they already do)."""
     out = rewriting.analysis[node]
-    if node.target in _RESHAPES and out.axes is not None:
+    if node.target in RESHAPES and out.axes is not None:
         _follow_in_reshape(rewriting, node, out.axes, tuple(out.value.shape), always)
-    elif node.target in _SPLITS:
+    elif node.target in SPLITS:
         _follow_in_split(rewriting, node)
+    elif node.target in PICKS:
+        _follow_in_index(rewriting, node)
 
 
 def _follow_in_reshape(
@@ -180,6 +171,53 @@ def _part_has_patches(part: Tensor, dim: int) -> bool:
     return axes is not None and tokens_of(axes[dim]) is not None
 
 
+def _follow_in_index(rewriting: Rewriting, node: fx.Node) -> None:
+    """Rows after the patches, counted from the front (``x[:, 1:197]``, ``x[:, 197]``), are counted from the end."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or (axes := rewriting.analysis.axes(source)) is None:
+        return
+    if node.target is operator.getitem:
+        given = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        dims = _indexed_dims(given, len(axes))
+        index = tuple(
+            part if d is None else _from_the_end(rewriting, part, axes[d])
+            for d, part in zip(dims, given, strict=True)
+        )
+        args: tuple[Any, ...] = (source, index if isinstance(node.args[1], tuple) else index[0])
+    else:
+        dim = node.args[1] if len(node.args) > 1 else 0
+        assert isinstance(dim, int)
+        bounds = (_from_the_end(rewriting, bound, axes[dim]) for bound in node.args[2:4])
+        args = (source, dim, *bounds, *node.args[4:])
+    if args != node.args:
+        rewriting.editor.set_args(node, args, dict(node.kwargs))
+
+
+def _indexed_dims(index: tuple[Any, ...], rank: int) -> list[int | None]:
+    """The dimension that each part of an index applies to; ``None`` for new axes and the ellipsis."""
+    taken = sum(part is not None and part is not Ellipsis for part in index)
+    dims: list[int | None] = []
+    at = 0
+    for part in index:
+        if part is Ellipsis:
+            at += rank - taken
+        dims.append(None if part is None or part is Ellipsis else at)
+        at += dims[-1] is not None
+    return dims
+
+
+def _from_the_end(rewriting: Rewriting, part: Any, dim: Dim) -> Any:
+    """A place along a token axis, or a slice of one, counted from the end where that is after the patches."""
+    if isinstance(part, slice):
+        start, stop = (_from_the_end(rewriting, b, dim) for b in (part.start, part.stop))
+        return slice(start, stop, part.step)
+    tokens = tokens_of(dim)
+    place = rewriting.analysis[part].value if isinstance(part, fx.Node) else part
+    if tokens is None or not isinstance(place, int) or place < tokens.lead + tokens.patches:
+        return part
+    return place - size(tokens) if place < size(tokens) else None
+
+
 # -- the full count -----------------------------------------------------------------------------------------------
 
 
@@ -253,7 +291,7 @@ def _redirect(rewriting: Rewriting, node: fx.Node, dim: Dim) -> None:
 def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:
     """Whether the user is a reshape that takes the size for a token axis under the same drops, and for nothing else."""
     axes = rewriting.analysis.axes(user) if user in rewriting.analysis.facts else None
-    if user.target not in _RESHAPES or axes is None:
+    if user.target not in RESHAPES or axes is None:
         return False
     _, sizes, _ = _sizes_argument(rewriting, user)
     if isinstance(sizes, fx.Node):

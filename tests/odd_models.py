@@ -137,6 +137,39 @@ class EmptyPrefix(Projections):
         return self.out(self.join(F.scaled_dot_product_attention(q, k, v)))
 
 
+class LiteralSlices(Projections):
+    """Which rows are patches is written out, or computed from the length, and not counted from the end."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = 1, 1 + PATCHES
+        if self.how == "computed":
+            last = x.shape[1] - 2
+        front, middle = x[:, :first], x[:, first:last]
+        back = x[:, last:]
+        if self.how == "narrowed":
+            back = torch.stack([x.select(1, last), x[:, last + 1]], 1)
+        x = torch.cat([front, middle * 2, back + 1], dim=1)
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
+        return self.out(self.join(F.scaled_dot_product_attention(q, k, v)))
+
+
+class SlicingMlp(nn.Module):
+    """The same in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = Mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [x[:, :1], x[:, 1 : 1 + PATCHES] * 2, x[:, 1 + PATCHES :]]
+        y: Tensor = self.fc(torch.cat(rows, dim=1))
+        return y
+
+
 class LiteralCoincident(Projections):
     """As many channels as tokens, and both written out."""
 
@@ -626,12 +659,16 @@ GOOD = [
     Example("position-in-branch", _odd(PositionInBranch)),
     Example("position-on-stream", _odd(PositionOnStream)),
     Example("registers-last", _odd(Block, registers=3)),
+    Example("literal-slices", _attend(lambda: LiteralSlices("literal"), registers=2)),
+    Example("computed-slices", _attend(lambda: LiteralSlices("computed"), registers=2)),
+    Example("slices-in-a-leaf", _odd(lambda: Block(mlp=SlicingMlp()), registers=2)),
     Example("grid-output", _odd(Block, head="grid")),
     Example("flatten-head", _odd(Block, head="flatten")),
     Example("shared-block", lambda: Shared([Block()])),
 ]
 
 EITHER = [
+    Example("picked-rows", _attend(lambda: LiteralSlices("narrowed"), registers=2)),
     Example("cls-last", _odd(Block, cls_last=True)),
     Example("distance-bias", _attend(ArangeBias)),
     Example("length-scaled", _attend(LengthScaled)),

@@ -15,21 +15,26 @@ from skipvit_fx.analysis.axes import Axes, Batch, axes_of, lengths, mark_data, s
 from skipvit_fx.analysis.leaves import computes_with_counts, described, structure
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.sizes import PICKS, RESHAPES, SPLITS
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
     """Why ``node`` may not see fewer tokens than the author gave it; empty if each row goes its own way."""
     facts = analysis[node]
-    if facts.mixing or not _is_code(node) or not takes_tokens(analysis, node):
+    if facts.mixing or not takes_tokens(analysis, node) or not tensors_in(facts.value):
         return facts.mixing
-    if facts.positions:
+    is_code = _is_code(node)
+    if is_code and facts.positions:
         return "a module holds values of fixed token length"
+    if not is_code and not _takes_numbers(analysis, node):
+        return ""
     callee = analysis.callee(node)
-    own = structure(callee) if isinstance(callee, nn.Module) else callee
+    own = structure(callee) if isinstance(callee, nn.Module) else node.target
     key = (own, tuple(map(described, pytree.tree_leaves(analysis.inputs(node)))))
     if key not in analysis.judged:
-        analysis.judged[key] = _judge(analysis, node)
+        judge = _judge if is_code else _counting
+        analysis.judged[key] = judge(analysis, node)
     return analysis.judged[key]
 
 
@@ -43,6 +48,13 @@ def _is_code(node: fx.Node) -> bool:
     if node.op == "call_function" and isinstance(node.target, types.FunctionType):
         return not node.target.__module__.startswith("torch.")
     return node.op == "call_module"
+
+
+def _takes_numbers(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    """Whether an operator takes numbers that may be about tokens, and that no pass lets follow its input."""
+    if node.op == "output" or node.target in RESHAPES | SPLITS | PICKS:
+        return False
+    return any(type(leaf) is int for leaf in pytree.tree_leaves(analysis.inputs(node)))
 
 
 def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,7 +15,24 @@ SIZE_FREE = frozenset(
 )
 """Methods and attributes of a tensor whose value does not depend on its sizes."""
 
-_SYM_SIZE = torch.ops.aten.sym_size.int
+aten = torch.ops.aten
+
+RESHAPES: frozenset[Any] = frozenset(
+    {"view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to"}
+    | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
+)
+"""What takes a tensor and the sizes that it is to have."""
+
+SPLITS: frozenset[Any] = frozenset(
+    {"split", "split_with_sizes", torch.split, torch.functional.split}
+    | {aten.split_with_sizes.default, torch.split_with_sizes}
+)
+"""What takes a tensor and the lengths of its parts."""
+
+PICKS: frozenset[Any] = frozenset({operator.getitem, aten.slice.Tensor, aten.select.int})
+"""What takes a tensor and the first and last rows of a part."""
+
+_SYM_SIZE = aten.sym_size.int
 
 
 def sizes_of(node: fx.Node) -> tuple[fx.Node, slice] | None:
