@@ -31,13 +31,14 @@ from skipvit_fx.analysis.axes import (
     tokens_of,
 )
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import fake_inputs
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sdpa import AttentionArguments
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES, attribute
+from skipvit_fx.ir.symbolic import attribute
 
 SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
@@ -256,16 +257,18 @@ class TokenAnalysis:
             return _attention(AttentionArguments(*args, **kwargs))
         mode = AxisMode()
         try:
-            with mode:
-                if node.op == "call_module":
-                    value = self.fake_module(str(node.target))(*args, **kwargs)
+            module = self.fake_module(str(node.target)) if node.op == "call_module" else None
+            with mode, author_code():
+                if module is not None:
+                    value = module(*args, **kwargs)
                 elif node.op == "call_method":
                     value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
-        except FORWARD_FAILURES as error:
+        except AuthorError as error:
             raise TraceError(
-                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
+                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake "
+                f"tensors: {error.args[0]}",
                 hint="check that the example inputs fit the model",
             ) from error
         mode.facts.value = value
@@ -308,9 +311,10 @@ class TokenAnalysis:
                     shorter = functools.partial(self._shorter_value, less=less)
                     inputs: Any = fx.node.map_arg((node.args, node.kwargs), shorter)
                     args, kwargs = inputs
-                    with recorder:
-                        self.fake_module(str(node.target))(*args, **kwargs)
-            except FORWARD_FAILURES:
+                    module = self.fake_module(str(node.target))
+                    with recorder, author_code():
+                        module(*args, **kwargs)
+            except AuthorError:
                 return "a module works for one number of tokens only"
             runs.append(recorder.calls)
         return "" if runs[0] == runs[1] else "a module computes with the number of tokens"
