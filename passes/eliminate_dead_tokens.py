@@ -198,7 +198,10 @@ class _Liveness:
             for tensor in tensors_in(self.analysis.value(argument)):
                 if axes_of(tensor) is not None and _single_tokens(axes_of(tensor)) not in own:
                     return False
-        return not (node.op == "call_module" and self.analysis.counts_tokens(node))
+        if node.op != "call_module":
+            return True
+        known = all(argument in self.analysis.facts for argument in node.all_input_nodes)
+        return known and not self.analysis.counts_tokens(node)  # what was inserted has no value to try it with
 
     def _can_be_narrow(self, node: fx.Node) -> bool:
         need = self.need.get(node, NONE)

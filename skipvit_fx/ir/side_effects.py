@@ -123,7 +123,11 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
 
 def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[Place, Any]:
     """The same functions where authors wrote ``from random import random``; and ``act = Act.apply``."""
-    known = {id(vars(owner).get(name)): function for (owner, name), function in functions.items()}
+    known = {
+        id(vars(owner)[name]): function
+        for (owner, name), function in functions.items()
+        if name in vars(owner)
+    }
     found: dict[Place, Any] = {}
     for path, module in list(sys.modules.items()):
         if path.partition(".")[0] not in packages - {"builtins", "torch"}:
