@@ -161,7 +161,7 @@ def test_dict_is_plain_and_stable(vit: nn.Module, report: Inspection) -> None:
     assert json.loads(json.dumps(plain)) == plain
     assert list(plain) == [
         *("model", "plan", "cut", "score", "frontend", "frontend_reason"),
-            *("eliminate_dead_tokens", "skipping"),
+        *("eliminate_dead_tokens", "skipping"),
         *("prefix", "patches", "tail", "layers", "embedding", "head", "macs", "baseline_macs"),
         "inserted",
     ]
