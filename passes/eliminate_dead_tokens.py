@@ -201,7 +201,9 @@ class _Liveness:
         if node.op != "call_module":
             return True
         known = all(argument in self.analysis.facts for argument in node.all_input_nodes)
-        return known and not self.analysis.counts_tokens(node)  # what was inserted has no value to try it with
+        return known and not self.analysis.counts_tokens(
+            node
+        )  # what was inserted has no value to try it with
 
     def _can_be_narrow(self, node: fx.Node) -> bool:
         need = self.need.get(node, NONE)

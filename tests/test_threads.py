@@ -108,9 +108,9 @@ class Busy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            for draw in (random.random, kept_random, np.random.rand, kept_rand):
-                x = x * (0.9 + 0.1 * float(draw()))
-            x = x * (0.9 + 0.1 * kept_uniform(0.0, 1.0))
+            for draw in (random.random, kept_random, kept_uniform, np.random.rand, kept_rand):
+                if float(draw(*(0.0, 1.0) if draw is kept_uniform else ())) < 0.0:
+                    raise ValueError("never")
         with torch.autocast("cpu", torch.bfloat16):
             y = self.fc1(x)
         y = y.float() + torch.zeros(x.shape[-1]) + torch.full((DIM,), 0.1)
@@ -186,32 +186,50 @@ def trained_alone(model: nn.Module, steps: int) -> list[Any]:
     return trainer.seen
 
 
-def refused(frontend: str) -> None:
-    """A rewrite that is given up amid a forward."""
+class Draws(Block):
+    """Refused amid its forward."""
 
-    class Draws(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * random.random()
-
-    with pytest.raises(TraceError, match="draws random numbers from random"):
-        rewrite(odd(Draws), frontend)
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) * random.random()
+        return y
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["another-model", "that-model"])
+def test_training_does_not_notice_rewrites(same: bool) -> None:
+    notice_rewrites(same, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("same", [False, True], ids=["another-model", "that-model"])
 def test_training_does_not_notice_fifty_rewrites(same: bool) -> None:
-    model = odd(busy_block)
+    notice_rewrites(same, 50)
+
+
+def notice_rewrites(same: bool, times: int) -> None:
+    model, refused = odd(busy_block), odd(Draws)
     rewritten = model if same else odd(busy_block)
     alone = odd(busy_block)
     alone.load_state_dict(model.state_dict())
 
     def work() -> None:
-        for i in range(25):
+        for i in range(times):
             rewrite(rewritten, "export" if i % 8 == 7 else "symbolic")
             if i % 8 == 3:
-                refused("symbolic")
+                with pytest.raises(TraceError, match="draws random numbers from random"):
+                    rewrite(refused)
 
     seen = trained_beside(model, work)
     assert seen == trained_alone(alone, len(seen))
+
+
+def test_a_rewrite_within_autocast_leaves_the_model_as_it_was() -> None:
+    """What autocast keeps of the parameters of both is real."""
+    model = odd(busy_block)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(image())
+        rewrite(model)
+        assert torch.is_autocast_cache_enabled()
+        assert torch.equal(model(image()), wanted)
 
 
 @pytest.mark.parametrize(
@@ -476,7 +494,7 @@ def drawing(draw: Callable[[], Any], *, leaf: bool) -> Odd:
     class Draws(nn.Linear if leaf else Block):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = super().forward(x)
-            return scaled(y, draw)
+            return y if leaf and not self.training else scaled(y, draw)
 
     return odd((lambda: Block(mlp=Draws(DIM, DIM))) if leaf else Draws)
 

@@ -58,7 +58,7 @@ def contained(model: nn.Module) -> Iterator[None]:
     if here.phase:
         yield
         return
-    with LOCK, replaced(_replacements(model)), during("stay"):
+    with LOCK, replaced(_replacements(model)), _no_autocast_cache(), during("stay"):
         here.python, here.numpy = random.Random(0), None
         yield
 
@@ -117,6 +117,7 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
         **_fast_path(),
         (F, "_none_or_dtype"): only_here(F._none_or_dtype, _none_or_dtype),
         (torch.autocast, "__enter__"): _autocast(torch.autocast.__enter__),
+        (torch, "clear_autocast_cache"): only_here(torch.clear_autocast_cache, _nothing, _nothing),
         (_symbolic_trace, "_Patcher"): only_here(_symbolic_trace._Patcher, _Patcher, _Patcher),
     }
 
@@ -196,6 +197,24 @@ def _autocast(enter: Callable[..., Any]) -> Any:
         raise lost_context("torch.autocast")
 
     return only_here(enter, refused)
+
+
+@contextlib.contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """All threads share the cache of parameters in another dtype; it must not give them fake ones.
+
+    Whether it is used is of each thread; that the outermost autocast of a thread empties it for all is prevented, too.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _gradients() -> dict[Place, Any]:
