@@ -3,9 +3,9 @@
 In a forward that is followed, what a graph would lose is refused. Modules that stay as they are may do all of it, and
 then run on fake tensors. In other threads every function is what it was.
 
-``torch.fx`` and ``torch.export`` replace functions as well. What the former does is kept from other threads, too. The
-latter tells the process that it compiles, which is kept from them, and exchanges ``max``, ``min`` and ``math.pow`` for
-functions that do the same to numbers, which is not.
+``torch.fx`` and ``torch.export`` make changes as well. What the former replaces is kept from other threads, too. Of the
+latter, that it compiles is kept from them, and kernels of backends are not switched off, which none of the operators in
+its graph would have asked for. Only ``max``, ``min`` and ``math.pow`` become functions that do the same to numbers.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def followed(*, exporting: bool) -> Iterator[Checkpoints]:
         TraceError: it draws random numbers in Python, which the graph would repeat for ever, or changes gradients.
     """
     here.checkpoints, here.exporting = Checkpoints(), exporting
-    aside = replaced(_compiling()) if exporting else RefuseDraws()  # type: ignore[no-untyped-call]
+    aside = replaced(_exporting()) if exporting else RefuseDraws()  # type: ignore[no-untyped-call]
     with aside, nothing_drawn(), during("followed"):
         yield here.checkpoints
 
@@ -272,15 +272,24 @@ def _fast_path() -> dict[Place, Any]:
     return {(mha, name): only_here(vars(mha)[name], disabled, disabled)}
 
 
-def _compiling() -> dict[Place, Any]:
-    """What ``torch.export`` says of the whole process holds for this thread only."""
+def _exporting() -> dict[Place, Any]:
+    """What ``torch.export`` says of the whole process holds for this thread only, and it turns off no kernels."""
 
     def told(original: Callable[[], bool]) -> Callable[[], bool]:
         before = original()
         return functools.wraps(original)(lambda: original() if here.phase else before)
 
     names = ("is_compiling", "is_exporting")
-    return {(torch.compiler, name): told(vars(torch.compiler)[name]) for name in names}
+    backends = (torch.backends.mkldnn, torch.backends.nnpack, torch.backends.cudnn)
+    return {
+        **{(torch.compiler, name): told(vars(torch.compiler)[name]) for name in names},
+        **{(b, "set_flags"): only_here(b.set_flags, _no_flags, _no_flags) for b in backends},
+    }
+
+
+def _no_flags(*flags: Any, **more: Any) -> tuple[()]:
+    """Sets nothing; and so what is returned, the former flags, sets nothing when it is passed."""
+    return ()
 
 
 class _Patcher(_symbolic_trace._Patcher):
