@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import logging
 import math
 import random
 import threading
@@ -59,6 +60,8 @@ def everything() -> dict[str, Any]:
         "hooks": saved_tensors_hooks,
         "Module": nn.Module,
         "mha": torch.backends.mha,
+        "mkldnn": vars(torch.backends.mkldnn),
+        "Logger": logging.Logger,
         "compiler": torch.compiler,
         "fx": torch.fx._symbolic_trace,
         "here": {name: value for name, value in globals().items() if not name.startswith("@")},
@@ -365,6 +368,12 @@ def fused_attention_ran() -> bool:
     return any("transformer_encoder_layer" in event.name for event in profile.events())
 
 
+def kernels() -> list[bool]:
+    """Which backends may be used."""
+    return [torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()]
+
+
+KERNELS = kernels()
 PROBES: dict[str, Callable[[], bool]] = {
     "factories": lambda: torch.arange(3).tolist() == [0, 1, 2] and torch.zeros(2).sum() == 0.0,
     "limits": lambda: torch.finfo(torch.float32).bits == 32 and torch.iinfo(torch.int8).max == 127,
@@ -391,6 +400,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     ),
     "autocast": lambda: autocast_dtype() == torch.bfloat16,
     "fast path": fused_attention_ran,
+    "kernels": lambda: kernels() == KERNELS,
     "compiling": lambda: not torch.compiler.is_compiling() and not torch.compiler.is_exporting(),
     "fx": lambda: len(fx.symbolic_trace(nn.Linear(2, 2)).graph.nodes) == 5,
 }

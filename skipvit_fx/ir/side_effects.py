@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import logging
 import random
 import sys
 import types
@@ -115,6 +116,7 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
         **_lengths(written_in),
         **_gradients(),
         **_fast_path(),
+        **_quiet(),
         (F, "_none_or_dtype"): only_here(F._none_or_dtype, _none_or_dtype),
         (torch.autocast, "__enter__"): _autocast(torch.autocast.__enter__),
         (torch, "clear_autocast_cache"): only_here(torch.clear_autocast_cache, _nothing, _nothing),
@@ -270,6 +272,17 @@ def _fast_path() -> dict[Place, Any]:
 
     mha, name = torch.backends.mha, "get_fastpath_enabled"
     return {(mha, name): only_here(vars(mha)[name], disabled, disabled)}
+
+
+def _quiet() -> dict[Place, Any]:
+    """Torch logs what it stumbles over, also where the author's code knows how to go on; errors say it themselves."""
+    call_handlers = logging.Logger.callHandlers
+
+    def quiet(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING or record.name.partition(".")[0] != "torch":
+            call_handlers(logger, record)
+
+    return {(logging.Logger, "callHandlers"): only_here(call_handlers, quiet, quiet)}
 
 
 def _exporting() -> dict[Place, Any]:
