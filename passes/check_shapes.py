@@ -11,9 +11,9 @@ from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Dim, Tokens, axes_of, size
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.editor import INSERTED_BY
 from skipvit_fx.ir.places import module_path
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 from skipvit_fx.ops.score import ScoreByFunction
 from skipvit_fx.pipeline.rewriting import Rewriting
 
@@ -56,23 +56,24 @@ def _run(rewriting: Rewriting, node: fx.Node, values: dict[fx.Node, Any]) -> Any
 
     inputs: Any = fx.node.map_arg((node.args, node.kwargs), value)
     args, kwargs = inputs
+    if node.op == "get_attr":
+        return rewriting.analysis.fake_attribute(str(node.target))
+    called: Any = node.target
+    if node.op == "call_module":
+        called = rewriting.analysis.fake_module(str(node.target))
+    if isinstance(called, ScoreByFunction):  # the user's own code may need real numbers
+        stream, dim = args[0], called.dim
+        patches = stream.shape[dim] - called.first - called.tail
+        with rewriting.analysis.fake_mode:
+            return stream.new_empty(stream.shape[1 - dim], patches)
     try:
-        with rewriting.analysis.fake_mode, torch.no_grad():
-            if node.op == "get_attr":
-                return rewriting.analysis.fake_attribute(str(node.target))
+        with rewriting.analysis.fake_mode, torch.no_grad(), author_code():
             if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            if node.op == "call_function":
-                return node.target(*args, **kwargs)  # type: ignore[operator]
-            module = rewriting.analysis.fake_module(str(node.target))
-            if isinstance(module, ScoreByFunction):  # the user's own code may need real numbers
-                stream, dim = args[0], module.dim
-                patches = stream.shape[dim] - module.first - module.tail
-                return stream.new_empty(stream.shape[1 - dim], patches)
-            return module(*args, **kwargs)
-    except FORWARD_FAILURES as error:
+                return getattr(args[0], called)(*args[1:], **kwargs)
+            return called(*args, **kwargs)
+    except AuthorError as error:
         raise UnsupportedModelError(
-            f"does not run on fewer tokens: {error}",
+            f"does not run on fewer tokens: {error.args[0]}",
             node=node.name,
             module_path=module_path(node),
             hint="this place fixes the number of tokens in a way that the compiler does not know",

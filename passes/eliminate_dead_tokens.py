@@ -158,8 +158,7 @@ class _Liveness:
             is_size = node.op == "call_method" and node.target == "size"
             return [] if is_size else [(a, ALL) for a in arguments]
         if facts.reads is not None and not carries_tokens(facts):
-            apart = not why_not_apart(self.analysis, node)
-            return [(a, facts.reads if apart else ALL) for a in arguments]
+            return [(a, facts.reads if self._apart(node) else ALL) for a in arguments]
         if not tensors_in(facts.value):
             return [(a, ALL) for a in arguments if self._reads_token_size(node)]
         unread = need == NONE and carries_tokens(facts)
@@ -206,7 +205,12 @@ class _Liveness:
             for tensor in tensors_in(self.analysis.value(argument)):
                 if axes_of(tensor) is not None and _single_tokens(axes_of(tensor)) not in own:
                     return False
-        return not why_not_apart(self.analysis, node)
+        return self._apart(node)
+
+    def _apart(self, node: fx.Node) -> bool:
+        """Whether the node may see fewer rows; with an inserted argument, which has no value, that cannot be tried."""
+        known = all(argument in self.analysis.facts for argument in node.all_input_nodes)
+        return known and not why_not_apart(self.analysis, node)
 
     def _can_be_narrow(self, node: fx.Node) -> bool:
         need = self.need.get(node, NONE)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
-from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.opening import with_capture
+from skipvit_fx.ir.side_effects import slow_attention
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.default import default_pipeline
 from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record, record_of

@@ -160,7 +160,8 @@ def test_dict_is_plain_and_stable(vit: nn.Module, report: Inspection) -> None:
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert list(plain) == [
-        *("model", "plan", "cut", "score", "eliminate_dead_tokens", "skipping"),
+        *("model", "plan", "cut", "score", "frontend", "frontend_reason"),
+        *("eliminate_dead_tokens", "skipping"),
         *("prefix", "patches", "tail", "layers", "embedding", "head", "macs", "baseline_macs"),
         "inserted",
     ]

@@ -15,8 +15,8 @@ from skipvit_fx.analysis.axes import Axes, Batch, axes_of, lengths, mark_data, s
 from skipvit_fx.analysis.leaves import computes_with_counts, described, structure
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.author_code import AuthorError
 from skipvit_fx.ir.sizes import PICKS, RESHAPES, SPLITS
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
@@ -113,7 +113,7 @@ def _counting(analysis: TokenAnalysis, node: fx.Node) -> str:
         return computes_with_counts(
             analysis.fake_mode, analysis.callee(node), *analysis.inputs(node)
         )
-    except FORWARD_FAILURES:
+    except AuthorError:
         return "a module works for one number of tokens only"
 
 

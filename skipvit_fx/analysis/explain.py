@@ -16,13 +16,13 @@ from skipvit_fx.analysis.layers import Stream, find_stream
 from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.columns import columns
-from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
-from skipvit_fx.ir.calls import Calls, watch_calls
+from skipvit_fx.errors import SkipViTError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
+from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.opening import OpenModules, with_capture
 from skipvit_fx.ir.places import module_path
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES
+from skipvit_fx.ir.watch import Calls, watch_calls
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,7 @@ def find_attention(
         TraceError: there are no example inputs, or the model does not run on them.
     """
     args, kwargs = example_of(model, example_inputs)
-    try:
-        calls = watch_calls(model, args, kwargs)
-    except FORWARD_FAILURES as error:
-        raise TraceError(
-            f"{type(model).__name__} does not run on the example inputs: {error}",
-            hint="pass example_inputs=(...) of the shape and dtype that the model takes",
-        ) from error
+    calls = watch_calls(model, TracelessFakeMode(), args, kwargs)
     return AttentionReport(model, calls, _find(model, args, kwargs, prefix_tokens))
 
 

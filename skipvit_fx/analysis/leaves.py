@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tensors_in
+from skipvit_fx.ir.author_code import author_code
 from skipvit_fx.ir.fakes import TracelessFakeMode
 
 aten = torch.ops.aten
@@ -41,12 +42,12 @@ def computes_with_counts(
         args, kwargs: fake; tensors with tokens have their axes.
 
     Raises:
-        Exception: whatever the author's code raises where it needs to know a count.
+        AuthorError: the author's code needs to know a count.
     """
     counts = _Counts(mode)
     with mode, torch.no_grad():
         args, kwargs = counts.unknown((args, kwargs))
-        with counts:
+        with counts, author_code():
             out = call(*args, **kwargs)
     return counts.verdict(out)
 

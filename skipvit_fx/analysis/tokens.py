@@ -32,13 +32,14 @@ from skipvit_fx.analysis.axes import (
     tensors_in,
 )
 from skipvit_fx.errors import TraceError, UnsupportedModelError
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import fake_inputs
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sdpa import AttentionArguments
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES, attribute
+from skipvit_fx.ir.symbolic import attribute
 
 SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
@@ -266,11 +267,13 @@ class TokenAnalysis:
             return _attention(AttentionArguments(*args, **kwargs))
         mode = AxisMode()
         try:
-            with mode:
-                mode.facts.value = self.callee(node)(*args, **kwargs)
-        except FORWARD_FAILURES as error:
+            callee = self.callee(node)
+            with mode, author_code():
+                mode.facts.value = callee(*args, **kwargs)
+        except AuthorError as error:
             raise TraceError(
-                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake tensors: {error}",
+                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake "
+                f"tensors: {error.args[0]}",
                 hint="check that the example inputs fit the model",
             ) from error
         return mode.facts

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.attention_modules import slow_attention
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES
+from skipvit_fx.ir.side_effects import contained
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
@@ -82,6 +82,13 @@ def count_macs(
     Raises:
         TraceError: the module does not run on inputs of this kind, or not without data.
     """
+    with contained(module):
+        return _count(module, args, kwargs or {}, skipping)
+
+
+def _count(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], skipping: bool | None
+) -> MacCount:
     mode = TracelessFakeMode()
     faked = fake_structure(module, mode).eval()
     if skipping is not None:
@@ -89,16 +96,20 @@ def count_macs(
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     traffic = _Traffic(frozenset(flops.flop_registry))
     try:
-        with slow_attention(), mode, torch.no_grad(), flops, traffic:
-            fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs or {}))
+        with mode, torch.no_grad(), flops, traffic:
+            fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs))
             if not isinstance(module, fx.GraphModule):
-                faked(*fake_args, **fake_kwargs)
+                with author_code():
+                    faked(*fake_args, **fake_kwargs)
                 return MacCount(flops.get_total_flops() // 2, {}, {}, {})
             counter = _NodeCounter(faked, module.graph, flops, traffic)
-            counter.run(*placeholder_values(module.graph, fake_args, fake_kwargs))
-    except FORWARD_FAILURES as error:
+            values = list(placeholder_values(module.graph, fake_args, fake_kwargs))
+            with author_code():
+                counter.run(*values)
+    except AuthorError as error:
         raise TraceError(
-            f"{type(module).__name__} cannot be counted on inputs of this shape without computing: {error}",
+            f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
+            f"{error.args[0]}",
             hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
         ) from error
     return MacCount(sum(counter.macs.values()), counter.macs, counter.bytes, counter.shapes)

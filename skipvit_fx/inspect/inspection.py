@@ -73,6 +73,8 @@ def inspect(fast: nn.Module) -> Inspection:
         plan=str(record.plan),
         cut=record.cut,
         score=record.score,
+        frontend=record.frontend,
+        frontend_reason=record.frontend_reason,
         eliminate_dead_tokens=record.eliminate_dead_tokens,
         skipping=all(switches),
         prefix=record.prefix,

@@ -88,6 +88,7 @@ class Inspection:
     Attributes:
         model: class name of the original model.
         plan, cut, score, eliminate_dead_tokens: of the rewrite, as text and flag.
+        frontend, frontend_reason: how the model was captured, ``"symbolic"`` or ``"export"``, and why so.
         skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
         prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
         layers: from first to last.
@@ -100,6 +101,8 @@ class Inspection:
     plan: str
     cut: str
     score: str
+    frontend: str
+    frontend_reason: str
     eliminate_dead_tokens: bool
     skipping: bool
     prefix: int
@@ -174,6 +177,7 @@ def _header(report: Inspection) -> Iterator[str]:
         sequence += f" + {report.tail} trailing"
     dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
     yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
+    yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
 

@@ -11,14 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.attention_modules import attention_modules, slow_attention
 from skipvit_fx.ir.attributes import (
     CONSTANT,
     keep_what_is_known,
@@ -26,15 +21,17 @@ from skipvit_fx.ir.attributes import (
     warn_of_kept,
     watch_attributes,
 )
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.exported import export_graph
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
-from skipvit_fx.ir.lengths import lengths_followed
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
-from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
-from skipvit_fx.ir.unseen import Checkpoints, refuse_unseen
+from skipvit_fx.ir.side_effects import followed
+from skipvit_fx.ir.symbolic import SymbolicTracer, attribute
+from skipvit_fx.ir.this_thread import Checkpoints
+from skipvit_fx.ir.watch import watch_calls
 from skipvit_fx.ops.mode import FixedSize
 
 Frontend = Literal["symbolic", "export"]
@@ -49,6 +46,7 @@ class Capture:
         args, kwargs: the example inputs, as they were passed.
         inputs: the same, by the names that the model gives them.
         frontend: how it was captured.
+        frontend_reason: why so.
         opened: paths of the modules whose forward was traced through.
         fake_mode: in which the model was looked at; for every later look, too.
     """
@@ -58,6 +56,7 @@ class Capture:
     kwargs: dict[str, Any]
     inputs: Inputs
     frontend: Frontend
+    frontend_reason: str
     opened: frozenset[str]
     fake_mode: TracelessFakeMode
 
@@ -68,28 +67,21 @@ def capture(
     kwargs: Mapping[str, Any],
     *,
     frontend: Frontend,
+    reason: str,
     mode: TracelessFakeMode,
     also_open: frozenset[str] = frozenset(),
 ) -> Capture:
     """Look through the modules of ``model`` that run attention, their callers, and ``also_open``.
+
+    Args:
+        frontend, reason: how it is captured, and why so.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
     _refuse_disguises(model)
     refuse_taken_names(model)
-    try:
-        opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise TraceError(
-            f"what {type(model).__name__} computes depends on the values in its input tensors ({error})",
-            hint="pass what its Python code reads from tensors as numbers, if the model takes them",
-        ) from error
-    except FORWARD_FAILURES as error:
-        raise TraceError(
-            f"{type(model).__name__} does not run on the example inputs: {error}",
-            hint="pass example_inputs=(...) of the shape and dtype that the model takes",
-        ) from error
+    opened = frozenset(watch_calls(model, mode, args, kwargs).around_attention) | also_open
     _refuse_hooks(model, opened)
     inputs = Inputs(model.forward, args, kwargs)
     constants: dict[str, torch.Tensor] = {}
@@ -97,6 +89,7 @@ def capture(
     fixed_sizes = False
     for training in (False, True):
         traced = clone_structure(model).train(training)
+        traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
         graph, fixed = _follow(traced, frontend, opened, mode, inputs, constants)
         if changes:
@@ -117,7 +110,7 @@ def capture(
     if fixed_sizes:
         _fix_input_shapes(module, inputs)
     module.recompile()
-    return Capture(module, args, dict(kwargs), inputs, frontend, opened, mode)
+    return Capture(module, args, dict(kwargs), inputs, frontend, reason, opened, mode)
 
 
 def _follow(
@@ -132,12 +125,7 @@ def _follow(
 
     Constants that are made on the way are added to ``constants``.
     """
-    with (
-        _following(traced) as checkpoints,
-        lengths_followed(traced, opened),
-        slow_attention(),
-        torch.enable_grad(),
-    ):
+    with _following(traced, frontend) as checkpoints, torch.enable_grad():
         if frontend == "export":
             graph, fixed = export_graph(traced, opened, inputs), True
             if checkpoints.count and traced.training:
@@ -155,20 +143,19 @@ def _follow(
 
 
 @contextlib.contextmanager
-def _following(traced: nn.Module) -> Iterator[Checkpoints]:
-    """Turn what an author's forward may raise into a refusal.
+def _following(traced: nn.Module, frontend: Frontend) -> Iterator[Checkpoints]:
+    """Turn what an author's forward raises into a refusal.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
     try:
-        with refuse_unseen() as checkpoints:
+        with followed(exporting=frontend == "export") as checkpoints:
             yield checkpoints
-    except FORWARD_FAILURES as error:
+    except AuthorError as error:
         raise TraceError(
             f"the forward of {type(traced).__name__} cannot be followed in "
-            f"{'train' if traced.training else 'eval'} mode: "
-            f"{type(error).__name__}: {error}",
+            f"{'train' if traced.training else 'eval'} mode: {error.args[0]}",
             hint="a branch or loop that depends on what a tensor holds must move into a module that runs no attention",
         ) from error
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.module import SkipViTModule
 
@@ -42,9 +44,36 @@ def fake_structure(model: nn.Module, mode: TracelessFakeMode) -> nn.Module:
 
 
 def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
-    """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time."""
+    """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time.
+
+    Raises:
+        TraceError: something in the model refuses to be copied; names the attribute.
+    """
     for module in model.modules():
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:
                 known[id(value)] = OrderedDict()
-    return copy.deepcopy(model, known)
+    tensors = dict(known)
+    try:
+        with author_code():
+            return copy.deepcopy(model, known)
+    except AuthorError as error:
+        place = f" (attribute {name!r})" if (name := _not_copied(model, tensors)) else ""
+        raise TraceError(
+            f"the model cannot be copied: {error.args[0]}{place}",
+            hint="it is rewritten on copies of its modules; give what cannot be copied a __deepcopy__, or leave it "
+            "outside of the model",
+        ) from error
+
+
+def _not_copied(model: nn.Module, known: dict[int, Any]) -> str:
+    """The attribute that refuses to be copied, as a dotted path; empty if a module as a whole does."""
+    known |= {id(module): module for module in model.modules()}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                with author_code():
+                    copy.deepcopy(value, dict(known))
+            except AuthorError:
+                return f"{path}.{name}".removeprefix(".")
+    return ""

@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attributes import CONSTANT
+from skipvit_fx.ir.author_code import author_code
 from skipvit_fx.ir.in_place import WatchWrites, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
-from skipvit_fx.ir.unseen import unseen_allowed
+from skipvit_fx.ir.side_effects import stays_as_it_is
 
 aten = torch.ops.aten
 
@@ -84,7 +85,7 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
     """What a leaf module returns: fresh tensors of the shapes that its own forward gives."""
     leaf = _CALLS[call]
     args, kwargs = leaf.arguments(tensors, sizes)
-    with unseen_allowed():
+    with stays_as_it_is():
         with WatchWrites() as watch:
             leaves, leaf.out_spec = pytree.tree_flatten(leaf.forward(*args, **kwargs))
         leaf.writes = watch.wrote_into(tensors)
@@ -145,7 +146,8 @@ def export_graph(model: nn.Module, open_paths: frozenset[str], inputs: Inputs) -
         lambda leaf: {0: Dim.DYNAMIC} if isinstance(leaf, Tensor) and leaf.ndim else None
     )
     try:
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=batches)
+        with author_code():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=batches)
         return _Translation(program, inputs, model).graph
     finally:
         _CALLS.clear()

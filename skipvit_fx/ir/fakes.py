@@ -17,6 +17,8 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from skipvit_fx.ir.author_code import author_code
+
 _Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 _SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
 
@@ -71,7 +73,9 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         """A fake tensor for a parameter or buffer, without gradient, the same one every time."""
         twin: FakeTensor | None = self._twins.get(tensor)  # type: ignore[no-untyped-call]
         if twin is None:
-            twin = self._twins[tensor] = self.from_tensor(tensor.detach(), static_shapes=True)
+            with author_code():  # some kinds of tensor cannot be faked
+                twin = self.from_tensor(tensor.detach(), static_shapes=True)
+            self._twins[tensor] = twin
         return twin
 
     def may_turn_const(self, t: torch.Tensor) -> bool:

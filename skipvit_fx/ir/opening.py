@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture, Frontend, capture
 from skipvit_fx.ir.fakes import TracelessFakeMode
+from skipvit_fx.ir.side_effects import contained
 
 T = TypeVar("T")
 
@@ -33,25 +35,41 @@ def with_capture(
     *,
     frontend: Frontend | Literal["auto"] = "auto",
 ) -> T:
-    """What ``work`` returns for a capture of ``model``.
+    """What ``work`` returns for a capture of ``model``. One thread at a time.
 
     Where it raises :class:`OpenModules` instead, it gets a new capture in which these modules are open, too. Where
     ``"auto"`` cannot trace the model symbolically, it is exported.
 
     Raises:
-        TraceError: the model's Python code cannot be followed.
+        TraceError: the model's Python code cannot be followed; by neither front end, under ``"auto"``.
         UnsupportedModelError: that of a module cannot, which ``work`` wants to look into.
     """
-    mode = TracelessFakeMode()
-    args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
-    failures: list[TraceError] = []
-    attempts: tuple[Frontend, ...] = ("symbolic", "export") if frontend == "auto" else (frontend,)
-    for attempt in attempts:
+    with contained(model):
+        mode = TracelessFakeMode()
+        args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
+        look = functools.partial(_opening, model, args, kwargs, work, mode)
         try:
-            return _opening(model, args, kwargs, work, attempt, mode)
-        except TraceError as error:
-            failures.append(error)
-    raise failures[0].as_refusal() if isinstance(failures[0], _ClosedModuleError) else failures[0]
+            if frontend != "auto":
+                return look(frontend, "it was asked for")
+            try:
+                return look("symbolic", "it is tried first")
+            except TraceError as error:
+                return _exported(look, error)
+        except _ClosedModuleError as error:
+            raise error.as_refusal() from error
+
+
+def _exported(look: Callable[[Frontend, str], T], symbolic: TraceError) -> T:
+    """The second attempt of ``"auto"``; where it fails as well, the error is that of the first, with both reasons."""
+    reason = f"symbolic tracing was refused: {symbolic.args[0]}"
+    try:
+        return look("export", reason)
+    except TraceError as export:
+        symbolic.args = (f"{symbolic.args[0]}\n  torch.export was refused, too: {export.args[0]}",)
+        raise symbolic from export
+    except UnsupportedModelError as error:
+        error.add_note(f"The model was captured by torch.export, because {reason}")
+        raise
 
 
 class _ClosedModuleError(TraceError):
@@ -80,13 +98,16 @@ def _opening(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     work: Callable[[Capture], T],
-    frontend: Frontend,
     mode: TracelessFakeMode,
+    frontend: Frontend,
+    reason: str,
 ) -> T:
     opened = asked = frozenset[str]()
     while True:
         try:
-            captured = capture(model, args, kwargs, frontend=frontend, mode=mode, also_open=opened)
+            captured = capture(
+                model, args, kwargs, frontend=frontend, reason=reason, mode=mode, also_open=opened
+            )
         except TraceError as error:
             if not asked:
                 raise

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import builtins
 import functools
-import unittest.mock
+import operator
+import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,51 +18,16 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.ir.in_place import AUGMENTED, WatchWrites, augmented, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
 from skipvit_fx.ir.recompute import CHECKPOINT
-from skipvit_fx.ir.unseen import Checkpoints, unseen_allowed
-
-FORWARD_FAILURES = (
-    fx.proxy.TraceError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NameError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What an author's forward may raise when it meets proxies instead of tensors."""
-
-
-FACTORIES = (
-    "arange",
-    "empty",
-    "eye",
-    "finfo",
-    "full",
-    "iinfo",
-    "linspace",
-    "ones",
-    "rand",
-    "randn",
-    "tensor",
-    "zeros",
-)
-"""Functions of sizes and dtypes: torch does not dispatch them on proxies, so they are recorded by hand."""
-
+from skipvit_fx.ir.side_effects import lost_context, stays_as_it_is
+from skipvit_fx.ir.this_thread import Checkpoints
 
 _OF_GRADIENTS = ("grad", "grad_fn", "is_leaf", "requires_grad")
-
-
-def _none_or_dtype(tensor: Any) -> Any:
-    """What ``torch.nn.MultiheadAttention`` asks of its masks, also where they are proxies."""
-    return None if tensor is None else tensor.dtype
 
 
 class _Witnessed:
@@ -96,9 +62,16 @@ class _WitnessedProxy(_Witnessed, Proxy):  # type: ignore[misc]
         cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
     ) -> Any:
         if orig_method is F.multi_head_attention_forward:  # written in Python: look into it
-            with unittest.mock.patch.object(F, "has_torch_function", return_value=False):
-                return orig_method(*args, **(kwargs or {}))
+            return _looked_into(orig_method)(*args, **(kwargs or {}))
         return super().__torch_function__(orig_method, types, args, kwargs)
+
+
+def _looked_into(function: Any) -> Callable[..., Any]:
+    """``function``, written in Python, without its question whether arguments are anything else than tensors."""
+    known = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    twin = types.FunctionType(function.__code__, known, argdefs=function.__defaults__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    return twin
 
 
 class _WitnessedAttribute(_Witnessed, Attribute):  # type: ignore[misc]
@@ -152,44 +125,15 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     def trace(self, root: nn.Module, concrete_args: None = None) -> fx.Graph:  # type: ignore[override]
         self._state = dict(_state(root))
         self._names = {id(tensor): name for name, tensor in _state(root)}
-        recorded: dict[str, Any] = {
-            name: self._recorded(getattr(torch, name)) for name in FACTORIES
-        }
-        with (
-            unittest.mock.patch.multiple(torch, **recorded),
-            unittest.mock.patch.object(F, "_none_or_dtype", _none_or_dtype),
-            unittest.mock.patch.object(torch.autocast, "__enter__", self._autocast()),
-        ):
+        with author_code():
             graph = super().trace(root)
         self._compute(graph.find_nodes(op="call_module"), self._witnesses[0])
         refuse_lost_writes(graph, self.example, self._written_by_leaf)
         return graph
 
-    def _recorded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, which becomes a node where it is called with proxies."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return self.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return call
-
-    def _autocast(self) -> Callable[[torch.autocast], Any]:
-        """What entering autocast means to the author's code: a refusal, but for leaf modules that are evaluated."""
-        enter = torch.autocast.__enter__
-
-        def entered(context: torch.autocast) -> Any:
-            if self._evaluating:
-                return enter(context)  # type: ignore[no-untyped-call]
-            raise _lost_context("torch.autocast")
-
-        return entered
-
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind.startswith("call") and not torch.is_grad_enabled():
-            raise _lost_context("torch.no_grad")
+            raise lost_context("torch.no_grad")
         node = super().create_node(kind, *args, **kwargs)
         if self._checkpoints.current is not None:
             node.meta[CHECKPOINT] = self._checkpoints.current
@@ -257,7 +201,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return iter([sequence[i] for i in range(self.concrete(obj.node, len))])
 
     def keys(self, obj: Proxy) -> Any:
-        return self.concrete(obj.node, lambda value: tuple(value.keys()))
+        return tuple(self.concrete(obj.node, operator.methodcaller("keys")))
 
     def concrete(self, node: fx.Node, read: Callable[[Any], Any]) -> Any:
         """``read`` of the node's value, if it is the same for two batch sizes.
@@ -271,11 +215,13 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
                 hint="move the branch into a module that runs no attention",
             )
         try:
-            first, second = (read(self._value(node, witness)) for witness in self._witnesses)
-        except FORWARD_FAILURES as error:
+            values = [self._value(node, witness) for witness in self._witnesses]
+            with author_code():
+                first, second = map(read, values)
+        except AuthorError as error:
             raise TraceError(
                 f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
-                f"what the tensors hold: {error}",
+                f"what the tensors hold: {error.args[0]}",
                 hint="move the branch or loop into a module that runs no attention",
             ) from error
         if first != second:
@@ -313,7 +259,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return
         self._evaluating = True
         try:
-            with unseen_allowed(), self._mode, torch.no_grad():
+            with stays_as_it_is(), self._mode, torch.no_grad():
                 for pending in self.graph.nodes:
                     if pending in needed:
                         values[pending] = self._run(pending, witness)
@@ -326,8 +272,9 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             args, kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda a: witness.known.get(a, values[a])
             )
-            with WatchWrites() as watch:
-                out = self.root.get_submodule(str(node.target))(*args, **kwargs)
+            module = self.root.get_submodule(str(node.target))
+            with WatchWrites() as watch, author_code():
+                out = module(*args, **kwargs)
             if watch.wrote_into((args, kwargs)):
                 self._writing_leaves.add(node)
             return pytree.tree_map_only(FakeTensor, _forget, out)
@@ -338,22 +285,16 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             if isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor):
                 return self._mode.twin(value)
             return value
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        with author_code():
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _state(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer, a shared one under its first name."""
     yield from root.named_parameters()
     yield from root.named_buffers()
-
-
-def _lost_context(context: str) -> TraceError:
-    return TraceError(
-        f"the model runs attention, or what leads to it, under {context}, which a graph does not show",
-        hint="move what runs under it into a module that runs no attention",
-    )
 
 
 def _forget(tensor: FakeTensor) -> FakeTensor:

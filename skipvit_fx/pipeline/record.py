@@ -49,7 +49,7 @@ class RewriteRecord:
     Attributes:
         model: class name of the model.
         plan, cut, score, prefix_tokens, fill_taps, eliminate_dead_tokens, multiple_of: as asked for; ``score`` by name.
-        frontend: how the model was captured.
+        frontend, frontend_reason: how the model was captured, and why so.
         token_dim: which dimension of the residual stream carries the tokens.
         prefix, patches, tail: rows of the full sequence.
         args, kwargs: the example inputs, as tensors on the meta device.
@@ -67,6 +67,7 @@ class RewriteRecord:
     eliminate_dead_tokens: bool
     multiple_of: int
     frontend: Frontend
+    frontend_reason: str
     token_dim: int
     prefix: int
     patches: int
@@ -143,6 +144,7 @@ def make_record(
         eliminate_dead_tokens=eliminate_dead_tokens,
         multiple_of=rewriting.multiple_of,
         frontend=capture.frontend,
+        frontend_reason=capture.frontend_reason,
         token_dim=stream.dim,
         prefix=stream.tokens.lead,
         patches=stream.tokens.patches,

@@ -1,0 +1,112 @@
+"""Whose fault is an exception? The one place where it is decided that an author's code failed, and not ours."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import FrameType, TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from skipvit_fx.errors import SkipViTError, TraceError, first_line
+
+_HANDED_ON = frozenset(
+    {
+        "__torch_dispatch__",
+        "__torch_function__",
+        "call_module",
+        "create_arg",
+        "create_node",
+        "create_proxy",
+        "run_node",
+    }
+)
+"""Methods that torch calls in the middle of an author's code, and that call torch again on its behalf."""
+
+_LIBRARIES = frozenset({"torch", "sympy", *sys.stdlib_module_names}) - {"__main__"}
+
+_NEVER_REFUSED = (SkipViTError, MemoryError, torch.OutOfMemoryError)
+
+
+class AuthorError(TraceError):
+    """What a model's own code raised while it was looked at. Its cause is the exception itself."""
+
+
+class author_code(contextlib.ContextDecorator):  # noqa: N801 - used like a function
+    """Around one call of the model's own code, or of an operator that it called: nothing else belongs in the block.
+
+    Exceptions of this package itself, and whatever is no ordinary exception, pass as they are: they are crashes.
+
+    Raises:
+        AuthorError: the author's code raised, or torch when the author's code called it; names exception, file, line.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, _NEVER_REFUSED):
+            return
+        assert traceback is not None
+        places = list(_places(traceback.tb_next))
+        if _ours(places):
+            return
+        authors = [place for place in places if place.owner == "author"]
+        where = f" ({authors[-1].file}:{authors[-1].line})" if authors else ""
+        raise AuthorError(f"{type(error).__name__}: {first_line(error)}{where}") from error
+
+
+class _Place(NamedTuple):
+    """A line that was running when an exception was raised.
+
+    Attributes:
+        owner: ``"author"``, ``"module"`` for a module of torch's classes in his model, ``"us"``, or empty.
+    """
+
+    owner: str
+    function: str
+    file: str
+    line: int
+
+
+def _places(traceback: TracebackType | None) -> Iterator[_Place]:
+    """Outermost first."""
+    while traceback is not None:
+        frame = traceback.tb_frame
+        code = frame.f_code
+        yield _Place(_owner(frame), code.co_name, code.co_filename, traceback.tb_lineno)
+        traceback = traceback.tb_next
+
+
+def is_authors(frame: FrameType) -> bool:
+    """Whether code of a model's author runs in ``frame``, and not of this package, of torch or of Python."""
+    return _owner(frame) == "author"
+
+
+def _owner(frame: FrameType) -> str:
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    if package == "skipvit_fx":
+        return "us"
+    if package not in _LIBRARIES:
+        return "author"
+    return "module" if isinstance(frame.f_locals.get("self"), nn.Module) else ""
+
+
+def _ours(places: list[_Place]) -> bool:
+    """Whether we raised it, or called what did; the block itself is the author's call."""
+    if places and places[-1].owner == "us":
+        return True
+    owners = [
+        place.owner
+        for place in places
+        if place.owner and not (place.owner == "us" and place.function in _HANDED_ON)
+    ]
+    return bool(owners) and owners[-1] == "us"
