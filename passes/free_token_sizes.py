@@ -17,19 +17,19 @@ from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.pipeline.rewriting import Rewriting
 
 aten = torch.ops.aten
-_RESHAPES: frozenset[Any] = frozenset(
+RESHAPES: frozenset[Any] = frozenset(
     {"view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to"}
     | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 )
-_SPLITS: frozenset[Any] = frozenset(
+SPLITS: frozenset[Any] = frozenset(
     {"split", "split_with_sizes", torch.split, torch.functional.split}
     | {aten.split_with_sizes.default, torch.split_with_sizes}
 )
 
 
 _SIZED: frozenset[Any] = (
-    _RESHAPES
-    | _SPLITS
+    RESHAPES
+    | SPLITS
     | {operator.getitem, "expand_as", "repeat", "tile", "narrow", "unflatten", "chunk", "unfold"}
     | {torch.arange, torch.empty, torch.eye, torch.full, torch.ones, torch.rand, torch.randn}
     | {torch.zeros, torch.narrow, torch.chunk, torch.unflatten, torch._assert}
@@ -79,9 +79,9 @@ class FreeTokenSizes:
 def follow_input(rewriting: Rewriting, node: fx.Node, *, always: bool = False) -> None:
     """Let the token sizes in a reshape or split follow its input (``always``: also where they already do)."""
     out = rewriting.analysis[node]
-    if node.target in _RESHAPES and out.axes is not None:
+    if node.target in RESHAPES and out.axes is not None:
         _follow_in_reshape(rewriting, node, out.axes, tuple(out.value.shape), always)
-    elif node.target in _SPLITS:
+    elif node.target in SPLITS:
         _follow_in_split(rewriting, node)
 
 
@@ -301,7 +301,7 @@ def _is_table(rewriting: Rewriting, node: fx.Node) -> bool:
 def _follows(rewriting: Rewriting, user: fx.Node, size_node: fx.Node) -> bool:
     """Whether the user is a reshape that takes the size for a token axis under the same drops, and for nothing else."""
     axes = rewriting.analysis.axes(user) if user in rewriting.analysis.facts else None
-    if user.target not in _RESHAPES or axes is None:
+    if user.target not in RESHAPES or axes is None:
         return False
     _, sizes, _ = _sizes_argument(rewriting, user)
     if isinstance(sizes, fx.Node):

@@ -75,6 +75,7 @@ def inspect(fast: nn.Module) -> Inspection:
         score=record.score,
         eliminate_dead_tokens=record.eliminate_dead_tokens,
         skipping=all(switches),
+        validated=record.validated,
         prefix=record.prefix,
         patches=record.patches,
         tail=record.tail,

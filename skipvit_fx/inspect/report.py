@@ -89,6 +89,7 @@ class Inspection:
         model: class name of the original model.
         plan, cut, score, eliminate_dead_tokens: of the rewrite, as text and flag.
         skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not.
         prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
         layers: from first to last.
         embedding, head: what runs before and after them.
@@ -102,6 +103,7 @@ class Inspection:
     score: str
     eliminate_dead_tokens: bool
     skipping: bool
+    validated: str
     prefix: int
     patches: int
     tail: int
@@ -174,6 +176,7 @@ def _header(report: Inspection) -> Iterator[str]:
         sequence += f" + {report.tail} trailing"
     dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
     yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
+    yield report.validated
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
 
