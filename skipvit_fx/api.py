@@ -100,7 +100,9 @@ def rewrite(
         before, captured = graph_lines(capture.module.graph), steps_of(capture.module.graph)
         rewriting = Rewriting(capture, plan, cut, score, prefix_tokens, fill_taps, multiple_of)
         records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
-        found = validation.validate(model, rewriting, captured) if validate else validation.NOT_ASKED
+        found = (
+            validation.validate(model, rewriting, captured) if validate else validation.NOT_ASKED
+        )
         capture.module.meta[RECORD] = make_record(
             type(model).__name__,
             rewriting,

@@ -75,10 +75,8 @@ class Run:
         last = {node: i for i, step in enumerate(self.steps) for node in step.reads}
         value = None
         for i, step in enumerate(self.steps):
-            if step.node.op == "placeholder":
-                value = inputs[str(step.node.target)]
-            else:
-                value = self.step(step)
+            given = step.node.op == "placeholder"
+            value = inputs[str(step.node.target)] if given else self.step(step)
             self.env[step.node] = value
             for node in (step.node, *step.reads):
                 if last.get(node, -1) <= i:
@@ -201,6 +199,7 @@ class Masked(Run):
         self._left: dict[int, Left] = {}
         self._short: set[fx.Node] = set()
         self._filled: dict[fx.Node, Tensor] = {}
+        self._attentions = self._spelled_out()
         self.returned: Tensor | None = None
 
     def see(self, node: fx.Node, value: Any, rows: Tensor | None) -> None:
@@ -297,20 +296,39 @@ class Masked(Run):
         if node.target in SDPA:
             return self._attention(step, left.gone)
         replaced: dict[fx.Node, Tensor] = {}
-        if facts.softmax_over is not None and is_softmax(self.analysis, node):
+        if node in self._attentions:
             logits, axes = step.reads[0], facts.axes or ()
             dims = [d for d, dim in enumerate(axes) if (t := tokens_of(dim)) and t.weights]
             if len(dims) == 1:
-                flags = spread(left.gone, axes, dims[0], self.env[logits])
+                flags = _spread(left.gone, axes, dims[0], self.env[logits])
                 replaced[logits] = self.env[logits].masked_fill(flags, -math.inf)
         elif facts.sums_weights:
             for read in step.reads:
                 axes = self.analysis.axes(read) or ()
                 tokens = [(d, t) for d, dim in enumerate(axes) if (t := tokens_of(dim))]
                 if len(tokens) == 1 and not tokens[0][1].weights:
-                    flags = spread(left.gone, axes, tokens[0][0], self.env[read])
+                    flags = _spread(left.gone, axes, tokens[0][0], self.env[read])
                     replaced[read] = self.env[read].masked_fill(flags, 0.0)
         return self.execute(node, *self.arguments(step, replaced))
+
+    def _spelled_out(self) -> set[fx.Node]:
+        """The softmaxes over tokens whose weights go on to be summed with values, and meet tokens nowhere before."""
+        leads: set[fx.Node] = set()
+        for step in reversed(self.steps):
+            facts = self.analysis[step.node]
+            weights = [n for n in step.reads if self._has(n, weights=True)]
+            if facts.sums_weights or (step.node in leads and not self._has_tokens_too(step)):
+                leads.update(weights)
+        return {n for n in leads if self.analysis[n].softmax_over and is_softmax(self.analysis, n)}
+
+    def _has_tokens_too(self, step: Step) -> bool:
+        return any(self._has(node, weights=False) for node in step.reads)
+
+    def _has(self, node: fx.Node, *, weights: bool) -> bool:
+        """Whether a value has a token axis that is the keys of attention weights, or has others only."""
+        axes = self.analysis.axes(node) or ()
+        found = [tokens.weights for dim in axes if (tokens := tokens_of(dim))]
+        return any(found) if weights else bool(found) and not any(found)
 
     def _attention(self, step: Step, gone: Tensor) -> Any:
         args, kwargs = self.arguments(step)
@@ -318,7 +336,7 @@ class Masked(Run):
         axes = self.analysis.axes(AttentionArguments(*step.args, **step.kwargs).key)
         if axes is None or self.analysis[step.node].softmax_over is None:
             return self.execute(step.node, args, kwargs)
-        flags = spread(gone, axes, given.key.ndim - 2, given.key).transpose(-2, -1)
+        flags = _spread(gone, axes, given.key.ndim - 2, given.key).transpose(-2, -1)
         mask = given.attn_mask
         if mask is None:
             mask = ~flags
@@ -429,12 +447,16 @@ def _take_positions(operand: Tensor, position: Position, slots: Tensor) -> Tenso
     return take_rows(whole.expand(sizes), dim, position.tokens, slots, batch_dim=at)
 
 
-def spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:
-    """Flags ``[batch, patches]`` of rows along ``dim``, with as many axes as ``like``: samples at its batch axis."""
+def _spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:
+    """Flags ``[batch, patches]`` of rows along ``dim``, with as many axes as ``like``: samples at its batch axis.
+
+    Nothing is flagged where that axis is not known; then the two runs will differ.
+    """
     tokens = tokens_of(axes[dim])
-    assert tokens is not None
+    at = next((d for d, dims in enumerate(axes) if any(isinstance(f, Batch) for f in dims)), None)
+    if tokens is None or at is None or at == dim:
+        return torch.zeros([1] * like.ndim, dtype=torch.bool, device=like.device)
     flags = nn.functional.pad(patches, (tokens.lead, tokens.tail))
-    at = next(d for d, factors in enumerate(axes) if any(isinstance(f, Batch) for f in factors))
     times = like.shape[at] // flags.shape[0]
     first = isinstance(axes[at][0], Batch)
     flags = flags.repeat_interleave(times, 0) if first else flags.repeat(times, 1)

@@ -253,11 +253,14 @@ class _Compared(Masked):
         if got is None or place is None:
             return
         dim, batch_dim, tokens = place
-        if rows is not None:
-            value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
-        if got.shape[dim] < value.shape[dim]:  # rows behind the last that is read may be missing
-            value = value.narrow(dim, 0, got.shape[dim])
-        self.findings.append(_Finding(node, relative_error(got, value)))
+        error = math.inf  # where tokens and samples are not where the analysis has them
+        if rows is None or value.shape[dim] == tokens.lead + tokens.patches + tokens.tail:
+            if rows is not None and value.shape[batch_dim] == rows.shape[0]:
+                value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
+            # rows behind the last that is read may be missing
+            value = value.narrow(dim, 0, min(got.shape[dim], value.shape[dim]))
+            error = relative_error(got, value) if got.shape == value.shape else error
+        self.findings.append(_Finding(node, error))
 
     def see_filled(self, node: fx.Node, state: Tensor) -> None:
         got = self.rewritten.filled.pop(node, None)
@@ -315,9 +318,7 @@ def _check_selection(rewriting: Rewriting, path: str, selection: Selection) -> N
 
 # -- comparisons ------------------------------------------------------------------------------------------------------
 
-_HINT = (
-    "choose another plan, or frontend='export'; validate=False rewrites without this check, at the risk of wrong results"
-)
+_HINT = "choose another plan, or frontend='export'; validate=False rewrites without this check, at the risk of wrong results"
 
 
 class _Validation:
@@ -375,7 +376,9 @@ class _Validation:
         got = self._run(rewritten, images)
         masked = _Compared(self.captured, self.rewriting, self.parts, rewritten)
         wanted = self._run(masked, images)
-        what = "the rewritten graph does not compute what the model does with the same tokens masked"
+        what = (
+            "the rewritten graph does not compute what the model does with the same tokens masked"
+        )
         return self._judge(what, masked.findings, got, wanted)
 
     def _run(self, run: Run, images: tuple[Any, Any]) -> Any:
@@ -412,16 +415,16 @@ class _Validation:
             layer = len(layers) + 1
         place = f"in layer {layer}" if 0 < layer <= len(layers) else "behind the last layer"
         text = (
-            f"{what}; the largest difference is {short(largest)} of the largest value, {short(self.allowed)} is allowed; "
-            f"they part {place if layer else 'in front of the first layer'}"
+            f"{what}; the largest difference is {short(largest)} of the largest value, up to "
+            f"{short(self.allowed)} is rounding; they part {place if layer else 'in front of the first layer'}"
         )
         if modules:
             text += f", at {', '.join(modules)}"
         if self.draws:
-            text += "; the model draws random numbers in eval mode, and draws others on fewer tokens"
-        return ValidationError(
-            text, difference=largest, layer=layer, modules=modules, hint=_HINT
-        )
+            text += (
+                "; the model draws random numbers in eval mode, and draws others on fewer tokens"
+            )
+        return ValidationError(text, difference=largest, layer=layer, modules=modules, hint=_HINT)
 
 
 @contextlib.contextmanager

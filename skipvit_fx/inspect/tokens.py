@@ -109,9 +109,7 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
     return traces_of(record_of(fast), selections)
 
 
-def traces_of(
-    record: RewriteRecord, selections: Sequence[Selection | None]
-) -> list[TokenTrace]:
+def traces_of(record: RewriteRecord, selections: Sequence[Selection | None]) -> list[TokenTrace]:
     """The same in terms of patches, whichever tokens were in the sequence besides."""
     traces: list[TokenTrace] = []
     names: Tensor | None = None

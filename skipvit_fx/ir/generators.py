@@ -19,7 +19,8 @@ class GeneratorStates:
         self._python = random.getstate()
         self._cpu = torch.get_rng_state()
         self._others = [
-            (owner, where, owner.get_rng_state(*where)) for owner, where in map(_owner, self.devices)
+            (owner, where, owner.get_rng_state(*where))
+            for owner, where in map(_owner, self.devices)
         ]
         numpy = sys.modules.get("numpy")
         self._numpy = None if numpy is None else numpy.random.get_state()
