@@ -34,23 +34,24 @@ _EXPANDS = frozenset({"expand", "broadcast_to", torch.broadcast_to, torch.ops.at
 
 
 class Step(NamedTuple):
-    """A node with the arguments that it had when the steps were noted; passes edit graphs in place."""
+    """A node as it was when the steps were noted; passes edit graphs in place.
+
+    Attributes:
+        node, args, kwargs: the node, and its arguments then.
+        reads: the nodes among the arguments, each once, in order.
+    """
 
     node: fx.Node
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-    @property
-    def reads(self) -> list[fx.Node]:
-        """The nodes among the arguments, each once, in order."""
-        found: dict[fx.Node, None] = {}
-        fx.node.map_arg((self.args, self.kwargs), lambda n: found.setdefault(n))
-        return list(found)
+    reads: tuple[fx.Node, ...]
 
 
 def steps_of(graph: fx.Graph) -> tuple[Step, ...]:
     """The graph as it is now, whatever is done to it later."""
-    return tuple(Step(node, node.args, node.kwargs) for node in graph.nodes)
+    return tuple(
+        Step(node, node.args, node.kwargs, tuple(node.all_input_nodes)) for node in graph.nodes
+    )
 
 
 class Run:

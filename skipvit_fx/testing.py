@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.analysis.explain import locate
+from skipvit_fx.differences import TOLERANCE as TOLERANCE
+from skipvit_fx.differences import badness
+from skipvit_fx.differences import relative_error as relative_error
 from skipvit_fx.inspect.tokens import (
     Selection,
     TokenTrace,
@@ -31,9 +34,6 @@ from skipvit_fx.passes.locate_attention import lay_plan
 from skipvit_fx.pipeline.record import RewriteRecord, record_of
 from skipvit_fx.pipeline.rewriting import Cut, Rewriting
 from skipvit_fx.reference import Masked, steps_of
-from skipvit_fx.validation import TOLERANCE as TOLERANCE
-from skipvit_fx.validation import badness
-from skipvit_fx.validation import relative_error as relative_error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Batch, Tokens, tokens_of
+from skipvit_fx.differences import badness, relative_error, short, tolerance
 from skipvit_fx.errors import ValidationError
 from skipvit_fx.inspect.tokens import Selection, selection_of
 from skipvit_fx.ir.cloning import scratch_copy
@@ -37,13 +38,6 @@ from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.reference import Masked, Run, Step, is_ours, steps_of, take_rows
 
 IMAGES = 2
-TOLERANCE = 1e-4
-"""Relative error up to which two float32 results of the same computation, in another order, count as equal."""
-
-_ROUNDINGS = 16
-"""Results of one computation in another order differ by roundings that add up like a random walk: over the some 100
-roundings in a row of 12 to 48 layers, by about 10 units of the last place, and a few more where values cancel."""
-
 NOT_ASKED = "not validated (validate=False)"
 NO_VALUES = "not validated (meta device)"
 
@@ -82,27 +76,14 @@ def _alone(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in sorted({"cpu", *(device.type for device in devices)}):
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
         yield stack.enter_context(generators_kept(devices))
 
 
 def is_tensor(leaf: Any) -> bool:
     """Whether a leaf of the arguments is a tensor."""
     return isinstance(leaf, Tensor)
-
-
-def tolerance(tensors: Iterable[Tensor]) -> float:
-    """Up to which relative error results count as equal, for a model of these parameters, buffers and inputs."""
-    kinds = {t.dtype for t in tensors}
-    coarse = [torch.finfo(d).eps for d in (torch.bfloat16, torch.float16) if d in kinds]
-    if torch.get_float32_matmul_precision() != "highest":
-        coarse.append(torch.finfo(torch.float16).eps)  # TensorFloat-32 has as many digits
-    return max([TOLERANCE, *(_ROUNDINGS * eps for eps in coarse)])
-
-
-def short(error: float) -> str:
-    """An error in few characters, such as ``3e-7``."""
-    return f"{error:.0e}".replace("e-0", "e-") if error else "0"
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -318,7 +299,9 @@ def _check_selection(rewriting: Rewriting, path: str, selection: Selection) -> N
 
 # -- comparisons ------------------------------------------------------------------------------------------------------
 
-_HINT = "choose another plan, or frontend='export'; validate=False rewrites without this check, at the risk of wrong results"
+_HINT = (
+    "choose another plan or frontend; validate=False rewrites without this check, and may be wrong"
+)
 
 
 class _Validation:
@@ -457,61 +440,3 @@ def _returned(author: nn.Module, captured: Iterable[Step]) -> Iterator[dict[str,
     finally:
         for handle in handles:
             handle.remove()
-
-
-# -- differences ------------------------------------------------------------------------------------------------------
-
-
-def badness(error: float) -> float:
-    """A key to sort errors by: NaN is the worst."""
-    return math.inf if math.isnan(error) else error
-
-
-def relative_error(got: Any, wanted: Any) -> float:
-    """Largest difference of two outputs, relative to the largest value of ``wanted``, over all tensors in them.
-
-    Mappings are compared by key, whatever their class. Values that are not finite are equal to others at the same
-    places; at other places the error is NaN.
-
-    Raises:
-        ValueError: the outputs differ in structure or shape.
-    """
-    if isinstance(wanted, Tensor):
-        if not isinstance(got, Tensor) or got.shape != wanted.shape:
-            raise ValueError(f"a tensor {tuple(wanted.shape)} is wanted, got {_outline(got)}")
-        return _tensor_error(got.detach(), wanted.detach())
-    if isinstance(wanted, Mapping):
-        if not isinstance(got, Mapping) or got.keys() != wanted.keys():
-            raise ValueError(f"a mapping with {list(wanted)} is wanted, got {_outline(got)}")
-        errors = [relative_error(got[key], wanted[key]) for key in wanted]
-    elif isinstance(wanted, (tuple, list)):
-        if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
-            raise ValueError(f"{len(wanted)} values are wanted, got {_outline(got)}")
-        errors = [relative_error(a, b) for a, b in zip(got, wanted, strict=True)]
-    elif is_dataclass(wanted) and type(got) is type(wanted):
-        names = [f.name for f in fields(wanted)]
-        errors = [relative_error(getattr(got, name), getattr(wanted, name)) for name in names]
-    elif isinstance(wanted, (bool, int, float, str, type(None))) and got != wanted:
-        raise ValueError(f"{wanted!r:.80} is wanted, got {got!r:.80}")
-    else:
-        return 0.0
-    return max(errors, default=0.0, key=badness)
-
-
-def _tensor_error(got: Tensor, wanted: Tensor) -> float:
-    if not wanted.numel():
-        return 0.0
-    if wanted.dtype in (torch.float16, torch.bfloat16) or not wanted.dtype.is_floating_point:
-        got, wanted = got.float(), wanted.float()
-    difference, scale = (got - wanted).abs().amax(), wanted.abs().amax()
-    if not math.isfinite(float(difference)):
-        finite = wanted.isfinite()
-        if not torch.equal(finite, got.isfinite()):
-            return math.nan
-        difference = (got - wanted)[finite].abs().amax() if finite.any() else wanted.new_zeros(())
-        scale = wanted[finite].abs().amax() if finite.any() else scale
-    return float(difference / scale.clamp_min(1e-30))
-
-
-def _outline(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
