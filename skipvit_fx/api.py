@@ -10,6 +10,7 @@ from skipvit_fx import validation
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
+from skipvit_fx.ir.generators import generators_kept
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.opening import with_capture
 from skipvit_fx.ops.switch import Switchable
@@ -113,7 +114,8 @@ def rewrite(
         )
         return capture.module
 
-    fast = with_capture(model, args, kwargs, work, frontend=frontend)
+    with generators_kept(()):  # modules that draw run on fake tensors, too
+        fast = with_capture(model, args, kwargs, work, frontend=frontend)
     fast.own.drops = drops
     set_train_only(fast, train_only)
     return fast

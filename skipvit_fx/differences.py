@@ -29,7 +29,7 @@ def tolerance(tensors: Iterable[Tensor]) -> float:
 
 def short(error: float) -> str:
     """An error in few characters, such as ``3e-7``."""
-    return f"{error:.0e}".replace("e-0", "e-") if error else "0"
+    return f"{error:.1g}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def badness(error: float) -> float:
@@ -79,7 +79,7 @@ def _tensor_error(got: Tensor, wanted: Tensor) -> float:
         if not torch.equal(finite, got.isfinite()):
             return math.nan
         difference = (got - wanted)[finite].abs().amax() if finite.any() else wanted.new_zeros(())
-        scale = wanted[finite].abs().amax() if finite.any() else scale
+        scale = wanted[finite].abs().amax() if finite.any() else wanted.new_ones(())
     return float(difference / scale.clamp_min(1e-30))
 
 
