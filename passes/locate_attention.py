@@ -33,16 +33,21 @@ class LocateAttention:
         """Fill in ``rewriting.stream``, ``rewriting.stages`` and ``rewriting.taps``."""
         analysis = TokenAnalysis(rewriting.capture)
         rewriting.locate(analysis, find_stream(analysis, rewriting.prefix_tokens))
-        layers = rewriting.stream.layers
-        rewriting.plan.check(len(layers))
-        returns = rewriting.return_node
-        beyond = _descendants(returns) if returns is not None else set()
-        for index, stage in enumerate(rewriting.plan.stages, start=1):
-            layer = layers[stage.layer - 1]
-            cut = layer.cut if rewriting.cut == "attention" else layer.end
-            span = _descendants(cut) - beyond if cut is not returns else set()
-            rewriting.stages.append(StageNodes(index, stage, layer, cut, span))
-        _note_taps(rewriting)
+        rewriting.plan.check(len(rewriting.stream.layers))
+        lay_plan(rewriting)
+
+
+def lay_plan(rewriting: Rewriting) -> None:
+    """Fill in ``rewriting.stages`` and ``rewriting.taps`` where the stream is known; the graph must be unchanged."""
+    layers = rewriting.stream.layers
+    returns = rewriting.return_node
+    beyond = _descendants(returns) if returns is not None else set()
+    for index, stage in enumerate(rewriting.plan.stages, start=1):
+        layer = layers[stage.layer - 1]
+        cut = layer.cut if rewriting.cut == "attention" else layer.end
+        span = _descendants(cut) - beyond if cut is not returns else set()
+        rewriting.stages.append(StageNodes(index, stage, layer, cut, span))
+    _note_taps(rewriting)
 
 
 def _note_taps(rewriting: Rewriting) -> None:

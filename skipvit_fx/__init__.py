@@ -13,6 +13,7 @@ from skipvit_fx.errors import (
     SkipViTError,
     TraceError,
     UnsupportedModelError,
+    ValidationError,
 )
 from skipvit_fx.export.atc import AtcReport, atc_check
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
@@ -40,6 +41,7 @@ __all__ = [
     "TokenTrace",
     "TraceError",
     "UnsupportedModelError",
+    "ValidationError",
     "atc_check",
     "export_onnx",
     "find_attention",

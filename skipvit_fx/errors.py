@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 class SkipViTError(Exception):
     """Base of all errors of this package.
@@ -44,6 +46,31 @@ class UnsupportedModelError(SkipViTError):
         self.node = node
         self.module_path = module_path
         self.reason = reason
+
+
+class ValidationError(SkipViTError):
+    """A rewritten model computes something else than the model with the same tokens masked, or it does not run.
+
+    Attributes:
+        difference: the largest one found, relative to the largest value; infinite or NaN where that says nothing.
+        layer: the first in which the residual streams part, from 1; 0 in front of them, one more than there are layers
+            behind them; ``None`` if the place is not known.
+        modules: paths of the modules between the last place that agrees and the first that does not, in order.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        difference: float = math.inf,
+        layer: int | None = None,
+        modules: tuple[str, ...] = (),
+        hint: str = "",
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.difference = difference
+        self.layer = layer
+        self.modules = modules
 
 
 class ExportError(SkipViTError):

@@ -115,7 +115,7 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
     _write(Path(path), weights, json.dumps(asdict(header)))
 
 
-def load(path: str | os.PathLike[str], model: nn.Module) -> SkipViTModule:
+def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = True) -> SkipViTModule:
     """Rewrite a freshly built model as the saved one was, and load the saved weights.
 
     The result shares its parameters with ``model``, which so gets the weights too. If anything does not fit, ``model``
@@ -124,8 +124,10 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> SkipViTModule:
     Args:
         path: a file that :func:`save` wrote.
         model: built as the original model was, of the same dtype, on any device.
+        validate: as for :func:`skipvit_fx.rewrite`.
 
     Raises:
+        ValidationError: as :func:`skipvit_fx.rewrite` does.
         SavedModelError: the file cannot be read, or ``model`` is not what was saved; it says what differs.
     """
     path = Path(path)
@@ -158,6 +160,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> SkipViTModule:
         multiple_of=header.multiple_of,
         frontend=header.frontend,
         train_only=header.train_only,
+        validate=validate,
     )
     _check_graph(header, fast)
     weights |= {name: weights[other] for name, other in header.tied.items()}

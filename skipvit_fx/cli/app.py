@@ -32,6 +32,7 @@ from skipvit_fx.cli.options import (
     PrefixTokens,
     Pretrained,
     Score,
+    Validate,
     build,
     plan_of,
     rewritten,
@@ -102,12 +103,13 @@ def rewrite(
     cut: Cut = "attention",
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
+    validate: Validate = True,
     as_json: Json = False,
 ) -> None:
     """Rewrite a model and print its layer table."""
     wanted = plan_of(plan, plan_file)
     built = build(model, img_size, depth, pretrained)
-    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     report = skipvit_fx.inspect(fast)
     show(report.to_dict(), str(report), as_json)
     if save is not None:
@@ -127,13 +129,14 @@ def inspect(
     cut: Cut = "attention",
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
+    validate: Validate = True,
     as_json: Json = False,
 ) -> None:
     """Show what a plan does to every layer: tokens and multiply-adds."""
     wanted = plan_of(plan, plan_file)
     built = build(model, img_size, depth, pretrained)
     report = skipvit_fx.inspect(
-        rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+        rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     )
     show(report.to_dict(), str(report), as_json)
 
@@ -150,12 +153,13 @@ def diff(
     cut: Cut = "attention",
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
+    validate: Validate = True,
     as_json: Json = False,
 ) -> None:
     """Show every node that a rewrite inserts, rewires or erases."""
     wanted = plan_of(plan, plan_file)
     built = build(model, img_size, depth, pretrained)
-    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     text = str(skipvit_fx.inspect(fast).diff())
     show({"plan": str(wanted), "diff": text.splitlines()}, text, as_json)
 
@@ -175,6 +179,7 @@ def trace(
     prefix_tokens: PrefixTokens = None,
     cut: Cut = "attention",
     score: Score = "auto",
+    validate: Validate = True,
     as_json: Json = False,
 ) -> None:
     """Show which patches of an image are kept and dropped."""
@@ -182,7 +187,7 @@ def trace(
     built = build(model, img_size, depth, pretrained)
     (example, *_), _ = example_of(built, None)
     shown, x = picture.read_image(image, tuple(example.shape[1:]), built)
-    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead=False)
+    fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead=False, validate=validate)
     traces = skipvit_fx.trace_tokens(fast, x)
     if out is not None:
         _draw(shown, [stage.kept[0] for stage in traces], traces[0].scores.shape[1], out)

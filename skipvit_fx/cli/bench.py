@@ -21,6 +21,7 @@ from skipvit_fx.cli.options import (
     PrefixTokens,
     Pretrained,
     Score,
+    Validate,
     build,
     plan_of,
     rewritten,
@@ -46,13 +47,14 @@ def bench(
     cut: Cut = "attention",
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
+    validate: Validate = True,
     as_json: Json = False,
 ) -> None:
     """Time a rewritten model and the original in turns: predicted and measured, layer by layer."""
     wanted = plan_of(plan, plan_file)
     place = _device(device)
     original = build(model, img_size, depth, pretrained).to(place)
-    fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+    fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     (example, *_), _ = example_of(original, None)
     images = torch.randn(batch, *example.shape[1:], dtype=example.dtype, device=place)
     report = measure_latency(original, fast, (images,), rounds=rounds)

@@ -22,6 +22,7 @@ from skipvit_fx.cli.options import (
     Pretrained,
     Score,
     Soc,
+    Validate,
     build,
     plan_of,
     rewritten,
@@ -89,13 +90,14 @@ def export(
     cut: Cut = "attention",
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
+    validate: Validate = True,
 ) -> None:
     """Write a model as ONNX, rewritten with PLAN or as it is."""
     size = _batch(batch)
     wanted = plan_of(plan, plan_file) if plan or plan_file else None
     module = build(model, img_size, depth, pretrained)
     if wanted is not None:
-        module = rewritten(module, wanted, prefix_tokens, cut, score, keep_dead_tokens)
+        module = rewritten(module, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     written = export_onnx(
         module,
         out,

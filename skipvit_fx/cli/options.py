@@ -42,6 +42,9 @@ Score = Annotated[str, typer.Option(help="auto, cls, mean or random")]
 KeepDead = Annotated[
     bool, typer.Option("--keep-dead-tokens", help="also compute rows that nobody reads")
 ]
+Validate = Annotated[
+    bool, typer.Option("--validate/--no-validate", help="run the result once beside the model")
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable, nothing else on stdout")]
 Cann = Annotated[str, typer.Option(help="release of CANN to check against")]
 Soc = Annotated[str, typer.Option(help="chip, as ATC's --soc_version")]
@@ -84,7 +87,13 @@ def plan_of(text: str | None, file: Path | None) -> Plan:
 
 
 def rewritten(
-    model: nn.Module, plan: Plan, prefix_tokens: int | None, cut: str, score: str, keep_dead: bool
+    model: nn.Module,
+    plan: Plan,
+    prefix_tokens: int | None,
+    cut: str,
+    score: str,
+    keep_dead: bool,
+    validate: bool,
 ) -> SkipViTModule:
     """The model rewritten.
 
@@ -107,6 +116,7 @@ def rewritten(
         cut=cut,  # type: ignore[arg-type]
         score=score,  # type: ignore[arg-type]
         eliminate_dead_tokens=not keep_dead,
+        validate=validate,
     )
 
 

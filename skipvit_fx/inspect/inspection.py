@@ -77,6 +77,7 @@ def inspect(fast: nn.Module) -> Inspection:
         frontend_reason=record.frontend_reason,
         eliminate_dead_tokens=record.eliminate_dead_tokens,
         skipping=all(switches),
+        validated=record.validated,
         prefix=record.prefix,
         patches=record.patches,
         tail=record.tail,

@@ -90,6 +90,7 @@ class Inspection:
         plan, cut, score, eliminate_dead_tokens: of the rewrite, as text and flag.
         frontend, frontend_reason: how the model was captured, ``"symbolic"`` or ``"export"``, and why so.
         skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not.
         prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
         layers: from first to last.
         embedding, head: what runs before and after them.
@@ -105,6 +106,7 @@ class Inspection:
     frontend_reason: str
     eliminate_dead_tokens: bool
     skipping: bool
+    validated: str
     prefix: int
     patches: int
     tail: int
@@ -178,6 +180,7 @@ def _header(report: Inspection) -> Iterator[str]:
     dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
     yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
     yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
+    yield report.validated
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from skipvit_fx.errors import SkipViTError
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.pipeline.record import record_of
+from skipvit_fx.pipeline.record import RewriteRecord, record_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,56 @@ class TokenTrace:
     fused_kept: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What one stage of a plan chose, by the places that tokens have in its own sequence of patches.
+
+    A fused token of an earlier stage is one of these, behind the patches.
+
+    Attributes:
+        scores: ``[batch, n]``, of the patches present.
+        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` places, ascending.
+    """
+
+    scores: Tensor
+    kept: Tensor
+    dropped: Tensor
+
+
+def selection_of(
+    scores: Sequence[Tensor | None], kept: Tensor | None, dropped: Tensor | None
+) -> Selection | None:
+    """What :class:`skipvit_fx.ops.select.Select` was given and returned; ``None`` if no score was there."""
+    present = [score for score in scores if score is not None]
+    if not present:
+        return None
+    total = torch.stack(present).mean(0)
+    batch, n = total.shape
+    here = torch.arange(n, device=total.device).expand(batch, n)
+    return Selection(
+        total, here if kept is None else kept, here[:, :0] if dropped is None else dropped
+    )
+
+
+@contextlib.contextmanager
+def selections_noted(fast: nn.Module) -> Iterator[list[Selection | None]]:
+    """While ``fast`` runs, fill what is yielded, one selection a stage; ``None`` where skipping was off."""
+    selections: list[Selection | None] = [None] * len(record_of(fast).stages)
+
+    def note(i: int, module: nn.Module, scores: Any, chosen: Any) -> None:
+        selections[i] = selection_of(scores, *chosen)
+
+    handles = []
+    try:
+        for i, stage in enumerate(record_of(fast).stages):
+            select = fast.get_submodule(stage.path).get_submodule("select")
+            handles.append(select.register_forward_hook(partial(note, i)))
+        yield selections
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]:
     """Run a rewritten model, and return what each stage of its plan kept and dropped, in order.
@@ -51,39 +103,30 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
         SkipViTError: skipping is switched off, or off in the mode that it is in, so that nothing is chosen.
     """
-    record = record_of(fast)
-    parts = [fast.get_submodule(stage.path) for stage in record.stages]
-    if any(isinstance(m, Switchable) and not m.active for part in parts for m in part.modules()):
-        raise _switched_off()
-    calls: list[_Selection | None] = [None] * len(parts)
-    handles = []
-    try:
-        for i, part in enumerate(parts):
-            hook = partial(_note, calls, i)
-            handles.append(part.get_submodule("select").register_forward_hook(hook))
+    check_skips(fast)
+    with selections_noted(fast) as selections:
         cast(SkipViTModule, fast).graph_forward(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    return traces_of(record_of(fast), selections)
+
+
+def traces_of(record: RewriteRecord, selections: Sequence[Selection | None]) -> list[TokenTrace]:
+    """The same in terms of patches, whichever tokens were in the sequence besides."""
     traces: list[TokenTrace] = []
     names: Tensor | None = None
     patches = fused = 0
-    for stage, call in zip(record.stages, calls, strict=True):
-        if call is None:
+    for stage, chosen in zip(record.stages, selections, strict=True):
+        if chosen is None:
             raise _switched_off()
-        batch, present = call.scores.shape
-        here = torch.arange(present, device=call.scores.device).expand(batch, present)
         if names is None:
-            names, patches = here, present
-        kept = here if call.kept is None else call.kept
-        dropped = here[:, :0] if call.dropped is None else call.dropped
-        still, gone = names.gather(1, kept), names.gather(1, dropped)
+            batch, patches = chosen.scores.shape
+            names = torch.arange(patches, device=chosen.scores.device).expand(batch, patches)
+        still, gone = names.gather(1, chosen.kept), names.gather(1, chosen.dropped)
         traces.append(
             TokenTrace(
                 stage.layer,
                 _patches_of(still, still, patches),
                 _patches_of(gone, gone, patches),
-                _patches_of(names, call.scores, patches, fill=torch.nan),
+                _patches_of(names, chosen.scores, patches, fill=torch.nan),
                 _fused_of(still, patches, fused) if record.plan.fused else None,
             )
         )
@@ -96,20 +139,16 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
     return traces
 
 
-@dataclass(frozen=True)
-class _Selection:
-    scores: Tensor
-    kept: Tensor | None
-    dropped: Tensor | None
+def check_skips(fast: nn.Module) -> None:
+    """Check that tokens are chosen when ``fast`` runs.
 
-
-def _note(
-    calls: list[_Selection | None], i: int, module: nn.Module, scores: Any, chosen: Any
-) -> None:
-    """Forward hook of a :class:`skipvit_fx.ops.select.Select`."""
-    present = [score for score in scores if score is not None]
-    if present:
-        calls[i] = _Selection(torch.stack(present).mean(0), *chosen)
+    Raises:
+        NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+        SkipViTError: skipping is off.
+    """
+    parts = [fast.get_submodule(stage.path) for stage in record_of(fast).stages]
+    if any(isinstance(m, Switchable) and not m.active for part in parts for m in part.modules()):
+        raise _switched_off()
 
 
 def _switched_off() -> SkipViTError:

@@ -25,6 +25,17 @@ def clone_structure(model: ModuleT) -> ModuleT:
     return _deepcopy(model, shared)
 
 
+def scratch_copy(model: nn.Module) -> nn.Module:
+    """Copy every module object of ``model`` to be run and thrown away: whatever a module does to itself is lost.
+
+    Parameters are the very same objects. Buffers, which a module may write into, are copies. The copy of a rewritten
+    model has its children and tensors, and no graph.
+    """
+    known: dict[int, Any] = {id(p): p for p in model.parameters()}
+    known |= {id(b): b.detach().clone() for b in model.buffers()}
+    return _deepcopy(_owner(model), known)
+
+
 def fake_structure(model: nn.Module, mode: TracelessFakeMode) -> nn.Module:
     """Copy every module object below ``model`` with fake tensors in place of parameters and buffers.
 
@@ -35,12 +46,17 @@ def fake_structure(model: nn.Module, mode: TracelessFakeMode) -> nn.Module:
         twin = mode.twin(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
         fakes[id(tensor)] = nn.Parameter(twin, False) if is_parameter else twin.detach()
+    return _deepcopy(_owner(model), fakes)
+
+
+def _owner(model: nn.Module) -> nn.Module:
+    """``model``; in place of a rewritten one a module that has its children and tensors, and no graph."""
     if not isinstance(model, SkipViTModule):
-        return _deepcopy(model, fakes)
+        return model
     owner = nn.Module()
     for name in ("_modules", "_parameters", "_buffers"):
         setattr(owner, name, getattr(model, name))
-    return _deepcopy(owner, fakes)
+    return owner
 
 
 def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:

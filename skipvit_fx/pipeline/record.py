@@ -56,6 +56,7 @@ class RewriteRecord:
         layers, stages: what was found and inserted.
         passes: every edit, pass by pass.
         before: the captured graph before any pass, a line a node.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not.
     """
 
     model: str
@@ -78,6 +79,7 @@ class RewriteRecord:
     stages: tuple[StageRecord, ...]
     passes: tuple[PassRecord, ...]
     before: tuple[str, ...]
+    validated: str
 
 
 def record_of(fast: nn.Module) -> RewriteRecord:
@@ -115,6 +117,7 @@ def make_record(
     before: tuple[str, ...],
     *,
     eliminate_dead_tokens: bool,
+    validated: str,
 ) -> RewriteRecord:
     """The record of a finished rewrite."""
     stream, capture = rewriting.stream, rewriting.capture
@@ -155,6 +158,7 @@ def make_record(
         stages=stages,
         passes=tuple(passes),
         before=before,
+        validated=validated,
     )
 
 

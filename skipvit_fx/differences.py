@@ -1,0 +1,87 @@
+"""How far two results of one computation are apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-4
+"""Relative error up to which two float32 results of the same computation, in another order, count as equal."""
+
+_ROUNDINGS = 16
+"""Results of one computation in another order differ by roundings that add up like a random walk: over the some 100
+roundings in a row of 12 to 48 layers, by about 10 units of the last place, and a few more where values cancel."""
+
+
+def tolerance(tensors: Iterable[Tensor]) -> float:
+    """Up to which relative error results count as equal, for a model of these parameters, buffers and inputs."""
+    kinds = {t.dtype for t in tensors}
+    coarse = [torch.finfo(d).eps for d in (torch.bfloat16, torch.float16) if d in kinds]
+    if torch.get_float32_matmul_precision() != "highest":
+        coarse.append(torch.finfo(torch.float16).eps)  # TensorFloat-32 has as many digits
+    return max([TOLERANCE, *(_ROUNDINGS * eps for eps in coarse)])
+
+
+def short(error: float) -> str:
+    """An error in few characters, such as ``3e-7``."""
+    return f"{error:.1g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def badness(error: float) -> float:
+    """A key to sort errors by: NaN is the worst."""
+    return math.inf if math.isnan(error) else error
+
+
+def relative_error(got: Any, wanted: Any) -> float:
+    """Largest difference of two outputs, relative to the largest value of ``wanted``, over all tensors in them.
+
+    Mappings are compared by key, whatever their class. Values that are not finite are equal to others at the same
+    places; at other places the error is NaN.
+
+    Raises:
+        ValueError: the outputs differ in structure or shape.
+    """
+    if isinstance(wanted, Tensor):
+        if not isinstance(got, Tensor) or got.shape != wanted.shape:
+            raise ValueError(f"a tensor {tuple(wanted.shape)} is wanted, got {_outline(got)}")
+        return _tensor_error(got.detach(), wanted.detach())
+    if isinstance(wanted, Mapping):
+        if not isinstance(got, Mapping) or got.keys() != wanted.keys():
+            raise ValueError(f"a mapping with {list(wanted)} is wanted, got {_outline(got)}")
+        errors = [relative_error(got[key], wanted[key]) for key in wanted]
+    elif isinstance(wanted, (tuple, list)):
+        if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
+            raise ValueError(f"{len(wanted)} values are wanted, got {_outline(got)}")
+        errors = [relative_error(a, b) for a, b in zip(got, wanted, strict=True)]
+    elif is_dataclass(wanted) and type(got) is type(wanted):
+        names = [f.name for f in fields(wanted)]
+        errors = [relative_error(getattr(got, name), getattr(wanted, name)) for name in names]
+    elif isinstance(wanted, (bool, int, float, str, type(None))) and got != wanted:
+        raise ValueError(f"{wanted!r:.80} is wanted, got {got!r:.80}")
+    else:
+        return 0.0
+    return max(errors, default=0.0, key=badness)
+
+
+def _tensor_error(got: Tensor, wanted: Tensor) -> float:
+    if not wanted.numel():
+        return 0.0
+    if wanted.dtype in (torch.float16, torch.bfloat16) or not wanted.dtype.is_floating_point:
+        got, wanted = got.float(), wanted.float()
+    difference, scale = (got - wanted).abs().amax(), wanted.abs().amax()
+    if not math.isfinite(float(difference)):
+        finite = wanted.isfinite()
+        if not torch.equal(finite, got.isfinite()):
+            return math.nan
+        difference = (got - wanted)[finite].abs().amax() if finite.any() else wanted.new_zeros(())
+        scale = wanted[finite].abs().amax() if finite.any() else wanted.new_ones(())
+    return float(difference / scale.clamp_min(1e-30))
+
+
+def _outline(value: Any) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,441 @@
+"""Every rewrite is run once beside a reference, on two images, before it is handed out.
+
+Two comparisons, each of one run with another. The author's own forward on one image, and the graph as it was captured:
+is the graph the model? That graph on two images with the dropped tokens masked (:mod:`skipvit_fx.reference`), and the
+rewritten graph: did the passes keep what it computes? Which tokens leave is drawn, for the second image as different
+from the first as can be, so that a row which belongs to another token, or to another image, cannot pass unnoticed.
+
+Outputs are compared, the residual stream, and what every module called as a whole returns. The last tells a difference
+that the stream hides, where a fresh model scales its branches by next to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.analysis.axes import Batch, Tokens, tokens_of
+from skipvit_fx.differences import badness, relative_error, short, tolerance
+from skipvit_fx.errors import ValidationError
+from skipvit_fx.inspect.tokens import Selection, selection_of
+from skipvit_fx.ir.author_code import AuthorError, author_code
+from skipvit_fx.ir.cloning import scratch_copy
+from skipvit_fx.ir.editor import INSERTED_BY
+from skipvit_fx.ir.generators import GeneratorStates, generators_kept
+from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ir.places import module_path
+from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
+from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.skip import Merge
+from skipvit_fx.pipeline.rewriting import Rewriting
+from skipvit_fx.reference import Masked, Run, Step, steps_of, take_rows
+
+IMAGES = 2
+NOT_ASKED = "not validated (validate=False)"
+NO_VALUES = "not validated (meta device)"
+
+
+def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...]) -> str:
+    """Compare a rewritten graph with the model that it was made from. Nothing of either is changed.
+
+    Args:
+        model: as its author wrote it, in any mode.
+        rewriting: after all passes.
+        captured: its graph before them.
+
+    Returns:
+        What was found, for :func:`skipvit_fx.inspect`.
+
+    Raises:
+        ValidationError: they differ, or one of them does not run.
+    """
+    capture = rewriting.capture
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [t for t in pytree.tree_leaves((capture.args, capture.kwargs)) if is_tensor(t)]
+    if any(tensor.is_meta for tensor in tensors):
+        return NO_VALUES
+    devices = sorted({tensor.device for tensor in tensors}, key=str)
+    with _alone(devices) as states:
+        check = _Validation(model, rewriting, captured, states, tolerance(tensors))
+        both, first = two_images(capture.args, capture.kwargs)
+        largest = max(check.capture(first), check.rewrite(both))
+    return f"validated: largest difference {short(largest)} over {IMAGES} images"
+
+
+@contextlib.contextmanager
+def _alone(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
+    """Without gradients and autocast, and without drawing from anybody's generators."""
+    devices = list(devices)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in sorted({"cpu", *(device.type for device in devices)}):
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield stack.enter_context(generators_kept(devices))
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether a leaf of the arguments is a tensor."""
+    return isinstance(leaf, Tensor)
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def two_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The example call with two different samples, its own where it holds two, and with the first of them alone.
+
+    A tensor has one value a sample if its first axis is as long as that of the largest floating-point one. Random
+    numbers stand in for what is constant, except in tensors of fewer axes than a picture: masks, or scales.
+    """
+    example = (args, kwargs)
+    tensors = [t for t in pytree.tree_leaves(example) if is_tensor(t) and t.ndim]
+    largest = max((t for t in tensors if t.is_floating_point()), key=Tensor.numel)
+    samples = largest.shape[0]
+    second = next((i for i in range(1, samples) if _differ(largest, i)), min(1, samples - 1))
+    generator = torch.Generator().manual_seed(0)
+
+    def has_samples(leaf: Any) -> bool:
+        return is_tensor(leaf) and leaf.ndim > 0 and leaf.shape[0] == samples
+
+    def pair(leaf: Any) -> Any:
+        if not has_samples(leaf):
+            return leaf
+        two: Tensor = leaf.detach()[[0, second]]
+        if not two.is_floating_point() or (two.ndim < 3 and leaf is not largest):
+            return two
+        if _is_constant(two):
+            return torch.randn(two.shape, generator=generator).to(two)
+        if not torch.equal(two[0], two[1]):
+            return two
+        mirrored = two[0].flatten().flip(0).reshape(two[0].shape)  # other values of the same range
+        return torch.stack([two[0], mirrored])
+
+    def alone(leaf: Any, two: Any) -> Any:
+        return two[:1] if has_samples(leaf) else two
+
+    both: tuple[Any, Any] = pytree.tree_map(pair, example)
+    first: tuple[Any, Any] = pytree.tree_map(alone, example, both)
+    return both, first
+
+
+def _differ(images: Tensor, i: int) -> bool:
+    return not torch.equal(images[0], images[i])
+
+
+def _is_constant(values: Tensor) -> bool:
+    return bool((values == values.flatten()[0]).all()) if values.numel() else True
+
+
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """How much two runs differ at a node; ``filled``: in the whole sequence, where tokens have returned there."""
+
+    node: fx.Node
+    error: float
+    filled: bool = False
+
+
+class _Captured(Run):
+    """The captured graph as it is, beside what the author's modules returned, in the order of their calls."""
+
+    def __init__(
+        self, steps: Iterable[Step], parts: Mapping[str, nn.Module], returned: dict[str, list[Any]]
+    ) -> None:
+        super().__init__(steps, parts[""], parts)
+        self.returned = returned
+        self.findings: list[_Finding] = []
+
+    def step(self, step: Step) -> Any:
+        value = super().step(step)
+        if step.node.op == "call_module" and (calls := self.returned.get(str(step.node.target))):
+            error = relative_error(value, calls.pop(0))
+            self.findings.append(_Finding(step.node, error))
+        return value
+
+
+class _Rewritten(Run):
+    """The rewritten graph, with tokens that leave drawn, and everything to be compared noted."""
+
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        rewriting: Rewriting,
+        parts: Mapping[str, nn.Module],
+        devices: Iterable[torch.device],
+    ) -> None:
+        super().__init__(steps, parts[""], parts)
+        self.rewriting = rewriting
+        self.devices = tuple(devices)
+        self.selections: dict[str, Selection] = {}
+        self.noted: dict[fx.Node, Tensor] = {}
+        self.filled: dict[fx.Node, Tensor] = {}
+        self._edited = False
+
+    def step(self, step: Step) -> Any:
+        node = step.node
+        part = self.parts[str(node.target)] if node.op == "call_module" else None
+        if isinstance(part, Select):
+            return self._select(step, part)
+        drawing = isinstance(part, (ScoreAtRandom, ScoreByFunction))
+        with generators_kept(self.devices) if drawing else contextlib.nullcontext():
+            value = super().step(step)  # as if no score had drawn: the captured graph draws none
+        inserted = INSERTED_BY in node.meta
+        self._edited |= inserted
+        if inserted and isinstance(part, Merge):
+            self.filled[_filled_at(node)] = value
+        elif self._edited and _place(self.rewriting, node) is not None:
+            self.noted[node] = value.clone()  # an operator in place may change it later
+        return value
+
+    def _select(self, step: Step, part: Select) -> Any:
+        """Let chance select, and check that what is kept has the highest scores and stays in order."""
+        (scores, *others), _ = self.arguments(step)
+        drawn = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(0))
+        drawn = torch.stack([drawn, 1 - drawn]).to(scores.device)
+        chosen = part(drawn)
+        selection = selection_of([drawn], *chosen)
+        assert selection is not None
+        _check_selection(self.rewriting, str(step.node.target), selection)
+        total = torch.stack([scores, *others]).mean(0)
+        path = str(step.node.target).rpartition(".")[0]
+        self.selections[path] = Selection(total, selection.kept, selection.dropped)
+        return chosen
+
+
+class _Compared(Masked):
+    """The captured graph with tokens masked, beside what was noted of the rewritten one."""
+
+    def __init__(
+        self,
+        steps: Iterable[Step],
+        rewriting: Rewriting,
+        parts: Mapping[str, nn.Module],
+        rewritten: _Rewritten,
+    ) -> None:
+        selections = [rewritten.selections[f"skipvit.{s.name}"] for s in rewriting.stages]
+        super().__init__(steps, parts[""], parts, rewriting, selections)
+        self.rewritten = rewritten
+        self.findings: list[_Finding] = []
+
+    def see(self, node: fx.Node, value: Any, rows: Tensor | None) -> None:
+        got = self.rewritten.noted.pop(node, None)
+        place = _place(self.rewriting, node)
+        if got is None or place is None:
+            return
+        dim, batch_dim, tokens = place
+        error = math.inf  # where tokens and samples are not where the analysis has them
+        if rows is None or value.shape[dim] == tokens.lead + tokens.patches + tokens.tail:
+            if rows is not None and value.shape[batch_dim] == rows.shape[0]:
+                value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
+            # rows behind the last that is read may be missing
+            value = value.narrow(dim, 0, min(got.shape[dim], value.shape[dim]))
+            error = relative_error(got, value) if got.shape == value.shape else error
+        self.findings.append(_Finding(node, error))
+
+    def see_filled(self, node: fx.Node, state: Tensor) -> None:
+        got = self.rewritten.filled.pop(node, None)
+        if got is not None:
+            self.findings.append(_Finding(node, relative_error(got, state), filled=True))
+
+
+def _place(rewriting: Rewriting, node: fx.Node) -> tuple[int, int, Tokens] | None:
+    """Where a node of the author's that is compared has tokens and samples; ``None`` if it is not compared."""
+    analysis, stream = rewriting.analysis, rewriting.stream
+    if node not in analysis.facts:
+        return None
+    value, axes = analysis[node].value, analysis.axes(node)
+    if any(node in (layer.input, layer.cut, layer.end) for layer in stream.layers):
+        return stream.dim, 1 - stream.dim, stream.tokens
+    if node.op != "call_module" or axes is None or not isinstance(value, Tensor):
+        return None
+    dims = [d for d, dim in enumerate(axes) if tokens_of(dim)]
+    batches = [d for d, dim in enumerate(axes) if len(dim) == 1 and isinstance(dim[0], Batch)]
+    if len(dims) != 1 or len(batches) != 1 or len(axes[dims[0]]) != 1:
+        return None
+    (tokens,) = axes[dims[0]]
+    assert isinstance(tokens, Tokens)
+    return dims[0], batches[0], tokens
+
+
+def _filled_at(node: fx.Node) -> fx.Node:
+    """The author's node whose rows a merge puts back into the whole sequence, perhaps with others before it."""
+    while INSERTED_BY in node.meta:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _check_selection(rewriting: Rewriting, path: str, selection: Selection) -> None:
+    """Check that a stage's choice is a partition, in order, by the scores that it was given.
+
+    Raises:
+        ValidationError: it is not.
+    """
+    kept, dropped, scores = selection.kept, selection.dropped, selection.scores
+    both = torch.cat([kept, dropped], 1).sort(1).values
+    partition = both.shape == scores.shape and bool((both.diff(dim=1) == 1).all())
+    ordered = all(bool((part.diff(dim=1) > 0).all()) for part in (kept, dropped))
+    if partition and ordered and dropped.shape[1]:
+        lowest, highest = scores.gather(1, kept).amin(1), scores.gather(1, dropped).amax(1)
+        ordered = bool((lowest >= highest).all())
+    if not partition or not ordered:
+        layer = next(s.layer.index for s in rewriting.stages if path == f"skipvit.{s.name}.select")
+        raise ValidationError(
+            f"the choice in layer {layer} does not keep the patches with the highest scores, in their order",
+            layer=layer,
+            hint=_HINT,
+        )
+
+
+# -- comparisons ------------------------------------------------------------------------------------------------------
+
+_HINT = (
+    "choose another plan or frontend; validate=False rewrites without this check, and may be wrong"
+)
+
+
+class _Validation:
+    """The two comparisons of one rewrite."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rewriting: Rewriting,
+        captured: tuple[Step, ...],
+        states: GeneratorStates,
+        allowed: float,
+    ) -> None:
+        self.author = scratch_copy(model).eval()
+        copied = scratch_copy(rewriting.capture.module).eval()
+        self.parts = dict(copied.named_modules(remove_duplicate=False))
+        self.rewriting = rewriting
+        self.captured = captured
+        self.states = states
+        self.allowed = allowed
+        self.draws = False
+
+    def capture(self, image: tuple[Any, Any]) -> float:
+        """The captured graph beside the author's forward: the largest difference.
+
+        Raises:
+            ValidationError: they differ.
+        """
+        author, (args, kwargs) = self.author, image
+        self.states.restore()
+        with _returned(author, self.captured) as returned:
+            try:
+                with author_code():
+                    wanted = author.forward(*args, **kwargs)
+            except AuthorError as error:
+                raise ValidationError(
+                    f"{type(author).__name__} does not run on one image: {error.args[0]}",
+                    hint="pass example_inputs that hold values which the model accepts",
+                ) from error
+        self.draws = not self.states.are_unchanged()
+        run = _Captured(self.captured, self.parts, returned)
+        got = self._run(run, image)
+        what = "the captured graph does not compute what the model's own forward does"
+        return self._judge(what, run.findings, got, wanted)
+
+    def rewrite(self, images: tuple[Any, Any]) -> float:
+        """The rewritten graph beside the captured one with tokens masked: the largest difference.
+
+        Raises:
+            ValidationError: they differ.
+        """
+        steps = steps_of(self.rewriting.capture.module.graph)
+        rewritten = _Rewritten(steps, self.rewriting, self.parts, self.states.devices)
+        got = self._run(rewritten, images)
+        masked = _Compared(self.captured, self.rewriting, self.parts, rewritten)
+        wanted = self._run(masked, images)
+        what = (
+            "the rewritten graph does not compute what the model does with the same tokens masked"
+        )
+        return self._judge(what, masked.findings, got, wanted)
+
+    def _run(self, run: Run, images: tuple[Any, Any]) -> Any:
+        args, kwargs = images
+        self.states.restore()
+        return run(Inputs(self.author.forward, args, kwargs).with_tensors())
+
+    def _judge(self, what: str, findings: list[_Finding], got: Any, wanted: Any) -> float:
+        try:
+            error = relative_error(got, wanted)
+        except ValueError as difference:
+            raise ValidationError(f"{what}: {difference}", hint=_HINT) from difference
+        errors = [*(finding.error for finding in findings), error]
+        largest = max(errors, key=badness)
+        if largest <= self.allowed:
+            return largest
+        bad = next((i for i, e in enumerate(errors) if not e <= self.allowed), len(findings))
+        raise self._error(what, largest, findings, bad)
+
+    def _error(
+        self, what: str, largest: float, findings: list[_Finding], bad: int
+    ) -> ValidationError:
+        """Name the first place that differs, and what lies between it and the last that does not."""
+        order = {step.node: i for i, step in enumerate(self.captured)}
+        start = order[findings[bad - 1].node] + 1 if bad else 0
+        stop = order[findings[bad].node] if bad < len(findings) else len(self.captured) - 1
+        between = (self.captured[i].node for i in range(start, stop + 1))
+        modules = tuple(dict.fromkeys(path for node in between if (path := module_path(node))))
+        layers = self.rewriting.stream.layers
+        layer = sum(order[layer.input] < stop for layer in layers)
+        if bad < len(findings) and findings[bad].filled:
+            layer = self.rewriting.plan.return_layer or layer
+        elif order[layers[-1].end] < stop:
+            layer = len(layers) + 1
+        place = f"in layer {layer}" if 0 < layer <= len(layers) else "behind the last layer"
+        text = (
+            f"{what}; the largest difference is {short(largest)} of the largest value, up to "
+            f"{short(self.allowed)} is rounding; they part {place if layer else 'in front of the first layer'}"
+        )
+        if modules:
+            text += f", at {', '.join(modules)}"
+        if self.draws:
+            text += (
+                "; the model draws random numbers in eval mode, and draws others on fewer tokens"
+            )
+        return ValidationError(text, difference=largest, layer=layer, modules=modules, hint=_HINT)
+
+
+@contextlib.contextmanager
+def _returned(author: nn.Module, captured: Iterable[Step]) -> Iterator[dict[str, list[Any]]]:
+    """While ``author``, a copy that nobody else uses, runs: what the modules that the graph calls return, call by call.
+
+    What they call in turn is not noted.
+    """
+    modules = dict(author.named_modules(remove_duplicate=False))
+    called = [str(step.node.target) for step in captured if step.node.op == "call_module"]
+    calls: dict[nn.Module, list[Any]] = {modules[path]: [] for path in called if path in modules}
+    returned = {path: calls[modules[path]] for path in called if path in modules}
+    inside: list[nn.Module] = []
+
+    def enter(module: nn.Module, given: Any) -> None:
+        inside.append(module)
+
+    def leave(module: nn.Module, given: Any, value: Any) -> None:
+        inside.pop()
+        if not inside:  # an operator in place may change it later
+            copied = pytree.tree_map(lambda t: t.clone() if is_tensor(t) else t, value)
+            calls[module].append(copied)
+
+    handles: list[Any] = []
+    for module in calls:
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield returned
+    finally:
+        for handle in handles:
+            handle.remove()
