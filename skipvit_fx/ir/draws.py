@@ -133,24 +133,35 @@ class RefuseDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def nothing_drawn() -> Iterator[None]:
-    """See what was drawn past all replacements, through a function that somebody had kept: by the generators' states.
+def generators_kept() -> Iterator[list[str]]:
+    """Undo what was drawn past all replacements, through a function that somebody had kept: seen by the states.
 
-    Only where no other thread is there, which could have drawn as well.
+    Only where there is no other thread, which could have drawn as well.
 
-    Raises:
-        TraceError: something was drawn. The generators are as before.
+    Yields:
+        On leaving, the libraries whose generators were not as before.
     """
     before = _generators() if threading.active_count() == 1 else {}
     drawn: list[str] = []
     try:
-        yield
+        yield drawn
     finally:
         if before and threading.active_count() == 1:
             now = _generators()
-            drawn = [name for name, state in before.items() if not _same(state, now[name])]
+            drawn += [name for name, state in before.items() if not _same(state, now[name])]
             with during(""):
                 _restore({name: before[name] for name in drawn})
+
+
+@contextlib.contextmanager
+def nothing_drawn() -> Iterator[None]:
+    """The same around a forward that is followed.
+
+    Raises:
+        TraceError: something was drawn.
+    """
+    with generators_kept() as drawn:
+        yield
     if drawn:
         raise _drawn(" and ".join(drawn))
 

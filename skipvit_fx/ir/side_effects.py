@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.draws import RefuseDraws, draws, lost, nothing_drawn
+from skipvit_fx.ir.draws import RefuseDraws, draws, generators_kept, lost, nothing_drawn
 from skipvit_fx.ir.this_thread import LOCK, Checkpoints, Place, during, here, only_here, replaced
 
 FACTORIES = (
@@ -57,9 +57,16 @@ def contained(model: nn.Module) -> Iterator[None]:
     which hides the attention in one operator.
     """
     if here.phase:
-        yield
+        with generators_kept():
+            yield
         return
-    with LOCK, replaced(_replacements(model)), _no_autocast_cache(), during("stay"):
+    with (
+        LOCK,  # first: the originals are those that no other thread has replaced
+        replaced(_replacements(model)),
+        generators_kept(),
+        _no_autocast_cache(),
+        during("stay"),
+    ):
         here.python, here.numpy = random.Random(0), None
         yield
 
