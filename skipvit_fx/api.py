@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.arguments import check_flag, check_model, check_prefix_tokens
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
 from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.capture import Capture
@@ -71,10 +72,19 @@ def rewrite(
 
     Raises:
         PlanError: the plan contradicts itself, or does not fit the model's depth; an argument is none of its choices.
+        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that a module can be called with.
         TraceError: the model's Python code cannot be captured.
         UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    check_model(model)
+    plan = plan if isinstance(plan, Plan) else Plan.parse(plan)
+    check_prefix_tokens(prefix_tokens)
+    for name, flag in (
+        ("fill_taps", fill_taps),
+        ("eliminate_dead_tokens", eliminate_dead_tokens),
+        ("train_only", train_only),
+    ):
+        check_flag(name, flag)
     _check_choice("frontend", frontend, ("auto", "symbolic", "export"))
     _check_choice("cut", cut, ("attention", "block"))
     if not callable(score):
@@ -159,8 +169,10 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
 
     Raises:
         NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
+        PlanError: ``on`` is not a bool.
     """
     check_rewritten(fast)
+    check_flag("on", on)
     for module in fast.modules():
         if isinstance(module, Switchable):
             module.enabled = on
@@ -179,7 +191,8 @@ def check_rewritten(fast: nn.Module) -> None:
     Raises:
         NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
     """
-    if not any(isinstance(module, SkipViTModule) for module in fast.modules()):
+    modules = fast.modules() if isinstance(fast, nn.Module) else ()
+    if not any(isinstance(module, SkipViTModule) for module in modules):
         raise NotRewrittenError(
             f"{type(fast).__name__} is not a rewritten model", hint="call skipvit_fx.rewrite first"
         )
