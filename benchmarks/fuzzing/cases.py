@@ -115,7 +115,7 @@ def draw_case(seed: int) -> Case:
         eliminate=rng.random() < 0.8,
         given=rng.choice(["tensor", "tensor", "tuple", "dict"]),
         example=rng.choice([1, 2, 2, 2, 3, 4]),
-        batch=rng.randint(1, 5),
+        batch=rng.choice([1, 2, 3, 3, 4, 5]),
         train=not fused and rng.random() < 0.25,
         grad=not fused and rng.random() < 0.3,
     )

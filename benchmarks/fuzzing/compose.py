@@ -251,9 +251,8 @@ class _Writer:
         spec = self.spec
         rows, columns = spec.grid
         tokens = rows * columns + len(spec.prefix) + len(spec.suffix)
-        sizes = (
-            f"C, H, D, N = {spec.channels}, {spec.heads}, {spec.channels // spec.heads}, {tokens}"
-        )
+        values = (spec.channels, spec.heads, spec.channels // spec.heads, tokens, rows * columns)
+        sizes = f"C, H, D, N, P = {', '.join(map(str, values))}"
         frame = self._frame(rows * columns).text("Model", "image")
         parts = [text.replace("NAME", name, 1) for text, name in self.classes.items()]
         return "\n\n\n".join([sizes, *parts, frame]) + "\n"
@@ -337,7 +336,7 @@ class _Writer:
             "mean": f"x[:, {first}:{last}].mean(1)",
             "mean-all": "x.mean(dim=1)",
             "both": f"torch.cat([x[:, {spec.cls or 0}], x[:, {first}:{last}].mean(1)], dim=-1)",
-            "query": "F.scaled_dot_product_attention(self.query.expand(len(x), -1, -1), x, x)[:, 0]",
+            "query": "F.scaled_dot_product_attention(self.query.expand(x.shape[0], -1, -1), x, x)[:, 0]",
             "hidden": f"x[:, {spec.cls or 0}]",
             "dict": f"x[:, {spec.cls or 0}]",
             "flatten": f"x[:, {first}:{last}].flatten(1)",
@@ -568,5 +567,9 @@ def _place(rng: random.Random, spec: Composition) -> Placed:
     if group == "frame":
         place = rng.choice(FRAME_PLACES)
         axes = axes if place == "embedded" else (1, 0)
-        return Placed(place, 0, draw(rng, *tables, axes=axes))
+        operator = draw(rng, *tables, axes=axes)
+        if place == "patches":  # there is no prefix yet
+            code, make = (re.sub(r"\bN\b", "P", text) for text in (operator.code, operator.make))
+            operator = replace(operator, code=code, make=make)
+        return Placed(place, 0, operator)
     return Placed(rng.choice(SEQUENCE_PLACES), block, draw(rng, *tables, axes=axes))

@@ -121,7 +121,7 @@ APART: dict[str, list[tuple[str, str]]] = {
         ("M(x)", "{module}"),
         ("M(x) + x", "{module}"),
         ("x - {weight} * x.{reduce}(-1, keepdim=True)", ""),
-        ("x - {weight} * x.{reduce}(2, True)", ""),
+        ("x - {weight} * x.mean(2, True)", ""),
         ("F.normalize(x, dim=-1)", ""),
         ("F.layer_norm(x, (C,))", ""),
         ("F.layer_norm(x, x.shape[-1:])", ""),
@@ -303,7 +303,7 @@ TOGETHER: dict[str, list[tuple[str, str]]] = {
         ("x * 2 if len(x) {compare} else x", ""),
         ("x.sin() if x.size(B) {compare} else x.cos()", ""),
         ("x * (2.0 if x.shape[B] > 3 else 1.0)", ""),
-        ("assert x.shape[B] {compare}; return x", ""),
+        ("assert x.shape[B] >= 1; return x", ""),
         ("x * max(x.shape[B], 3) / 3", ""),
     ],
     "position": [
