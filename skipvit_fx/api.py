@@ -7,10 +7,10 @@ from typing import Any, Literal
 from torch import nn
 
 from skipvit_fx import validation
+from skipvit_fx.arguments import check_flag, check_model, check_prefix_tokens
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
-from skipvit_fx.ir.generators import generators_kept
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.opening import with_capture
 from skipvit_fx.ops.switch import Switchable
@@ -74,11 +74,21 @@ def rewrite(
 
     Raises:
         PlanError: the plan contradicts itself, or does not fit the model's depth; an argument is none of its choices.
+        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that a module can be called with.
         TraceError: the model's Python code cannot be captured.
         UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
         ValidationError: the rewritten graph computes something else than the model; the first place is named.
     """
-    plan = Plan.parse(plan) if isinstance(plan, str) else plan
+    check_model(model)
+    plan = plan if isinstance(plan, Plan) else Plan.parse(plan)
+    check_prefix_tokens(prefix_tokens)
+    for name, flag in (
+        ("fill_taps", fill_taps),
+        ("eliminate_dead_tokens", eliminate_dead_tokens),
+        ("train_only", train_only),
+        ("validate", validate),
+    ):
+        check_flag(name, flag)
     _check_choice("frontend", frontend, ("auto", "symbolic", "export"))
     _check_choice("cut", cut, ("attention", "block"))
     if not callable(score):
@@ -114,8 +124,7 @@ def rewrite(
         )
         return capture.module
 
-    with generators_kept(()):  # modules that draw run on fake tensors, too
-        fast = with_capture(model, args, kwargs, work, frontend=frontend)
+    fast = with_capture(model, args, kwargs, work, frontend=frontend)
     fast.own.drops = drops
     set_train_only(fast, train_only)
     return fast
@@ -136,8 +145,10 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
 
     Raises:
         NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
+        PlanError: ``on`` is not a bool.
     """
     check_rewritten(fast)
+    check_flag("on", on)
     for module in fast.modules():
         if isinstance(module, Switchable):
             module.enabled = on
@@ -156,7 +167,8 @@ def check_rewritten(fast: nn.Module) -> None:
     Raises:
         NotRewrittenError: ``fast`` did not come from :func:`rewrite`.
     """
-    if not any(isinstance(module, SkipViTModule) for module in fast.modules()):
+    modules = fast.modules() if isinstance(fast, nn.Module) else ()
+    if not any(isinstance(module, SkipViTModule) for module in modules):
         raise NotRewrittenError(
             f"{type(fast).__name__} is not a rewritten model", hint="call skipvit_fx.rewrite first"
         )

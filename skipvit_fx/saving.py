@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from skipvit_fx.api import rewrite
+from skipvit_fx.arguments import check_model
 from skipvit_fx.errors import SavedModelError
 from skipvit_fx.ir.capture import Frontend
 from skipvit_fx.ir.fingerprint import (
@@ -129,7 +130,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
     Raises:
         ValidationError: as :func:`skipvit_fx.rewrite` does.
         SavedModelError: the file cannot be read, or ``model`` is not what was saved; it says what differs.
+        TypeError: ``model`` is not a module, or ``path`` not a path.
     """
+    check_model(model)
     path = Path(path)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise SavedModelError(
@@ -194,9 +197,12 @@ def _version(package: str) -> str:
 
 def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
     """Write beside ``path`` and rename, so that no reader ever finds half a file."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         unfinished.touch(exist_ok=False)
+    except (OSError, ValueError) as error:  # ValueError: no name at all, or one with a zero byte
+        raise _not_written(path, error) from error
+    try:
         mode = unfinished.stat().st_mode  # safetensors makes a file that only its owner may read
         save_file(weights, unfinished, metadata={_KEY: header})
         unfinished.chmod(mode)
@@ -204,14 +210,17 @@ def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SavedModelError(
-            f"cannot write {os.fspath(path)!r}: {reason}",
-            hint="give the name of a file in a directory that exists and may be written to",
-        ) from error
+        raise _not_written(path, error) from error
     finally:
-        if unfinished.exists():
-            unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
+
+
+def _not_written(path: Path, error: Exception) -> SavedModelError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return SavedModelError(
+        f"cannot write {os.fspath(path)!r}: {reason}",
+        hint="give the name of a file in a directory that exists and may be written to",
+    )
 
 
 def _read_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:

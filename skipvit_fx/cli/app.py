@@ -184,6 +184,8 @@ def trace(
 ) -> None:
     """Show which patches of an image are kept and dropped."""
     wanted = plan_of(plan, plan_file)
+    if not wanted.stages:
+        raise PlanError("the plan drops nothing", hint="give one that does, such as 6(55%)+11")
     built = build(model, img_size, depth, pretrained)
     (example, *_), _ = example_of(built, None)
     shown, x = picture.read_image(image, tuple(example.shape[1:]), built)

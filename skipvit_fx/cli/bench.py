@@ -76,10 +76,13 @@ def _device(text: str) -> torch.device:
     """
     if text.partition(":")[0] == "npu" and not npu_is_available():
         raise SpecError("torch-npu sees no device", hint="skipvit doctor says what is missing")
+    hint = "skipvit doctor says what there is; cpu always works"
     try:
-        return torch.empty(0, device=text).device
+        device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:
         raise SpecError(
-            f"the device {text!r} cannot be used: {first_line(error)}",
-            hint="skipvit doctor says what there is; cpu always works",
+            f"the device {text!r} cannot be used: {first_line(error)}", hint=hint
         ) from error
+    if device.type == "meta":
+        raise SpecError(f"the device {text!r} cannot be used: it computes nothing", hint=hint)
+    return device

@@ -120,7 +120,7 @@ def export(
 def _batch(text: str | None) -> int | Literal["dynamic"] | None:
     if text is None or text == "dynamic":
         return text  # type: ignore[return-value]
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal()):
         raise ExportError(f"--batch {text!r} is no batch size", hint="a number, or dynamic")
     return int(text)
 

@@ -115,10 +115,11 @@ def _call(spec: Spec, make: Callable[..., Any], *args: Any, **options: Any) -> n
     """Build, and say in one sentence what is wrong with an option or a download."""
     try:
         model = make(*args, **options)
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        given = f" with {dict(spec.options)}" if spec.options else ""
         raise SpecError(
-            f"{spec} cannot be built with {dict(spec.options)}: {error}",
-            hint="leave the option out",
+            f"{spec} cannot be built{given}: {error}",
+            hint="leave the option out" if given else "check the name, and what the model needs",
         ) from error
     except OSError as error:
         raise SpecError(
@@ -172,9 +173,11 @@ def _hugging_face(spec: Spec) -> nn.Module:
         config = make.config_class(**options)
     try:
         return _call(spec, make, config)
-    except ValueError as error:
+    except SpecError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
         raise SpecError(
-            f"{spec} has no plain encoder: {error}",
+            f"{spec} has no plain encoder: {error.__cause__}",
             hint="name the class of the encoder instead, such as hf:BlipVisionModel",
         ) from error
 
@@ -226,6 +229,8 @@ def parameter_bytes(spec: Spec) -> int:
         with torch.device("meta"):
             model = spec.build()
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise SpecError(f"{spec} cannot be built on the meta device: {error}") from error
+        raise SpecError(
+            f"{spec} cannot be built on the meta device: {error}", hint="check its options"
+        ) from error
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -28,14 +28,14 @@ PlanText = Annotated[
 ]
 PlanFile = Annotated[Path | None, typer.Option(help="the plan as a TOML file", show_default=False)]
 ImgSize = Annotated[
-    int | None, typer.Option(help="image size, if not the model's own", show_default=False)
+    int | None, typer.Option(min=1, help="image size, if not the model's own", show_default=False)
 ]
 Depth = Annotated[
-    int | None, typer.Option(help="layers, if not the model's own", show_default=False)
+    int | None, typer.Option(min=1, help="layers, if not the model's own", show_default=False)
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="fetch the published weights")]
 PrefixTokens = Annotated[
-    int | None, typer.Option(help="leading tokens that are no patches", show_default=False)
+    int | None, typer.Option(min=0, help="leading tokens that are no patches", show_default=False)
 ]
 Cut = Annotated[str, typer.Option(help="attention or block")]
 Score = Annotated[str, typer.Option(help="auto, cls, mean or random")]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.arguments import check_model
 from skipvit_fx.cost.latency_model import LatencyModel
 from skipvit_fx.cost.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.cost.macs import batch_size, count_macs, placeholder_values, skip_as_planned
@@ -43,15 +44,19 @@ def measure_latency(
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+        TypeError: ``model`` is not a module, or ``args`` not a tuple.
         SkipViTError: there are no rounds or no images.
         TraceError: the model's work cannot be counted on these inputs.
     """
     record = record_of(fast)
+    check_model(model)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args must be a tuple of arguments, got {type(args).__name__}")
     kwargs = dict(kwargs or {})
     batch = batch_size(args, kwargs)
-    if rounds < 1 or not batch:
+    if not isinstance(rounds, int) or rounds < 1 or not batch:
         raise SkipViTError(
-            f"{rounds} rounds of {batch or 0} images cannot be timed",
+            f"{rounds!r} rounds of {batch or 0} images cannot be timed",
             hint="at least one round, and a batch of images as the input",
         )
     device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))

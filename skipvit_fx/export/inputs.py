@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
-from skipvit_fx.ir.example import example_from_config
+from skipvit_fx.ir.example import example_from_config, example_of
 from skipvit_fx.pipeline.record import RECORD, RewriteRecord
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,10 +33,10 @@ def inputs_of(
                 + ("" if profile.fixed_batch else " or 'dynamic'")
                 + "; write one file for each batch size that is served",
             )
-    elif batch is not None and batch < 1:
-        raise ExportError(f"a batch of {batch} is empty", hint="give a batch size of 1 or more")
+    elif batch is not None and (not isinstance(batch, int) or batch < 1):
+        raise ExportError(f"a batch of {batch} is none", hint="give a batch size of 1 or more")
     dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
-    given = _split(example) if example is not None else _own_example(model)
+    given = example_of(model, example) if example is not None else _own_example(model)
     own = batch_of(given)
     if isinstance(batch, int) and example is not None and own != batch:
         raise ExportError(
@@ -48,12 +47,6 @@ def inputs_of(
         return _with_batch(given, own, max(own, 2)), None
     size = batch if isinstance(batch, int) else own if example is not None else 1
     return _with_batch(given, own, size), size
-
-
-def _split(example: Any) -> Inputs:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return ((example,) if isinstance(example, Tensor) else tuple(example)), {}
 
 
 def _own_example(model: nn.Module) -> Inputs:

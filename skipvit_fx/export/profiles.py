@@ -42,9 +42,9 @@ class Profile:
         low, high = self.opsets
         if opset is None:
             return self.opset
-        if not low <= opset <= high:
+        if not isinstance(opset, int) or not low <= opset <= high:
             raise ExportError(
-                f"opset {opset} is outside the profile {self.name!r}, which is for {low} to {high}",
+                f"opset {opset!r} is outside the profile {self.name!r}, which is for {low} to {high}",
                 hint=f"leave opset out for {self.opset}",
             )
         return opset

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.arguments import check_model
 from skipvit_fx.errors import ExportError, first_line
 from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.export.aten import decompose, free_attention_matrices
@@ -95,7 +96,9 @@ def export_onnx(
     Raises:
         ExportError: skipping is off, an argument is outside the profile, an operator has no ONNX form, the file could
             not be written, or it does not compute the same. Nothing half-written is left behind.
+        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that it can be called with.
     """
+    check_model(model)
     profile = profile_of(target)
     opset = profile.check_opset(opset)
     check_target(cann, soc)

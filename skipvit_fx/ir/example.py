@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
+from skipvit_fx.arguments import check_model
 from skipvit_fx.errors import TraceError
 
 BATCH = 2
@@ -64,11 +66,43 @@ def example_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
 
     ``example_inputs`` is one tensor, a tuple of arguments, a dict of keyword arguments, or ``None``: images made up
     from the model's own configuration.
+
+    Raises:
+        TypeError: ``model`` is not a module, or ``example_inputs`` is something else, or holds no tensor.
+        TraceError: a tensor has no elements, or ``None`` was given and the model names no image size.
     """
+    check_model(model)
     if example_inputs is None:
         return example_from_config(model), {}
+    args, kwargs = _arguments(example_inputs)
+    tensors = [
+        leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+    ]
+    if not tensors:
+        raise TypeError(
+            f"example_inputs holds no tensor: {example_inputs!r:.60}; pass a batch of images"
+        )
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            raise TraceError(
+                f"example_inputs holds no image: a tensor of shape {tuple(tensor.shape)}",
+                hint="pass example_inputs with at least one image",
+            )
+    return args, kwargs
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
+        if strange := [name for name in example_inputs if not isinstance(name, str)]:
+            raise TypeError(
+                f"a dict of example_inputs has names of arguments as its keys, not {strange[0]!r}"
+            )
         return (), dict(example_inputs)
-    return tuple(example_inputs), {}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    raise TypeError(
+        "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
+        f"{type(example_inputs).__name__}"
+    )

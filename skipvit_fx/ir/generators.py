@@ -1,46 +1,46 @@
-"""The global random generators: their states as a value, to draw the same again and to leave no trace."""
+"""Torch's global random generators while a model runs for real: the same numbers in every run, and no trace left."""
 
 from __future__ import annotations
 
 import contextlib
 import random
-import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipvit_fx.ir.this_thread import during, here
 
 
 class GeneratorStates:
-    """The states of Python's, numpy's and torch's global generators, on the CPU and on ``devices``, as they are now."""
+    """The states of torch's global generators, on the CPU and on ``devices``, as they are now.
+
+    They belong to all threads. So they are only set where there is no other one, or where this one drew.
+    """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self.devices = tuple(devices)
-        self._python = random.getstate()
-        self._cpu = torch.get_rng_state()
-        self._others = [
-            (owner, where, owner.get_rng_state(*where))
-            for owner, where in map(_owner, self.devices)
-        ]
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
+        self.drew = False
+        self._owners = [(torch, ()), *map(_owner, self.devices)]
+        self._states = self._now()
+
+    def _now(self) -> list[Any]:
+        return [owner.get_rng_state(*where) for owner, where in self._owners]
 
     def restore(self) -> None:
-        """Set the generators to these states."""
-        random.setstate(self._python)
-        torch.set_rng_state(self._cpu)
-        for owner, where, state in self._others:
-            owner.set_rng_state(state, *where)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+        """Set the generators to these states; those of Python and numpy are this thread's own meanwhile."""
+        here.python, here.numpy = random.Random(0), None
+        if not self.drew and (threading.active_count() > 1 or self.are_unchanged()):
+            return
+        with during(""):
+            for (owner, where), state in zip(self._owners, self._states, strict=True):
+                owner.set_rng_state(state, *where)
 
     def are_unchanged(self) -> bool:
         """Whether nothing was drawn since."""
-        now = GeneratorStates(self.devices)
-        pairs = zip(self._others, now._others, strict=True)
-        same = torch.equal(self._cpu, now._cpu) and self._python == now._python
-        same = same and all(torch.equal(a[-1], b[-1]) for a, b in pairs)
-        return same and repr(self._numpy) == repr(now._numpy)
+        return all(map(torch.equal, self._states, self._now()))
 
 
 def _owner(device: torch.device) -> tuple[Any, tuple[Any, ...]]:
@@ -52,9 +52,28 @@ def _owner(device: torch.device) -> tuple[Any, tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def generators_kept(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
-    """Whatever is drawn within, the generators are afterwards as they were before; these states are yielded."""
+    """Whatever this thread draws within, the generators are afterwards as they were before; these states are yielded.
+
+    To be entered while Python's and numpy's functions are replaced: :func:`skipvit_fx.ir.side_effects.contained`.
+    """
     states = GeneratorStates(devices)
+    alone = threading.active_count() == 1
     try:
-        yield states
+        with contextlib.nullcontext() if alone else _NoteDraws(states):
+            yield states
     finally:
         states.restore()
+
+
+class _NoteDraws(TorchDispatchMode):
+    """Which thread draws does not show in a generator's state, but in the operators that run in this one."""
+
+    def __init__(self, states: GeneratorStates) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._states = states
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self._states.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))

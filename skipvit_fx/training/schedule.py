@@ -9,6 +9,7 @@ from fractions import Fraction
 from torch import nn
 
 from skipvit_fx.api import check_rewritten, set_skipping, set_train_only
+from skipvit_fx.arguments import check_flag
 from skipvit_fx.errors import PlanError
 from skipvit_fx.ops.select import Select
 
@@ -34,7 +35,7 @@ class SkipSchedule:
         train_only: skip while training only, see :func:`skipvit_fx.rewrite`; ``None``: as it was rewritten.
 
     Raises:
-        PlanError: a number of epochs is no integer of at least 0.
+        PlanError: a number of epochs is no integer of at least 0, or ``train_only`` is not a bool.
         NotRewrittenError: there is no rewritten model in ``fast``.
     """
 
@@ -51,6 +52,7 @@ class SkipSchedule:
         self.warmup_epochs = _count("warmup_epochs", warmup_epochs)
         self.ramp_epochs = _count("ramp_epochs", ramp_epochs)
         if train_only is not None:
+            check_flag("train_only", train_only)
             set_train_only(fast, train_only)
         self.step(0)
 
