@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
-from skipvit_fx.ir.example import example_from_config, example_of
+from skipvit_fx.ir.example import arguments_of, example_from_config
 from skipvit_fx.pipeline.record import RECORD, RewriteRecord
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -36,7 +36,7 @@ def inputs_of(
     elif batch is not None and (not isinstance(batch, int) or batch < 1):
         raise ExportError(f"a batch of {batch} is none", hint="give a batch size of 1 or more")
     dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
-    given = example_of(model, example) if example is not None else _own_example(model)
+    given = arguments_of(example) if example is not None else _own_example(model)
     own = batch_of(given)
     if isinstance(batch, int) and example is not None and own != batch:
         raise ExportError(

@@ -74,7 +74,7 @@ def example_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
     check_model(model)
     if example_inputs is None:
         return example_from_config(model), {}
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = arguments_of(example_inputs)
     tensors = [
         leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
     ]
@@ -91,7 +91,12 @@ def example_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
     return args, kwargs
 
 
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments and keyword arguments, from a tensor, a tuple or a dict.
+
+    Raises:
+        TypeError: it is none of these, or the keys of the dict are no names.
+    """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
