@@ -76,6 +76,9 @@ class _NoteDraws(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        self._states.drew |= draws and kwargs.get("generator") is None
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            names = [argument.name for argument in func._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | kwargs
+            idle = "dropout_p" in names and not given.get("dropout_p")  # an attention
+            self._states.drew |= not idle
         return func(*args, **kwargs)
