@@ -53,7 +53,10 @@ class Layout:
         cls: position of the class token in the sequence the layers see, or None.
         token_dim: 1 for ``[B, N, C]``, 0 for ``[N, B, C]``.
         entry: per layer, its input. Empty: the input of each block.
-        exit: what the layers hand over to the final norm. None: the output of the last block.
+        exit: what the layers hand over to the final norm. None: the end of the last layer, or the output of the last
+            block.
+        ends: per layer, the state after it, where that is not the next one's input (something stands between).
+        spelled_out: the layers are no modules. Each runs from its `entry` on, once; `blocks` only tells how many.
         mixed: modules that return attention weights after the softmax (talking heads), with the
             axis of the keys. A dropped token must weigh nothing there either, whatever bias the
             module adds.
@@ -68,6 +71,8 @@ class Layout:
     entry: Sequence[Point] = ()
     exit: Point | None = None
     mixed: Sequence[tuple[nn.Module, int]] = ()
+    ends: Sequence[Point] = ()
+    spelled_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,7 @@ class MaskedRun:
         layers = [layer for layer, _ in stages]
         assert len(layout.mid) == depth
         assert len(layout.entry) in (0, depth)
+        assert len(layout.ends) in (0, depth)
         assert layers == sorted(set(layers))
         assert all(1 <= layer <= depth for layer in layers)
         assert return_layer is None or max(layers) < return_layer <= depth + 1
@@ -331,6 +337,16 @@ class MaskedRun:
             self._decide(self.layer, state)
         return state
 
+    def _at_end(self, state: Tensor) -> Tensor:
+        if self.cut == "block" and self.layer in self.stages:
+            self._decide(self.layer, state)
+        return state
+
+    def _begin(self, layer: int, state: Tensor) -> Tensor:
+        """The input of a layer that is no module."""
+        self.count = self.layer = layer
+        return self._at_border(layer, state)
+
     def _at_border(self, layer: int, state: Tensor) -> Tensor:
         """Between layers `layer - 1` and `layer`."""
         if self.gone is None:
@@ -338,7 +354,7 @@ class MaskedRun:
                 (state.shape[1], state.shape[0]) if self.layout.token_dim == 0 else state.shape[:2]
             )
             self.gone = torch.zeros(sizes, dtype=torch.bool, device=state.device)
-        if self.cut == "block" and layer - 1 in self.stages:
+        if self.cut == "block" and layer - 1 in self.stages and not self.layout.ends:
             self._decide(layer - 1, state)
         if self.frozen is not None:
             state = torch.where(self._rows(self.gone, state), self.frozen, state)
@@ -355,17 +371,23 @@ class MaskedRun:
             )
         return state
 
-    def _watch(self, point: Point, layer: int, action: Callable[[Tensor], Tensor]) -> Any:
-        """Runs an action on the state at a point, whenever `layer` is the one that is running."""
+    def _watch(
+        self, point: Point, layer: int, action: Callable[[Tensor], Tensor], *, begins: bool = False
+    ) -> Any:
+        """Runs an action on the state at a point, whenever `layer` is the one that is running, or comes next."""
+
+        def now() -> bool:
+            return self.count == layer - 1 if begins else self.layer == layer
+
         if point.side == "output":
 
             def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                return action(output) if self.layer == layer else output
+                return action(output) if now() else output
 
             return point.module.register_forward_hook(after)
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (action(args[0]), *args[1:]) if self.layer == layer else args
+            return (action(args[0]), *args[1:]) if now() else args
 
         return point.module.register_forward_pre_hook(before)
 
@@ -390,7 +412,7 @@ class MaskedRun:
     def __call__(self, *args: Any, **kwargs: Any) -> ReferenceResult:
         """Runs the model. The model keeps nothing of it."""
         layout = self.layout
-        blocks = list(dict.fromkeys(layout.blocks))
+        blocks = [] if layout.spelled_out else list(dict.fromkeys(layout.blocks))
         entry = layout.entry or [Point(block) for block in layout.blocks]
         with ExitStack() as stack:
 
@@ -400,9 +422,15 @@ class MaskedRun:
             for block in blocks:
                 keep(block.register_forward_pre_hook(self._enter))
             for layer, (start, mid) in enumerate(zip(entry, layout.mid, strict=True), 1):
-                keep(self._watch(start, layer, partial(self._at_border, layer)))
+                if layout.spelled_out:
+                    keep(self._watch(start, layer, partial(self._begin, layer), begins=True))
+                else:
+                    keep(self._watch(start, layer, partial(self._at_border, layer)))
                 keep(self._watch(mid, layer, self._at_mid))
-            last = layout.exit or Point(layout.blocks[-1], "output")
+                if layout.ends:
+                    keep(self._watch(layout.ends[layer - 1], layer, self._at_end))
+            end = layout.ends[-1] if layout.ends else Point(layout.blocks[-1], "output")
+            last = layout.exit or end
             keep(self._watch(last, self.depth, partial(self._at_border, self.depth + 1)))
             for module, axis in layout.mixed:
                 keep(module.register_forward_hook(self._mix(axis)))

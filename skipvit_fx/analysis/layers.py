@@ -1,7 +1,7 @@
 """Layers of a Vision Transformer, found as the dominators of its output.
 
 Everything that the output knows of the image passes through the residual stream. So the chain of nodes that dominate
-the output contains, per layer, the layer's input and the sum after its attention. No module name is looked at.
+the output contains, per layer, the layer's input, the sum after its attention, and its end.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, tensors_in, token_dim, tokens_of
+from skipvit_fx.analysis.blocks import find_bounds
 from skipvit_fx.analysis.residual import (
-    Chain,
     Span,
     attention_spans,
     refuse_sequence,
@@ -51,9 +51,10 @@ class Layer:
         index: counts from 1.
         input: the residual stream before the layer.
         cut: the residual stream after the layer's attention, before its feed-forward network.
-        end: the residual stream after the layer; the next layer's input.
+        end: the residual stream after the layer. What the model does between two blocks follows it.
         sites: its attentions (two in a layer of parallel blocks).
         unclear: why it has none that can score, where its attention mixes tokens in some other way as well.
+        unsure: why its end cannot be told, where that is so.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Layer:
     end: fx.Node
     sites: tuple[AttentionSite, ...]
     unclear: str = ""
+    unsure: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     spans = spans[_first_of_stream(analysis, spans, first, axes) :]
     for span in spans:
         _continue_stream(analysis, span.start, spans[0].start, axes, prefix_tokens)
-    layers = _layers(analysis, chain, spans)
-    if not layers:
+    found = [(span, *_sites(analysis, span)) for span in spans]
+    found = [(span, sites, unclear) for span, sites, unclear in found if sites or unclear]
+    if not found:
         softmax = spans[0].softmaxes[0]
         raise UnsupportedModelError(
             "a softmax over tokens whose weights are not summed with values, so it is no attention known here",
@@ -119,6 +122,25 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
             module_path=module_path(softmax),
             hint="skipvit_fx.find_attention(model) lists what was found",
         )
+    bounds = find_bounds(analysis, chain, [span for span, *_ in found])
+    for i, (span, *_) in enumerate(found):
+        start = chain.nodes[bounds[i].input]
+        if i == 0 and prefix_tokens is not None and start is not span.start:
+            analysis.seed(start, axes)
+        for node in (start, span.start):
+            _continue_stream(analysis, node, first, axes, prefix_tokens)
+    layers = tuple(
+        Layer(
+            i,
+            chain.nodes[places.input],
+            chain.nodes[places.cut],
+            chain.nodes[places.end],
+            sites,
+            unclear,
+            places.unsure,
+        )
+        for i, ((_, sites, unclear), places) in enumerate(zip(found, bounds, strict=True), start=1)
+    )
     for layer in layers:
         if analysis.axes(layer.input) != axes:
             raise UnsupportedModelError(
@@ -294,37 +316,6 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
                 waiting.append(argument)
     mixing = next((m for n in sorted(before_values) if (m := analysis[n].mixing)), "")
     return bool(ends), mixing
-
-
-def _layers(analysis: TokenAnalysis, way: Chain, spans: list[Span]) -> tuple[Layer, ...]:
-    """Turn the spans whose attention has a query per token into layers."""
-    chain = way.nodes
-    kept = []
-    for span in spans:
-        sites, unclear = _sites(analysis, span)
-        if sites or unclear:
-            kept.append((span.start, span.end, sites, unclear))
-    places = {node: i for i, node in enumerate(chain)}
-    # A stream node forks: the sum behind it adds it to what a branch made of it. Nodes that do not fork, such as the
-    # norm of a post-norm layer, still belong to the layer before.
-    forks = [sum(user in way.way for user in node.users) > 1 for node in chain]
-    starts = [places[start] for start, *_ in kept]
-    layers: list[Layer] = []
-    to_cut = to_end = 0
-    for i, (start, after_attention, sites, unclear) in enumerate(kept):
-        joined = places[after_attention]
-        if i + 1 < len(kept):
-            end = starts[i + 1]
-            cut = next((c for c in range(joined, end) if forks[c]), end)
-            to_cut, to_end = cut - joined, end - cut
-        elif len(kept) == 1:
-            cut = next((c for c in range(joined, len(chain) - 1) if forks[c]), joined)
-            end = min(cut + 1, len(chain) - 1)
-        else:  # nothing follows that would end the last layer: it ends as the one before it did
-            cut = min(joined + to_cut, len(chain) - 1)
-            end = min(cut + to_end, len(chain) - 1)
-        layers.append(Layer(i + 1, start, chain[cut], chain[end], sites, unclear))
-    return tuple(layers)
 
 
 def _starts_with_class_token(analysis: TokenAnalysis, first: fx.Node, axes: Axes) -> bool:

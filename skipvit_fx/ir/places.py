@@ -11,3 +11,17 @@ def module_path(node: fx.Node) -> str:
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
+
+
+def module_calls(node: fx.Node) -> tuple[str, ...]:
+    """The calls of modules in which the node was made, outermost first, without the model's own.
+
+    A module's first call is named by its path, a later one with a number: ``blocks.0@1`` is the second of ``blocks.0``.
+    """
+    stack = node.meta.get("nn_module_stack", {})
+    return tuple(call for call, (path, _) in stack.items() if path)
+
+
+def called_module(call: str) -> str:
+    """The path of the module that a call of :func:`module_calls` is one of."""
+    return call.partition("@")[0]

@@ -1,0 +1,447 @@
+"""Where layers begin and end: the author's blocks, however they differ, and what holds where there are none."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import skipvit_fx
+from models import scramble
+from odd_models import DEPTH, DIM, AddPosition, Block, Mlp, Odd, Sdpa, Shared, image
+from reference import Layout, Point, masked_reference, plan_text, relative_error
+from skipvit_fx import UnsupportedModelError
+
+Plan = dict[str, Any]
+PLANS: dict[str, Plan] = {
+    "before-norm": {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": DEPTH + 1},
+    "block": {"stages": [(2, "0.5")], "return_layer": 3, "cut": "block"},
+    "return": {"stages": [(1, "0.5")], "return_layer": 3},
+    "last": {"stages": [(DEPTH, "0.5")], "return_layer": DEPTH + 1},
+    "block-before-norm": {
+        "stages": [(1, "0.3"), (DEPTH, "0.4")],
+        "return_layer": DEPTH + 1,
+        "cut": "block",
+    },
+    "never": {"stages": [(2, "0.5")]},
+}
+
+
+class Part(Block):
+    """A block put together from choices. Its places are written down by hand, from the documented rule.
+
+    Args:
+        ffn: whether there is a feed-forward network.
+        before: a feed-forward network in front of the attention as well (macaron).
+        position: positions are added to the stream first.
+        adapter: a token-wise module on the stream; ``"middle"`` between the two branches, ``"end"`` after them, both
+            with a residual; ``"plain"`` after them, without.
+        norms: ``"pre"`` or ``"post"``.
+        beside: the feed-forward network reads what the attention reads.
+        second: a second attention beside the first.
+        returns: ``"pair"`` hands the output on in a tuple.
+    """
+
+    def __init__(
+        self,
+        *,
+        ffn: bool = True,
+        before: bool = False,
+        position: bool = False,
+        adapter: str = "",
+        norms: str = "pre",
+        beside: bool = False,
+        second: bool = False,
+        pair: bool = False,
+    ) -> None:
+        super().__init__()
+        self.before = Mlp() if before else None
+        self.position = AddPosition() if position else None
+        self.adapter = Mlp() if adapter else None
+        self.second = Sdpa() if second else None
+        self.ffn, self.place, self.post, self.beside, self.pair = (
+            ffn,
+            adapter,
+            norms == "post",
+            beside,
+            pair,
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        if self.position is not None:
+            x = self.position(x)
+        if self.before is not None:
+            x = x + 0.5 * self.before(x)
+        x = self.attend(x)
+        if self.adapter is not None and self.place == "middle":
+            x = x + self.adapter(x)
+        if self.ffn and not self.beside:
+            x = self.norm2(x + self.mlp(x)) if self.post else x + self.mlp(self.norm2(x))
+        if self.adapter is not None and self.place == "end":
+            x = x + self.adapter(x)
+        if self.adapter is not None and self.place == "plain":
+            x = self.adapter(x)
+        return (x, None) if self.pair else x
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The attention and its residual."""
+        if self.post:
+            out: Tensor = self.norm1(x + self.attn(x))
+            return out
+        y = self.norm1(x)
+        out = x + self.attn(y)
+        if self.second is not None:
+            out = out + self.second(y)
+        return out + self.mlp(y) if self.beside else out
+
+    def middle(self) -> Point:
+        if self.post:
+            return Point(self.norm1, "output")
+        if self.adapter is not None and (self.place == "middle" or not self.ffn):
+            return Point(self.adapter)
+        return Point(self.norm2) if self.ffn and not self.beside else Point(self, "output")
+
+
+class Twice(Block):
+    """Two attentions, one after the other, and one feed-forward network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm3, self.other = nn.LayerNorm(DIM), Sdpa()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        x = x + self.other(self.norm3(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def _layout(
+    entry: Sequence[Point], mid: Sequence[Point], ends: Sequence[Point], **options: Any
+) -> Layout:
+    blocks = [point.module for point in entry]
+    return Layout(
+        blocks, mid, 1, cls=0, entry=entry, ends=ends, **{"spelled_out": True, **options}
+    )
+
+
+def _of_blocks(blocks: Sequence[Any]) -> Layout:
+    return _layout(
+        [Point(b) for b in blocks], [b.middle() for b in blocks], [Point(b, "output") for b in blocks]
+    )
+
+
+class Blocks(Odd):
+    """One block a layer; `between` are modules that stand after a block, outside it."""
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        between: dict[int, nn.Module] | None = None,
+        *,
+        residual: bool = True,
+    ) -> None:
+        super().__init__(blocks)
+        self.between = nn.ModuleDict({str(at): module for at, module in (between or {}).items()})
+        self.residual = residual
+
+    def layers(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x
+            if str(i) in self.between:
+                y = self.between[str(i)](x)
+                x = x + y if self.residual else y
+        return x
+
+    def layout(self) -> Layout:
+        return _of_blocks(self.blocks)
+
+
+class Pairs(Blocks):
+    """Blocks that return tuples, as those of Hugging Face once did: hooks see the end after them."""
+
+    def layout(self) -> Layout:
+        blocks: list[Any] = list(self.blocks)
+        after = [Point(b) for b in blocks[1:]] + [Point(self.norm)]
+        return _layout([Point(b) for b in blocks], [b.middle() for b in blocks], after)
+
+
+class Nested(Odd):
+    """Each block within a module of its own, with an adapter after some; two of these make a stage."""
+
+    def __init__(self) -> None:
+        wraps = [
+            nn.Sequential(Block(), Residual(Mlp())) if i % 2 else nn.Sequential(Block())
+            for i in range(DEPTH)
+        ]
+        super().__init__([nn.Sequential(*wraps[:2]), nn.Sequential(*wraps[2:])])
+
+    def layout(self) -> Layout:
+        wraps: list[Any] = [wrap for stage in self.blocks for wrap in stage]  # type: ignore[attr-defined]
+        return _layout(
+            [Point(wrap) for wrap in wraps],
+            [wrap[0].middle() for wrap in wraps],
+            [Point(wrap, "output") for wrap in wraps],
+        )
+
+
+class Residual(nn.Module):
+    """A branch and its residual in one module."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(DIM), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.branch(self.norm(x))
+        return y
+
+
+class Halves(Odd):
+    """Attention and its residual are one module, the feed-forward network and its own the next."""
+
+    def __init__(self) -> None:
+        super().__init__(Residual(part) for _ in range(DEPTH) for part in (Sdpa(), Mlp()))
+
+    def layout(self) -> Layout:
+        halves: list[Any] = list(self.blocks)
+        return _layout(
+            [Point(half) for half in halves[::2]],
+            [Point(half) for half in halves[1::2]],
+            [Point(half, "output") for half in halves[1::2]],
+        )
+
+
+class TwoEach(Odd):
+    """Two attentions in every block: each is a layer, from the chain."""
+
+    def __init__(self) -> None:
+        super().__init__(Twice() for _ in range(DEPTH // 2))
+
+    def layout(self) -> Layout:
+        blocks: list[Any] = list(self.blocks)
+        entry = [Point(norm) for b in blocks for norm in (b.norm1, b.norm3)]
+        mid = [Point(norm) for b in blocks for norm in (b.norm3, b.norm2)]
+        return _layout(entry, mid, [*entry[1:], Point(blocks[-1], "output")])
+
+
+class Mixed(Odd):
+    """Blocks of one attention, and one of two."""
+
+    def __init__(self) -> None:
+        super().__init__([Part(adapter="end"), Twice(), Part(position=True)])
+
+    def layout(self) -> Layout:
+        first, twice, last = list[Any](self.blocks)
+        entry = [Point(first), Point(twice.norm1), Point(twice.norm3), Point(last)]
+        mid = [first.middle(), Point(twice.norm3), Point(twice.norm2), last.middle()]
+        return _layout(entry, mid, [*entry[1:], Point(last, "output")])
+
+
+class SpelledOut(Odd):
+    """No module holds a layer: the forward of the model spells them all out.
+
+    Args:
+        adapters: layers with a token-wise adapter at their end.
+        without: layers without feed-forward network.
+        position: whether positions are added in front of every attention.
+        post: layers with their norms after the sums.
+        macaron: whether half a feed-forward network stands in front of every attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        adapters: Sequence[int] = (),
+        without: Sequence[int] = (),
+        post: Sequence[int] = (),
+        position: bool = False,
+        macaron: bool = False,
+    ) -> None:
+        super().__init__(Block() for _ in range(DEPTH))
+        self.adapters = nn.ModuleDict({str(i): Mlp() for i in adapters})
+        self.positions = nn.ModuleList(AddPosition() for _ in range(DEPTH if position else 0))
+        self.halves = nn.ModuleList(Mlp() for _ in range(DEPTH if macaron else 0))
+        self.without, self.post = without, post
+
+    def layers(self, x: Tensor) -> Tensor:
+        for i, b in enumerate(list[Any](self.blocks)):
+            if len(self.positions):
+                x = self.positions[i](x)
+            if len(self.halves):
+                x = x + self.halves[i](x) * 0.5
+            x = b.norm1(x + b.attn(x)) if i in self.post else x + b.attn(b.norm1(x))
+            if i not in self.without:
+                x = b.norm2(x + b.mlp(x)) if i in self.post else x + b.mlp(b.norm2(x))
+            if str(i) in self.adapters:
+                x = x + self.adapters[str(i)](x)
+        return x
+
+    def layout(self) -> Layout:
+        blocks: list[Any] = list(self.blocks)
+        # in front of an attention, which with a post-norm reads the stream itself, by three projections
+        entry = [Point(b.attn if i in self.post else b.norm1) for i, b in enumerate(blocks)]
+        after = [*entry[1:], Point(self.norm)]
+        mid = [
+            Point(b.norm1, "output")
+            if i in self.post
+            else (after[i] if i in self.without else Point(b.norm2))
+            for i, b in enumerate(blocks)
+        ]
+        return _layout(entry, mid, after)
+
+
+class OutsideNorm(Odd):
+    """The norm stands outside the module that adds the attention, so that one begins within a branch."""
+
+    class Join(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn, self.norm2, self.mlp = Sdpa(), nn.LayerNorm(DIM), Mlp()
+
+        def forward(self, y: Tensor, x: Tensor) -> Tensor:
+            x = x + self.attn(y)
+            return x + self.mlp(self.norm2(x))
+
+    def __init__(self) -> None:
+        super().__init__(self.Join() for _ in range(DEPTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(DIM) for _ in range(DEPTH))
+
+    def layers(self, x: Tensor) -> Tensor:
+        for norm, join in zip(self.norms, self.blocks, strict=True):
+            x = join(norm(x), x)
+        return x
+
+    def layout(self) -> Layout:
+        entry = [Point(norm) for norm in self.norms]
+        mid = [Point(join.norm2) for join in list[Any](self.blocks)]
+        return _layout(entry, mid, [*entry[1:], Point(self.norm)])
+
+
+class StemInside(Blocks):
+    """The first block also joins the class token and adds positions, so it takes another sequence."""
+
+    class Stem(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, DIM))
+            self.position, self.block = AddPosition(), block
+
+        def forward(self, x: Tensor) -> Any:
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            return self.block(self.position(x))
+
+    def __init__(self) -> None:
+        super().__init__([self.Stem(Block()), *(Part(ffn=i != 1) for i in range(DEPTH - 1))])
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.layers(self.embed(image).flatten(2).transpose(1, 2))
+        y: Tensor = self.head(self.norm(x)[:, 0])
+        return y
+
+    def layout(self) -> Layout:
+        first, *rest = list[Any](self.blocks)
+        return _of_blocks([first.block, *rest])
+
+
+class SharedPart(Shared):
+    """One block, run four times, that begins with a sum."""
+
+    def __init__(self) -> None:
+        super().__init__([Part(position=True, adapter="end")])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model, and the plans that need a place which its author does not tell."""
+
+    make: Callable[[], Odd]
+    refused: Sequence[str] = field(default=())
+
+    def build(self) -> Odd:
+        """The model, scrambled, in eval mode."""
+        model = self.make()
+        scramble(model)
+        return model.eval()
+
+
+def _some(options: Plan, *, at: Sequence[int] = (1, 3), **others: Any) -> Callable[[], Odd]:
+    """A model whose layers at these indices (from 0) are built with other options than the rest."""
+    return lambda: Blocks([Part(**(options if i in at else others)) for i in range(DEPTH)])
+
+
+CHOICES: dict[str, Plan] = {
+    "adapter": {"adapter": "end"},
+    "adapter-middle": {"adapter": "middle"},
+    "adapter-plain": {"adapter": "plain"},
+    "no-ffn": {"ffn": False},
+    "no-ffn-but-adapter": {"ffn": False, "adapter": "end"},
+    "post-norm": {"norms": "post"},
+    "macaron": {"before": True},
+    "position": {"position": True},
+    "position-macaron": {"position": True, "before": True, "adapter": "middle"},
+    "ffn-beside": {"beside": True},
+    "parallel-attention": {"second": True},
+}
+WHERE = {"all": range(DEPTH), "some": (1, 3), "first": (0,), "last": (DEPTH - 1,)}
+
+VARIANTS: dict[str, Variant] = {
+    **{
+        f"{name}-{where}": Variant(_some(options, at=at))
+        for (name, options), (where, at) in itertools.product(CHOICES.items(), WHERE.items())
+    },
+    "between": Variant(lambda: Blocks([Block() for _ in range(DEPTH)], {0: Mlp(), 1: Mlp()})),
+    "between-plain": Variant(
+        lambda: Blocks([Part(position=True) for _ in range(DEPTH)], {1: Mlp()}, residual=False)
+    ),
+    "after-the-last": Variant(lambda: Blocks([Block() for _ in range(DEPTH)], {1: Mlp(), 3: Mlp()})),
+    "pairs": Variant(lambda: Pairs([Part(pair=True, adapter="end") for _ in range(DEPTH)])),
+    "nested": Variant(Nested),
+    "halves": Variant(Halves),
+    "two-each": Variant(TwoEach),
+    "mixed": Variant(Mixed),
+    "shared": Variant(SharedPart),
+    "outside-norm": Variant(OutsideNorm),
+    "stem-inside": Variant(StemInside),
+    "spelled-out": Variant(SpelledOut),
+    "spelled-out-adapters": Variant(lambda: SpelledOut(adapters=(1, 3))),
+    "spelled-out-no-ffn": Variant(lambda: SpelledOut(without=(0, 3))),
+    "spelled-out-position": Variant(lambda: SpelledOut(position=True)),
+    "spelled-out-macaron": Variant(lambda: SpelledOut(macaron=True)),
+    "spelled-out-post": Variant(lambda: SpelledOut(post=range(DEPTH))),
+    "spelled-out-last-post": Variant(
+        lambda: SpelledOut(post=(DEPTH - 1,)), ("before-norm", "last", "block-before-norm")
+    ),
+    "spelled-out-last-pre": Variant(
+        lambda: SpelledOut(post=range(DEPTH - 1)), ("before-norm", "last", "block-before-norm")
+    ),
+}
+FAST = ("before-norm", "block")
+"""Plans of every variant; the others are for `make zoo`."""
+
+
+def check(variant: Variant, name: str, frontend: Any) -> None:
+    plan, model, x = PLANS[name], variant.build(), image(batch=3)
+    text = plan_text(plan["stages"], plan.get("return_layer"))
+    options: Plan = {"example_inputs": (image(),), "frontend": frontend}
+    if name in variant.refused:
+        with pytest.raises(UnsupportedModelError, match="the last layer is in no module") as caught:
+            skipvit_fx.rewrite(model, text, cut=plan.get("cut", "attention"), **options)
+        assert "module of its own" in caught.value.hint
+        return
+    fast = skipvit_fx.rewrite(model, text, cut=plan.get("cut", "attention"), **options)
+    with torch.no_grad():
+        wanted = masked_reference(model, x, model.layout(), **plan)
+        assert all(stage.margin > 1e-5 for stage in wanted.stages)
+        assert relative_error(fast(x), wanted.output) < 1e-5
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layers(name: str, plan: str) -> None:
+    check(VARIANTS[name], plan, "symbolic")
