@@ -56,7 +56,8 @@ class Layout:
         exit: what the layers hand over to the final norm. None: the end of the last layer, or the output of the last
             block.
         ends: per layer, the state after it, where that is not the next one's input (something stands between).
-        spelled_out: the layers are no modules. Each runs from its `entry` on, once; `blocks` only tells how many.
+        marked: the model's own code says by `mark` where its layers are, which are no modules. Then `blocks` tells how
+            many there are, and `mid`, `entry`, `exit` and `ends` nothing.
         mixed: modules that return attention weights after the softmax (talking heads), with the
             axis of the keys. A dropped token must weigh nothing there either, whatever bias the
             module adds.
@@ -72,7 +73,7 @@ class Layout:
     exit: Point | None = None
     mixed: Sequence[tuple[nn.Module, int]] = ()
     ends: Sequence[Point] = ()
-    spelled_out: bool = False
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,18 @@ class _Interception(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_MARKED: list[MaskedRun] = []
+"""The runs that go on in models that mark their places."""
+
+
+def mark(state: Tensor, *places: str) -> Tensor:
+    """Says in a model's code what place of a layer this state is, where no module begins or ends. Computes nothing."""
+    for run in _MARKED:
+        for place in places:
+            state = run.at_mark(state, place)
+    return state
+
+
 class MaskedRun:
     """One run of `masked_reference`; its small methods are there for tests to break."""
 
@@ -174,7 +187,7 @@ class MaskedRun:
     ) -> None:
         depth = len(layout.blocks)
         layers = [layer for layer, _ in stages]
-        assert len(layout.mid) == depth
+        assert len(layout.mid) == (0 if layout.marked else depth)
         assert len(layout.entry) in (0, depth)
         assert len(layout.ends) in (0, depth)
         assert layers == sorted(set(layers))
@@ -342,10 +355,16 @@ class MaskedRun:
             self._decide(self.layer, state)
         return state
 
-    def _begin(self, layer: int, state: Tensor) -> Tensor:
-        """The input of a layer that is no module."""
-        self.count = self.layer = layer
-        return self._at_border(layer, state)
+    def at_mark(self, state: Tensor, place: str) -> Tensor:
+        """The place of a layer that is no module: its `"input"`, its `"cut"` or its `"end"`."""
+        if place == "input":
+            self.count += 1
+            self.layer = self.count
+            return self._at_border(self.layer, state)
+        if place == "cut":
+            return self._at_mid(state)
+        state = self._at_end(state)
+        return self._at_border(self.depth + 1, state) if self.layer == self.depth else state
 
     def _at_border(self, layer: int, state: Tensor) -> Tensor:
         """Between layers `layer - 1` and `layer`."""
@@ -354,7 +373,9 @@ class MaskedRun:
                 (state.shape[1], state.shape[0]) if self.layout.token_dim == 0 else state.shape[:2]
             )
             self.gone = torch.zeros(sizes, dtype=torch.bool, device=state.device)
-        if self.cut == "block" and layer - 1 in self.stages and not self.layout.ends:
+        if self.cut == "block" and layer - 1 in self.stages and not (
+            self.layout.ends or self.layout.marked
+        ):
             self._decide(layer - 1, state)
         if self.frozen is not None:
             state = torch.where(self._rows(self.gone, state), self.frozen, state)
@@ -371,23 +392,17 @@ class MaskedRun:
             )
         return state
 
-    def _watch(
-        self, point: Point, layer: int, action: Callable[[Tensor], Tensor], *, begins: bool = False
-    ) -> Any:
-        """Runs an action on the state at a point, whenever `layer` is the one that is running, or comes next."""
-
-        def now() -> bool:
-            return self.count == layer - 1 if begins else self.layer == layer
-
+    def _watch(self, point: Point, layer: int, action: Callable[[Tensor], Tensor]) -> Any:
+        """Runs an action on the state at a point, whenever `layer` is the one that is running."""
         if point.side == "output":
 
             def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                return action(output) if now() else output
+                return action(output) if self.layer == layer else output
 
             return point.module.register_forward_hook(after)
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (action(args[0]), *args[1:]) if now() else args
+            return (action(args[0]), *args[1:]) if self.layer == layer else args
 
         return point.module.register_forward_pre_hook(before)
 
@@ -412,7 +427,14 @@ class MaskedRun:
     def __call__(self, *args: Any, **kwargs: Any) -> ReferenceResult:
         """Runs the model. The model keeps nothing of it."""
         layout = self.layout
-        blocks = [] if layout.spelled_out else list(dict.fromkeys(layout.blocks))
+        if layout.marked:
+            _MARKED.append(self)
+            try:
+                with _Interception(self):
+                    return self._result(self.model(*args, **kwargs))
+            finally:
+                _MARKED.pop()
+        blocks = list(dict.fromkeys(layout.blocks))
         entry = layout.entry or [Point(block) for block in layout.blocks]
         with ExitStack() as stack:
 
@@ -422,10 +444,7 @@ class MaskedRun:
             for block in blocks:
                 keep(block.register_forward_pre_hook(self._enter))
             for layer, (start, mid) in enumerate(zip(entry, layout.mid, strict=True), 1):
-                if layout.spelled_out:
-                    keep(self._watch(start, layer, partial(self._begin, layer), begins=True))
-                else:
-                    keep(self._watch(start, layer, partial(self._at_border, layer)))
+                keep(self._watch(start, layer, partial(self._at_border, layer)))
                 keep(self._watch(mid, layer, self._at_mid))
                 if layout.ends:
                     keep(self._watch(layout.ends[layer - 1], layer, self._at_end))
@@ -438,6 +457,9 @@ class MaskedRun:
                 keep(block.register_forward_hook(self._leave))
             with _Interception(self):
                 output = self.model(*args, **kwargs)
+        return self._result(output)
+
+    def _result(self, output: Any) -> ReferenceResult:
         assert self.count == self.depth, f"{self.count} layers ran, {self.depth} were announced"
         assert [stage.layer for stage in self.results] == list(self.stages), (
             "a layer to cut at had no attention"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import skipvit_fx
 from models import scramble
 from odd_models import DEPTH, DIM, AddPosition, Block, Mlp, Odd, Sdpa, Shared, image
-from reference import Layout, Point, masked_reference, plan_text, relative_error
+from reference import Layout, Point, mark, masked_reference, plan_text, relative_error
 from skipvit_fx import UnsupportedModelError
 
 Plan = dict[str, Any]
@@ -44,7 +44,6 @@ class Part(Block):
         norms: ``"pre"`` or ``"post"``.
         beside: the feed-forward network reads what the attention reads.
         second: a second attention beside the first.
-        returns: ``"pair"`` hands the output on in a tuple.
     """
 
     def __init__(
@@ -57,20 +56,13 @@ class Part(Block):
         norms: str = "pre",
         beside: bool = False,
         second: bool = False,
-        pair: bool = False,
     ) -> None:
         super().__init__()
         self.before = Mlp() if before else None
         self.position = AddPosition() if position else None
         self.adapter = Mlp() if adapter else None
         self.second = Sdpa() if second else None
-        self.ffn, self.place, self.post, self.beside, self.pair = (
-            ffn,
-            adapter,
-            norms == "post",
-            beside,
-            pair,
-        )
+        self.ffn, self.place, self.post, self.beside = ffn, adapter, norms == "post", beside
 
     def forward(self, x: Tensor) -> Any:
         if self.position is not None:
@@ -86,7 +78,7 @@ class Part(Block):
             x = x + self.adapter(x)
         if self.adapter is not None and self.place == "plain":
             x = self.adapter(x)
-        return (x, None) if self.pair else x
+        return x
 
     def attend(self, x: Tensor) -> Tensor:
         """The attention and its residual."""
@@ -108,31 +100,49 @@ class Part(Block):
 
 
 class Twice(Block):
-    """Two attentions, one after the other, and one feed-forward network."""
+    """Two attentions, one after the other, and one feed-forward network. Each attention is a layer, from the chain."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm3, self.other = nn.LayerNorm(DIM), Sdpa()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        x = x + self.other(self.norm3(x))
-        return x + self.mlp(self.norm2(x))
+        x = mark(x, "input")
+        x = mark(x + self.attn(self.norm1(x)), "cut", "end", "input")
+        x = mark(x + self.other(self.norm3(x)), "cut")
+        return mark(x + self.mlp(self.norm2(x)), "end")
 
 
-def _layout(
-    entry: Sequence[Point], mid: Sequence[Point], ends: Sequence[Point], **options: Any
-) -> Layout:
-    blocks = [point.module for point in entry]
-    return Layout(
-        blocks, mid, 1, cls=0, entry=entry, ends=ends, **{"spelled_out": True, **options}
-    )
+class Pair(Part):
+    """Hands its output on in a tuple, as blocks do that can also return their attention."""
+
+    def forward(self, x: Tensor) -> Any:
+        return mark(super().forward(mark(x, "input")), "end"), None
+
+    def attend(self, x: Tensor) -> Tensor:
+        return mark(super().attend(x), "cut")
+
+
+class MarkedPart(Part):
+    """The same among blocks that mark their places."""
+
+    def forward(self, x: Tensor) -> Any:
+        return mark(super().forward(mark(x, "input")), "end")
+
+    def attend(self, x: Tensor) -> Tensor:
+        return mark(super().attend(x), "cut")
+
+
+def _layout(entry: Sequence[Any], mid: Sequence[Point], ends: Sequence[Point]) -> Layout:
+    return Layout(entry, mid, 1, cls=0, ends=ends)
+
+
+def _marked(depth: int = DEPTH) -> Layout:
+    return Layout([nn.Identity()] * depth, (), 1, cls=0, marked=True)
 
 
 def _of_blocks(blocks: Sequence[Any]) -> Layout:
-    return _layout(
-        [Point(b) for b in blocks], [b.middle() for b in blocks], [Point(b, "output") for b in blocks]
-    )
+    return _layout(blocks, [b.middle() for b in blocks], [Point(b, "output") for b in blocks])
 
 
 class Blocks(Odd):
@@ -163,12 +173,10 @@ class Blocks(Odd):
 
 
 class Pairs(Blocks):
-    """Blocks that return tuples, as those of Hugging Face once did: hooks see the end after them."""
+    """Blocks that return tuples."""
 
     def layout(self) -> Layout:
-        blocks: list[Any] = list(self.blocks)
-        after = [Point(b) for b in blocks[1:]] + [Point(self.norm)]
-        return _layout([Point(b) for b in blocks], [b.middle() for b in blocks], after)
+        return _marked()
 
 
 class Nested(Odd):
@@ -184,7 +192,7 @@ class Nested(Odd):
     def layout(self) -> Layout:
         wraps: list[Any] = [wrap for stage in self.blocks for wrap in stage]  # type: ignore[attr-defined]
         return _layout(
-            [Point(wrap) for wrap in wraps],
+            wraps,
             [wrap[0].middle() for wrap in wraps],
             [Point(wrap, "output") for wrap in wraps],
         )
@@ -208,39 +216,33 @@ class Halves(Odd):
     def __init__(self) -> None:
         super().__init__(Residual(part) for _ in range(DEPTH) for part in (Sdpa(), Mlp()))
 
+    def layers(self, x: Tensor) -> Tensor:
+        for i, half in enumerate(self.blocks):
+            x = mark(half(mark(x, "input")), "cut") if i % 2 == 0 else mark(half(x), "end")
+        return x
+
     def layout(self) -> Layout:
-        halves: list[Any] = list(self.blocks)
-        return _layout(
-            [Point(half) for half in halves[::2]],
-            [Point(half) for half in halves[1::2]],
-            [Point(half, "output") for half in halves[1::2]],
-        )
+        return _marked()
 
 
 class TwoEach(Odd):
-    """Two attentions in every block: each is a layer, from the chain."""
+    """Two attentions in every block."""
 
     def __init__(self) -> None:
         super().__init__(Twice() for _ in range(DEPTH // 2))
 
     def layout(self) -> Layout:
-        blocks: list[Any] = list(self.blocks)
-        entry = [Point(norm) for b in blocks for norm in (b.norm1, b.norm3)]
-        mid = [Point(norm) for b in blocks for norm in (b.norm3, b.norm2)]
-        return _layout(entry, mid, [*entry[1:], Point(blocks[-1], "output")])
+        return _marked()
 
 
 class Mixed(Odd):
     """Blocks of one attention, and one of two."""
 
     def __init__(self) -> None:
-        super().__init__([Part(adapter="end"), Twice(), Part(position=True)])
+        super().__init__([MarkedPart(adapter="end"), Twice(), MarkedPart(position=True)])
 
     def layout(self) -> Layout:
-        first, twice, last = list[Any](self.blocks)
-        entry = [Point(first), Point(twice.norm1), Point(twice.norm3), Point(last)]
-        mid = [first.middle(), Point(twice.norm3), Point(twice.norm2), last.middle()]
-        return _layout(entry, mid, [*entry[1:], Point(last, "output")])
+        return _marked()
 
 
 class SpelledOut(Odd):
@@ -249,8 +251,8 @@ class SpelledOut(Odd):
     Args:
         adapters: layers with a token-wise adapter at their end.
         without: layers without feed-forward network.
-        position: whether positions are added in front of every attention.
         post: layers with their norms after the sums.
+        position: whether positions are added in front of every attention.
         macaron: whether half a feed-forward network stands in front of every attention.
     """
 
@@ -275,37 +277,31 @@ class SpelledOut(Odd):
                 x = self.positions[i](x)
             if len(self.halves):
                 x = x + self.halves[i](x) * 0.5
+            x = mark(x, *(("end", "input") if i else ("input",)))
             x = b.norm1(x + b.attn(x)) if i in self.post else x + b.attn(b.norm1(x))
+            x = mark(x, "cut")
             if i not in self.without:
                 x = b.norm2(x + b.mlp(x)) if i in self.post else x + b.mlp(b.norm2(x))
             if str(i) in self.adapters:
                 x = x + self.adapters[str(i)](x)
-        return x
+        return mark(x, "end")
 
     def layout(self) -> Layout:
-        blocks: list[Any] = list(self.blocks)
-        # in front of an attention, which with a post-norm reads the stream itself, by three projections
-        entry = [Point(b.attn if i in self.post else b.norm1) for i, b in enumerate(blocks)]
-        after = [*entry[1:], Point(self.norm)]
-        mid = [
-            Point(b.norm1, "output")
-            if i in self.post
-            else (after[i] if i in self.without else Point(b.norm2))
-            for i, b in enumerate(blocks)
-        ]
-        return _layout(entry, mid, after)
+        return _marked()
 
 
 class OutsideNorm(Odd):
     """The norm stands outside the module that adds the attention, so that one begins within a branch."""
 
     class Join(nn.Module):
+        """All of a layer except its first norm."""
+
         def __init__(self) -> None:
             super().__init__()
             self.attn, self.norm2, self.mlp = Sdpa(), nn.LayerNorm(DIM), Mlp()
 
         def forward(self, y: Tensor, x: Tensor) -> Tensor:
-            x = x + self.attn(y)
+            x = mark(x + self.attn(y), "cut")
             return x + self.mlp(self.norm2(x))
 
     def __init__(self) -> None:
@@ -314,13 +310,12 @@ class OutsideNorm(Odd):
 
     def layers(self, x: Tensor) -> Tensor:
         for norm, join in zip(self.norms, self.blocks, strict=True):
-            x = join(norm(x), x)
+            x = mark(x, "input")
+            x = mark(join(norm(x), x), "end")
         return x
 
     def layout(self) -> Layout:
-        entry = [Point(norm) for norm in self.norms]
-        mid = [Point(join.norm2) for join in list[Any](self.blocks)]
-        return _layout(entry, mid, [*entry[1:], Point(self.norm)])
+        return _marked()
 
 
 class StemInside(Blocks):
@@ -353,7 +348,10 @@ class SharedPart(Shared):
     """One block, run four times, that begins with a sum."""
 
     def __init__(self) -> None:
-        super().__init__([Part(position=True, adapter="end")])
+        super().__init__([MarkedPart(position=True, adapter="end")])
+
+    def layout(self) -> Layout:
+        return _marked()
 
 
 @dataclass(frozen=True)
@@ -400,7 +398,7 @@ VARIANTS: dict[str, Variant] = {
         lambda: Blocks([Part(position=True) for _ in range(DEPTH)], {1: Mlp()}, residual=False)
     ),
     "after-the-last": Variant(lambda: Blocks([Block() for _ in range(DEPTH)], {1: Mlp(), 3: Mlp()})),
-    "pairs": Variant(lambda: Pairs([Part(pair=True, adapter="end") for _ in range(DEPTH)])),
+    "pairs": Variant(lambda: Pairs([Pair(adapter="end", ffn=i != 1) for i in range(DEPTH)])),
     "nested": Variant(Nested),
     "halves": Variant(Halves),
     "two-each": Variant(TwoEach),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.residual import Chain, Span
@@ -171,15 +173,22 @@ def _last_end(
         )
     }
     end = min(ends, default=sum_)
-    steps = 1  # the final norm
-    if not ends and any(not _forks(way, chain[layer.end - 1]) for layer in earlier):
-        steps = 0  # or a norm of the layer's own, as others have
-    if len(ends) > 1 or last > end + steps:
+    follow = [i for i in range(end + 1, last + 1) if chain[i].target not in _SLICES]
+    # one step more is the final norm, unless other layers end with a step like it
+    final = len(follow) < 2
+    if follow and not ends:
+        like_it = _step(analysis, way, follow[0])
+        final &= all(_step(analysis, way, layer.end) != like_it for layer in earlier)
+    if len(ends) > 1 or not final:
         return sum_, (
             f"the last layer is in no module of its own, so whether it ends with {chain[end].name!r} or later "
             "cannot be told"
         )
     return end, ""
+
+
+_SLICES = (operator.getitem, torch.ops.aten.slice.Tensor)
+"""What takes the whole of a sequence where it takes all rows: nothing is computed."""
 
 
 def _step(analysis: TokenAnalysis, way: Chain, index: int) -> tuple[bool, object]:

@@ -187,7 +187,9 @@ class AttentionReport:
         layers: the transformer layers, first to last; empty if the model is refused.
         sites: every attention and every other softmax, in the order they run.
         prefix_tokens, patches, trailing_tokens: rows of the sequence; ``None`` if the model is refused.
-        class_token: whether row 0 is a class token; ``None`` if the model is refused.
+        class_token: whether there is a class token, whose attention then scores the patches; ``None`` if the model is
+            refused.
+        scored_by: which row that is and what tells, such as ``row 0: read by the head``; empty if the model is refused.
         obstacles: names of nodes between the first layer and the last that mix tokens, each with the reason. No
             drop may reach over them.
         refusal: the error that :func:`skipvit_fx.rewrite` would raise whatever the plan; ``None`` if there is none.
@@ -205,6 +207,7 @@ class AttentionReport:
         self.patches: int | None = None
         self.trailing_tokens: int | None = None
         self.class_token: bool | None = None
+        self.scored_by = ""
         self.obstacles: dict[str, str] = {}
         if self._stream is not None:
             self._describe(self._stream)
@@ -213,7 +216,8 @@ class AttentionReport:
         tokens = stream.tokens
         self.prefix_tokens, self.patches = tokens.lead, tokens.patches
         self.trailing_tokens = tokens.tail
-        self.class_token = stream.has_class_token
+        self.class_token = stream.class_token.row is not None
+        self.scored_by = str(stream.class_token)
         self.layers = tuple(
             FoundLayer(
                 layer.index,
@@ -435,6 +439,7 @@ class AttentionReport:
             "patches": self.patches,
             "trailing_tokens": self.trailing_tokens,
             "class_token": self.class_token,
+            "scored_by": self.scored_by,
             "layers": [asdict(layer) for layer in self.layers],
             "other_sites": [asdict(site) for site in self.sites if not site.layer],
             "obstacles": self.obstacles,
@@ -463,8 +468,8 @@ class AttentionReport:
         rows = f"{self.prefix_tokens} prefix rows, {self.patches} patches"
         if self.trailing_tokens:
             rows += f", {self.trailing_tokens} trailing rows"
-        has = "with a class token" if self.class_token else "no class token"
-        return f"{self.model}: {len(self.layers)} layers, {rows}, {has}"
+        has = "with a" if self.class_token else "no"
+        return f"{self.model}: {len(self.layers)} layers, {rows}, {has} class token ({self.scored_by})"
 
     def _row(self, site: Site) -> tuple[str, ...]:
         numbers = (site.tokens, site.heads, self.prefix_tokens)

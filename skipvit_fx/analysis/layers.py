@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, tensors_in, token_dim, tokens_of
 from skipvit_fx.analysis.blocks import find_bounds
+from skipvit_fx.analysis.class_token import ClassToken, find_class_token
 from skipvit_fx.analysis.residual import (
     Span,
     attention_spans,
@@ -75,12 +76,14 @@ class Stream:
         axes: the axes of the stream; the same at every layer.
         dim: which dimension of the stream carries the tokens.
         tokens: prefix, patch and trailing rows of it.
-        has_class_token: whether row 0 is a class token rather than a patch or a register.
+        class_token: which row is the class token.
+        way: the nodes on any path from the image to the output.
     """
 
     layers: tuple[Layer, ...]
     axes: Axes
-    has_class_token: bool
+    class_token: ClassToken
+    way: frozenset[fx.Node]
 
     @property
     def dim(self) -> int:
@@ -150,7 +153,11 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
                 hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be "
                 "rewritten",
             )
-    return Stream(layers, axes, _starts_with_class_token(analysis, first, axes))
+    dim = token_dim(axes)
+    tokens = tokens_of(axes[dim])
+    assert tokens is not None
+    token = find_class_token(analysis, layers[0].input, layers[-1].end, dim, tokens)
+    return Stream(layers, axes, token, chain.way)
 
 
 # -- the token axis -----------------------------------------------------------------------------------------------
@@ -316,25 +323,3 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
                 waiting.append(argument)
     mixing = next((m for n in sorted(before_values) if (m := analysis[n].mixing)), "")
     return bool(ends), mixing
-
-
-def _starts_with_class_token(analysis: TokenAnalysis, first: fx.Node, axes: Axes) -> bool:
-    """Whether row 0 is a class token: a prefix row that does not come from a parameter named after registers."""
-    tokens = next(t for dim in axes if (t := tokens_of(dim)))
-    if not tokens.lead:
-        return False
-    names = _prefix_sources(analysis, first)
-    return not (names and "reg" in names[0].rsplit(".", 1)[-1])
-
-
-def _prefix_sources(analysis: TokenAnalysis, first: fx.Node) -> list[str]:
-    """Names of the parameters that may be prefix tokens: ``[1, rows, channels]`` with few rows, in graph order."""
-    channels = analysis[first].value.shape[-1]
-    tokens = next(t for dim in (analysis.axes(first) or ()) if (t := tokens_of(dim)))
-    names = []
-    for name, parameter in analysis.module.named_parameters():
-        shape = parameter.shape
-        rows = parameter.numel() // channels
-        if len(shape) > 1 and shape[-1] == channels and 0 < rows <= tokens.lead:
-            names.append(name)
-    return names
