@@ -163,15 +163,16 @@ def _last_end(
         last += 1
     sums = [i for i in range(joined + 1, last + 1) if _forks(way, chain[i - 1])]
     sum_ = sums[-1] if sums else joined
-    ends = {
+    alike = {
         end
         for layer in earlier
-        if sum_ <= (end := start + layer.end - layer.input) <= last
+        if (end := start + layer.end - layer.input) <= last
         and all(
             _step(analysis, way, layer.input + i) == _step(analysis, way, start + i)
             for i in range(1, end - start + 1)
         )
     }
+    ends = {end for end in alike if end >= sum_}
     end = min(ends, default=sum_)
     follow = [i for i in range(end + 1, last + 1) if chain[i].target not in _SLICES]
     # one step more is the final norm, unless other layers end with a step like it
@@ -179,7 +180,7 @@ def _last_end(
     if follow and not ends:
         like_it = _step(analysis, way, follow[0])
         final &= all(_step(analysis, way, layer.end) != like_it for layer in earlier)
-    if len(ends) > 1 or not final:
+    if len(ends) > 1 or not final or (alike and not ends):
         return sum_, (
             f"the last layer is in no module of its own, so whether it ends with {chain[end].name!r} or later "
             "cannot be told"
