@@ -373,8 +373,10 @@ class MaskedRun:
                 (state.shape[1], state.shape[0]) if self.layout.token_dim == 0 else state.shape[:2]
             )
             self.gone = torch.zeros(sizes, dtype=torch.bool, device=state.device)
-        if self.cut == "block" and layer - 1 in self.stages and not (
-            self.layout.ends or self.layout.marked
+        if (
+            self.cut == "block"
+            and layer - 1 in self.stages
+            and not (self.layout.ends or self.layout.marked)
         ):
             self._decide(layer - 1, state)
         if self.frozen is not None:

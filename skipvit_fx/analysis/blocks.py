@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -101,7 +102,7 @@ def _find_blocks(
 def _are_halves(blocks: Sequence[_Block | None], joined: Sequence[int]) -> bool:
     """Whether these modules are attention and its residual, and what follows each is a module of its own."""
     known = [(block, at) for block, at in zip(blocks, joined, strict=True) if block is not None]
-    apart = any(a.end < b.input for (a, _), (b, _) in zip(known, known[1:], strict=False))
+    apart = any(a.end < b.input for (a, _), (b, _) in itertools.pairwise(known))
     return apart and all(block.end == at for block, at in known)
 
 

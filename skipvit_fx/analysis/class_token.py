@@ -55,13 +55,15 @@ def find_class_token(
     if not others:
         return ClassToken(None, "by their names, the rows in front are registers")
     if tokens.lead == 1:
-        named = f"guessed from the name {sources[0][0]!r}" if sources[0] else "the only row in front"
+        named = (
+            f"guessed from the name {sources[0][0]!r}" if sources[0] else "the only row in front"
+        )
         return ClassToken(0, named)
-    names = ", ".join(dict.fromkeys(name for row in others for name in sources[row]))
+    listed = ", ".join(dict.fromkeys(name for row in others for name in sources[row]))
     return ClassToken(
         None,
         "the head reads none of the rows in front by itself, and no name tells",
-        f"{tokens.lead} rows stand in front of the patches ({names or 'of unknown origin'}), the head reads none of "
+        f"{tokens.lead} rows stand in front of the patches ({listed or 'of unknown origin'}), the head reads none of "
         "them by itself, and their names do not tell whether one is a class token",
     )
 
@@ -83,9 +85,9 @@ def _rows_read(analysis: TokenAnalysis, end: fx.Node, dim: int, tokens: Tokens) 
         start = [0] * source.ndim
         near, far = (_put(start, along, at), _put(start, along, at - 1 if at else 1))
         here, beside = (tape.origin(source, index) for index in (near, far))
-        moved = here.index and beside.index and here.index[dim] != beside.index[dim]
+        moved = here.place and beside.place and here.place[dim] != beside.place[dim]
         if moved and tape.is_used(out):
-            rows.add(here.index[dim])
+            rows.add(here.place[dim])
     last = tokens.lead + tokens.patches
     return [*sorted(r for r in rows if r < tokens.lead), *sorted(r for r in rows if r >= last)]
 

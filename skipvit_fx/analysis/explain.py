@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from skipvit_fx.analysis.apart import takes_tokens, why_not_apart
 from skipvit_fx.analysis.axes import Batch, is_lost, size, tensors_in, tokens_of
 from skipvit_fx.analysis.layers import Stream, find_stream
-from skipvit_fx.analysis.residual import is_softmax
+from skipvit_fx.analysis.residual import is_softmax, keys_of
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.columns import columns
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
@@ -254,24 +254,10 @@ class AttentionReport:
                 node.name,
                 module_path(node),
                 node.target in SDPA,
-                self._summed(node),
+                keys_of(self._analysis, node),
                 _heads(self._analysis, node),
                 "" if layer else self._why_no_layer(node),
             )
-
-    def _summed(self, node: fx.Node) -> int:
-        """How many keys the attention has, or over how many values the softmax runs."""
-        assert self._analysis is not None
-        if node.target in SDPA:
-            key = node.args[1] if len(node.args) > 1 else node.kwargs["key"]
-            assert isinstance(key, fx.Node)
-            return int(self._analysis[key].value.shape[-2])
-        value: Tensor = self._analysis[node].value
-        if node.op == "call_module":
-            dim: Any = self._analysis.module.get_submodule(str(node.target)).dim
-        else:
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return int(value.shape[dim if isinstance(dim, int) else -1])
 
     def _why_no_layer(self, node: fx.Node) -> str:
         """Why an attention or softmax is no layer's attention."""
@@ -288,9 +274,7 @@ class AttentionReport:
                 return "no token axis is known here"
             return "it does not work on the sequence of tokens"
         if facts.softmax_over is None:
-            return (
-                f"it runs over an axis of length {self._summed(node)}, which is not the token axis"
-            )
+            return f"it runs over an axis of length {keys_of(analysis, node)}, which is not the token axis"
         if not any(
             (tokens := tokens_of(dim)) is not None and not tokens.weights
             for dim in facts.axes or ()
@@ -469,7 +453,9 @@ class AttentionReport:
         if self.trailing_tokens:
             rows += f", {self.trailing_tokens} trailing rows"
         has = "with a" if self.class_token else "no"
-        return f"{self.model}: {len(self.layers)} layers, {rows}, {has} class token ({self.scored_by})"
+        return (
+            f"{self.model}: {len(self.layers)} layers, {rows}, {has} class token ({self.scored_by})"
+        )
 
     def _row(self, site: Site) -> tuple[str, ...]:
         numbers = (site.tokens, site.heads, self.prefix_tokens)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, tensors_in, token_dim, tokens_of
 from skipvit_fx.analysis.blocks import find_bounds
 from skipvit_fx.analysis.class_token import ClassToken, find_class_token
+from skipvit_fx.analysis.no_stream import ONE_SEQUENCE, no_stream, try_tokens
 from skipvit_fx.analysis.residual import (
     Span,
     attention_spans,
@@ -147,17 +149,25 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     for layer in layers:
         if analysis.axes(layer.input) != axes:
             raise UnsupportedModelError(
-                f"layer {layer.index} has another sequence of tokens than layer 1",
+                _other_sequence(analysis, layers[0], layer),
                 node=layer.input.name,
                 module_path=module_path(layer.input),
-                hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be "
-                "rewritten",
+                hint=ONE_SEQUENCE,
             )
     dim = token_dim(axes)
     tokens = tokens_of(axes[dim])
     assert tokens is not None
     token = find_class_token(analysis, layers[0].input, layers[-1].end, dim, tokens)
     return Stream(layers, axes, token, chain.way)
+
+
+def _other_sequence(analysis: TokenAnalysis, first: Layer, layer: Layer) -> str:
+    reason = f"layer {layer.index} has another sequence of tokens than layer 1"
+    shapes = [tuple(analysis[x.input].value.shape[1:]) for x in (first, layer)]
+    if shapes[0] == shapes[1]:
+        return reason
+    old, new = (" x ".join(map(str, shape)) for shape in shapes)
+    return f"{reason}: it is {new}, and was {old}"
 
 
 # -- the token axis -----------------------------------------------------------------------------------------------
@@ -169,30 +179,25 @@ def _first_layer(
     prefix_tokens: int | None,
 ) -> fx.Node:
     """The input of the first layer; afterwards its axes are known."""
-    reasons = []
+    lost = {span.start for span in spans if _was_lost(analysis, span.start)}
+    tried = None
+    others: list[
+        torch.Size
+    ] = []  # samples and tokens of sequences whose attention does not run over them
     for span in spans:
-        start, nodes = span.start, span.softmaxes
+        start = span.start
         stream = analysis[start].value
         if not isinstance(stream, Tensor) or stream.ndim != 3:
-            reasons.append(f"{start.name} is not a [batch, tokens, channels] tensor")
             continue
+        if any(shape != stream.shape[:2] for shape in others):
+            break
         known = analysis.axes(start)
         if known is not None and prefix_tokens is None:
-            if any(_reads_tokens(analysis, node) for node in nodes):
+            if _reads_any(analysis, span):
                 return start
-            reasons.append(f"the attention after {start.name} does not read its tokens")
             continue
-        if is_lost(stream) and prefix_tokens is None:
-            raise UnsupportedModelError(
-                "prefix tokens were joined to the sequence, but an unknown operator came after, so where they "
-                "are now cannot be told",
-                node=start.name,
-                module_path=module_path(start),
-                hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
-            )
         lead = prefix_tokens or 0
-        candidates = [token_dim(known)] if known is not None else [1, 0]
-        for dim in candidates:
+        for dim in [token_dim(known)] if known is not None else [1, 0]:
             count = stream.shape[dim] - lead
             if count < 1:
                 raise UnsupportedModelError(
@@ -202,18 +207,30 @@ def _first_layer(
                     hint="prefix_tokens counts class, distillation and register tokens only",
                 )
             analysis.seed(start, stream_axes(stream, dim, Tokens(lead, count, 0)))
-            if any(_reads_tokens(analysis, node) for node in nodes):
+            found = _reads_any(analysis, span)
+            if found and start in lost and prefix_tokens is None:
+                raise UnsupportedModelError(
+                    "prefix tokens were joined to the sequence, but an unknown operator came after, so where they "
+                    "are now cannot be told",
+                    node=start.name,
+                    module_path=module_path(start),
+                    hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
+                )
+            if found:
                 return start
-        reasons.append(f"the attention after {start.name} does not run over an axis of it")
-    start, nodes = spans[0].start, spans[0].softmaxes
-    before = (*_between(start, nodes[0]), nodes[0])
-    mixing = next((analysis[n].mixing for n in before if analysis[n].mixing), "")
-    raise UnsupportedModelError(
-        f"the model's attention does not run over one axis of a residual stream: {mixing or reasons[0]}",
-        node=nodes[0].name,
-        module_path=module_path(nodes[0]),
-        hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be rewritten",
-    )
+            if span is spans[0] and dim == 1:
+                tried = try_tokens(analysis, span)
+        others.append(stream.shape[:2])
+    raise no_stream(analysis, spans, tried)
+
+
+def _was_lost(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    value = analysis[node].value
+    return isinstance(value, Tensor) and is_lost(value)
+
+
+def _reads_any(analysis: TokenAnalysis, span: Span) -> bool:
+    return any(_reads_tokens(analysis, node) for node in span.softmaxes)
 
 
 def _first_of_stream(analysis: TokenAnalysis, spans: list[Span], first: fx.Node, axes: Axes) -> int:

@@ -22,11 +22,11 @@ class Origin(NamedTuple):
 
     Attributes:
         names: of the known tensor that it is an element of, or of those that a constant is made of; empty if unknown.
-        index: its place in that one tensor; empty for a constant.
+        place: its index in that one tensor; empty for a constant.
     """
 
     names: tuple[str, ...] = ()
-    index: tuple[int, ...] = ()
+    place: tuple[int, ...] = ()
 
 
 class Made(NamedTuple):
@@ -90,7 +90,7 @@ class Tape(TorchDispatchMode):
         return id(tensor) in self._used
 
     def taken(self) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-        """Everything that is one row of a tensor with several: itself, that tensor, along which dimension, and where."""
+        """Each result that is one row of a tensor with several: it, that tensor, along which dimension, and where."""
         for made in self._made.values():
             if made.func in _CUTS:
                 source, along, at, length = _CUTS[made.func](made)

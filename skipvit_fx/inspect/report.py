@@ -57,7 +57,9 @@ class StageReport:
     return_before: str | None
 
     def __str__(self) -> str:
-        back = "never return" if self.return_before is None else f"return before {self.return_before}"
+        back = (
+            "never return" if self.return_before is None else f"return before {self.return_before}"
+        )
         return f"leave after {self.leave_after}, before {self.leave_before}; {back}"
 
 

@@ -54,7 +54,11 @@ def module_before(
         return called_module(ended[0])
     for source in sources:
         held = [call for call in module_calls(source) if call not in here]
-        return called_module(held[0]) if held else f"the attention in {module_path(node) or 'the model'}"
+        return (
+            called_module(held[0])
+            if held
+            else f"the attention in {module_path(node) or 'the model'}"
+        )
     source = node
     while given := [argument for argument in source.all_input_nodes if argument in way]:
         source = max(given)

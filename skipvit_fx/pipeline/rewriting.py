@@ -28,7 +28,7 @@ class StageNodes:
         stage: the plan's stage.
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
-        leave_after, leave_before: the modules that the cut lies between; see :class:`skipvit_fx.pipeline.record.StageRecord`.
+        leave_after, leave_before: paths of the modules that the cut lies between.
         span: the author's nodes that work on fewer tokens because of this stage.
         scores: the score nodes, one a site; under ``None`` one that reads the stream.
         choice: the inserted module that says how many patches leave.
