@@ -6,6 +6,7 @@ the output contains, per layer, the layer's input, the sum after its attention, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -128,21 +129,20 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
             hint="skipvit_fx.find_attention(model) lists what was found",
         )
     bounds = find_bounds(analysis, chain, [span for span, *_ in found])
-    for i, (span, *_) in enumerate(found):
-        start = chain.nodes[bounds[i].input]
-        if i == 0 and prefix_tokens is not None and start is not span.start:
-            analysis.seed(start, axes)
-        for node in (start, span.start):
-            _continue_stream(analysis, node, first, axes, prefix_tokens)
+    starts = [(chain.nodes[places.input], found[i][0].start) for i, places in enumerate(bounds)]
+    if prefix_tokens is not None and starts[0][0] is not first:
+        analysis.seed(starts[0][0], axes)
+    for node in itertools.chain.from_iterable(starts):
+        _continue_stream(analysis, node, first, axes, prefix_tokens)
     layers = tuple(
         Layer(
             i,
-            chain.nodes[places.input],
-            chain.nodes[places.cut],
-            chain.nodes[places.end],
-            sites,
-            unclear,
-            places.unsure,
+            input=chain.nodes[places.input],
+            cut=chain.nodes[places.cut],
+            end=chain.nodes[places.end],
+            sites=sites,
+            unclear=unclear,
+            unsure=places.unsure,
         )
         for i, ((_, sites, unclear), places) in enumerate(zip(found, bounds, strict=True), start=1)
     )

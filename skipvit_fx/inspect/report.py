@@ -185,8 +185,10 @@ _HEAD = ("layer", "attention in", "keys", "queries", "FFN rows", "GMACs", "befor
 
 
 def _layer_table(report: Inspection) -> str:
-    """What was asked for, one line a layer, the totals, and where each inserted node went."""
+    """What was asked for, one line a layer, the totals, where tokens leave and return, and the inserted nodes."""
     parts = ["\n".join(_header(report)), "\n".join(columns(_rows(report), to_the_left=(1, 7)))]
+    if report.stages:
+        parts.append("\n".join(f"layer {stage.layer}: {stage}" for stage in report.stages))
     if report.inserted:
         parts.append("\n".join(_inserted(report)))
     return "\n\n".join(parts)
@@ -201,8 +203,6 @@ def _header(report: Inspection) -> Iterator[str]:
     dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
     yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
     yield f"class token: {report.class_token}"
-    for stage in report.stages:
-        yield f"layer {stage.layer}: {stage}"
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
 
