@@ -81,7 +81,7 @@ def _by_operand(
     found: dict[fx.Node, list[Position]] = {}
     for position in positions:
         for argument in node.all_input_nodes:
-            if rewriting.analysis[argument].value is position.operand:
+            if rewriting.analysis.value(argument) is position.operand:
                 found.setdefault(argument, []).append(position)
                 break
         else:

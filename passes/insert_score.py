@@ -40,10 +40,10 @@ class InsertScore:
         """Insert one score node a site.
 
         Raises:
-            UnsupportedModelError: ``score="cls"`` on a model without class token, or an attention whose axes the
-                score does not know.
+            UnsupportedModelError: ``score="cls"`` on a model without class token, ``score="auto"`` where it cannot be
+                told whether there is one, or an attention whose axes the score does not know.
         """
-        by_class_token = _by_class_token(rewriting)
+        asking = _asking_row(rewriting)
         for stage in rewriting.stages:
             if callable(rewriting.score) or rewriting.score == "random":
                 _score_stream(rewriting, stage)
@@ -57,18 +57,27 @@ class InsertScore:
                 )
             for i, site in enumerate(stage.layer.sites):
                 name = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
-                op, args = _score_of(rewriting, site, by_class_token)
+                op, args = _score_of(rewriting, site, asking)
                 stage.scores[site] = rewriting.editor.insert_module(name, op, args, after=site.node)
 
 
-def _by_class_token(rewriting: Rewriting) -> bool:
-    has = rewriting.stream.has_class_token
-    if rewriting.score == "cls" and not has:
+def _asking_row(rewriting: Rewriting) -> int | None:
+    """The row of the sequence whose attention scores; ``None`` for the mean of all."""
+    token = rewriting.stream.class_token
+    if rewriting.score == "auto" and token.ambiguous and rewriting.stages:
         raise UnsupportedModelError(
-            "score='cls' needs a class token, and the sequence starts with none",
+            token.ambiguous,
+            hint="pass score='cls' if the first row is the class token, score='mean' if there is none, or "
+            "prefix_tokens=N if fewer rows stand in front",
+        )
+    if rewriting.score == "cls" and token.row is None and not token.ambiguous:
+        raise UnsupportedModelError(
+            f"score='cls' needs a class token, and the sequence has none ({token.reason})",
             hint="score='auto' or score='mean' lets the mean query score the patches",
         )
-    return rewriting.score == "cls" or (rewriting.score == "auto" and has)
+    if rewriting.score == "cls" and token.ambiguous:
+        return 0
+    return token.row if rewriting.score in ("auto", "cls") else None
 
 
 def _score_stream(rewriting: Rewriting, stage: StageNodes) -> None:
@@ -85,7 +94,7 @@ def _score_stream(rewriting: Rewriting, stage: StageNodes) -> None:
 
 
 def _score_of(
-    rewriting: Rewriting, site: AttentionSite, by_class_token: bool
+    rewriting: Rewriting, site: AttentionSite, asking: int | None
 ) -> tuple[nn.Module, tuple[Any, ...]]:
     if site.fused:
         query, key, mask, scale = attention_operands(site.node)
@@ -93,7 +102,7 @@ def _score_of(
         keys = rewriting.analysis.axes(key)
         assert axes is not None
         assert keys is not None
-        row = _query_row(rewriting, site, axes[-2]) if by_class_token else None
+        row = None if asking is None else _query_row(rewriting, site, axes[-2], asking)
         heads = _heads(site, axes[:-2])
         first, tail = site.keys.lead, site.keys.tail
         args = (query, key) if mask is None else (query, key, mask)
@@ -104,8 +113,8 @@ def _score_of(
     key_dim = next(d for d in dims if weights[d] == (site.keys._replace(weights=True),))
     query_dim = next(d for d in dims if d != key_dim)
     heads = _heads(site, tuple(dim for d, dim in enumerate(weights) if d not in dims))
-    row = _query_row(rewriting, site, weights[query_dim]) if by_class_token else None
-    source = site.node if by_class_token else site.node.all_input_nodes[0]
+    row = None if asking is None else _query_row(rewriting, site, weights[query_dim], asking)
+    source = site.node.all_input_nodes[0] if asking is None else site.node
     rank = len(weights)
     op = ScoreByWeights(
         row, query_dim - rank, key_dim - rank, site.keys.lead, site.keys.tail, heads
@@ -125,12 +134,14 @@ def attention_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None,
     return given.query, given.key, given.attn_mask, given.scale
 
 
-def _query_row(rewriting: Rewriting, site: AttentionSite, dim: Any) -> int:
-    """Where the class token stands among the queries."""
-    tokens = tokens_of(dim)
+def _query_row(rewriting: Rewriting, site: AttentionSite, dim: Any, asking: int) -> int:
+    """Where the class token stands among the queries; counted from the last one if it stands after the patches."""
+    tokens, full = tokens_of(dim), rewriting.stream.tokens
     assert isinstance(tokens, Tokens)
-    row = tokens.lead - rewriting.stream.tokens.lead
-    if row < 0:
+    row, first, last = asking + tokens.lead - full.lead, 0, tokens.lead
+    if asking >= full.lead:
+        row, first, last = asking - full.lead - full.patches - tokens.tail, -tokens.tail, 0
+    if not first <= row < last:
         raise UnsupportedModelError(
             "the class token is not among the queries of this attention",
             node=site.node.name,

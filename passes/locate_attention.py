@@ -11,6 +11,8 @@ from torch import fx
 from skipvit_fx.analysis.axes import tensors_in
 from skipvit_fx.analysis.layers import find_stream
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.places import module_after, module_before, module_path
 from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
 
 
@@ -30,24 +32,46 @@ class LocateAttention:
     invalidates: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, rewriting: Rewriting) -> None:
-        """Fill in ``rewriting.stream``, ``rewriting.stages`` and ``rewriting.taps``."""
+        """Fill in ``rewriting.stream``, ``rewriting.stages`` and ``rewriting.taps``.
+
+        Raises:
+            UnsupportedModelError: there are no layers, or the plan needs a place that the model does not tell.
+        """
         analysis = TokenAnalysis(rewriting.capture)
         rewriting.locate(analysis, find_stream(analysis, rewriting.prefix_tokens))
         rewriting.plan.check(len(rewriting.stream.layers))
+        _refuse_unsure_end(rewriting)
         lay_plan(rewriting)
 
 
 def lay_plan(rewriting: Rewriting) -> None:
     """Fill in ``rewriting.stages`` and ``rewriting.taps`` where the stream is known; the graph must be unchanged."""
-    layers = rewriting.stream.layers
+    layers, way = rewriting.stream.layers, rewriting.stream.way
     returns = rewriting.return_node
     beyond = _descendants(returns) if returns is not None else set()
+    if returns is not None:
+        rewriting.return_before = module_after(returns, way)
     for index, stage in enumerate(rewriting.plan.stages, start=1):
         layer = layers[stage.layer - 1]
         cut = layer.cut if rewriting.cut == "attention" else layer.end
         span = _descendants(cut) - beyond if cut is not returns else set()
-        rewriting.stages.append(StageNodes(index, stage, layer, cut, span))
+        sites = [site.node for site in layer.sites] if cut is layer.cut else []
+        around = module_before(cut, way, layer.input, sites), module_after(cut, way)
+        rewriting.stages.append(StageNodes(index, stage, layer, cut, span, *around))
     _note_taps(rewriting)
+
+
+def _refuse_unsure_end(rewriting: Rewriting) -> None:
+    """Refuse a plan that needs the end of the last layer where it cannot be told."""
+    last, plan = rewriting.stream.layers[-1], rewriting.plan
+    cuts = rewriting.cut == "block" and any(s.layer == last.index for s in plan.stages)
+    if last.unsure and (cuts or plan.return_layer == last.index + 1):
+        raise UnsupportedModelError(
+            last.unsure,
+            node=last.end.name,
+            module_path=module_path(last.end),
+            hint="put each layer in a module of its own, or return at a layer's input and cut after the attention",
+        )
 
 
 def _note_taps(rewriting: Rewriting) -> None:

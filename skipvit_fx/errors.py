@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
+
+_STAND_INS = re.compile(
+    r"'?\b(?:_?Witnessed(?:Proxy|Attribute)|Proxy|FakeTensor|FakeParameter)\b'?"
+)
+
+
+def _plain(message: str) -> str:
+    """A message that may quote one of Python's or torch's, without the classes that stand in for tensors in tracing."""
+    return _STAND_INS.sub("a traced tensor", message)
 
 
 class SkipViTError(Exception):
@@ -28,6 +38,9 @@ class PlanError(SkipViTError, ValueError):
 class TraceError(SkipViTError):
     """The model could not be captured as a graph."""
 
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(_plain(message), hint=hint)
+
 
 class UnsupportedModelError(SkipViTError):
     """The model (or this plan on it) cannot be rewritten soundly.
@@ -41,6 +54,7 @@ class UnsupportedModelError(SkipViTError):
     def __init__(
         self, reason: str, *, node: str = "", module_path: str = "", hint: str = ""
     ) -> None:
+        reason = _plain(reason)
         place = f" (node {node!r} in module {module_path or '<root>'!r})" if node else ""
         super().__init__(f"{reason}{place}", hint=hint)
         self.node = node

@@ -445,15 +445,12 @@ class PositionInBranch(Block):
 
 
 class PositionOnStream(PositionInBranch):
-    """Positions added to the stream before every attention: the layer begins after the sum."""
+    """Positions added to the stream before every attention, within the block."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.position(x)
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-
-    def start(self) -> Point:
-        return Point(self.position, "output")
 
 
 class TokenScale(nn.Module):

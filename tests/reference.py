@@ -53,7 +53,11 @@ class Layout:
         cls: position of the class token in the sequence the layers see, or None.
         token_dim: 1 for ``[B, N, C]``, 0 for ``[N, B, C]``.
         entry: per layer, its input. Empty: the input of each block.
-        exit: what the layers hand over to the final norm. None: the output of the last block.
+        exit: what the layers hand over to the final norm. None: the end of the last layer, or the output of the last
+            block.
+        ends: per layer, the state after it, where that is not the next one's input (something stands between).
+        marked: the model's own code says by `mark` where its layers are, which are no modules. Then `blocks` tells how
+            many there are, and `mid`, `entry`, `exit` and `ends` nothing.
         mixed: modules that return attention weights after the softmax (talking heads), with the
             axis of the keys. A dropped token must weigh nothing there either, whatever bias the
             module adds.
@@ -68,6 +72,8 @@ class Layout:
     entry: Sequence[Point] = ()
     exit: Point | None = None
     mixed: Sequence[tuple[nn.Module, int]] = ()
+    ends: Sequence[Point] = ()
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,18 @@ class _Interception(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_MARKED: list[MaskedRun] = []
+"""The runs that go on in models that mark their places."""
+
+
+def mark(state: Tensor, *places: str) -> Tensor:
+    """Says in a model's code what place of a layer this state is, where no module begins or ends. Computes nothing."""
+    for run in _MARKED:
+        for place in places:
+            state = run.at_mark(state, place)
+    return state
+
+
 class MaskedRun:
     """One run of `masked_reference`; its small methods are there for tests to break."""
 
@@ -169,8 +187,9 @@ class MaskedRun:
     ) -> None:
         depth = len(layout.blocks)
         layers = [layer for layer, _ in stages]
-        assert len(layout.mid) == depth
+        assert len(layout.mid) == (0 if layout.marked else depth)
         assert len(layout.entry) in (0, depth)
+        assert len(layout.ends) in (0, depth)
         assert layers == sorted(set(layers))
         assert all(1 <= layer <= depth for layer in layers)
         assert return_layer is None or max(layers) < return_layer <= depth + 1
@@ -331,6 +350,22 @@ class MaskedRun:
             self._decide(self.layer, state)
         return state
 
+    def _at_end(self, state: Tensor) -> Tensor:
+        if self.cut == "block" and self.layer in self.stages:
+            self._decide(self.layer, state)
+        return state
+
+    def at_mark(self, state: Tensor, place: str) -> Tensor:
+        """The place of a layer that is no module: its `"input"`, its `"cut"` or its `"end"`."""
+        if place == "input":
+            self.count += 1
+            self.layer = self.count
+            return self._at_border(self.layer, state)
+        if place == "cut":
+            return self._at_mid(state)
+        state = self._at_end(state)
+        return self._at_border(self.depth + 1, state) if self.layer == self.depth else state
+
     def _at_border(self, layer: int, state: Tensor) -> Tensor:
         """Between layers `layer - 1` and `layer`."""
         if self.gone is None:
@@ -338,7 +373,11 @@ class MaskedRun:
                 (state.shape[1], state.shape[0]) if self.layout.token_dim == 0 else state.shape[:2]
             )
             self.gone = torch.zeros(sizes, dtype=torch.bool, device=state.device)
-        if self.cut == "block" and layer - 1 in self.stages:
+        if (
+            self.cut == "block"
+            and layer - 1 in self.stages
+            and not (self.layout.ends or self.layout.marked)
+        ):
             self._decide(layer - 1, state)
         if self.frozen is not None:
             state = torch.where(self._rows(self.gone, state), self.frozen, state)
@@ -390,6 +429,13 @@ class MaskedRun:
     def __call__(self, *args: Any, **kwargs: Any) -> ReferenceResult:
         """Runs the model. The model keeps nothing of it."""
         layout = self.layout
+        if layout.marked:
+            _MARKED.append(self)
+            try:
+                with _Interception(self):
+                    return self._result(self.model(*args, **kwargs))
+            finally:
+                _MARKED.pop()
         blocks = list(dict.fromkeys(layout.blocks))
         entry = layout.entry or [Point(block) for block in layout.blocks]
         with ExitStack() as stack:
@@ -402,7 +448,10 @@ class MaskedRun:
             for layer, (start, mid) in enumerate(zip(entry, layout.mid, strict=True), 1):
                 keep(self._watch(start, layer, partial(self._at_border, layer)))
                 keep(self._watch(mid, layer, self._at_mid))
-            last = layout.exit or Point(layout.blocks[-1], "output")
+                if layout.ends:
+                    keep(self._watch(layout.ends[layer - 1], layer, self._at_end))
+            end = layout.ends[-1] if layout.ends else Point(layout.blocks[-1], "output")
+            last = layout.exit or end
             keep(self._watch(last, self.depth, partial(self._at_border, self.depth + 1)))
             for module, axis in layout.mixed:
                 keep(module.register_forward_hook(self._mix(axis)))
@@ -410,6 +459,9 @@ class MaskedRun:
                 keep(block.register_forward_hook(self._leave))
             with _Interception(self):
                 output = self.model(*args, **kwargs)
+        return self._result(output)
+
+    def _result(self, output: Any) -> ReferenceResult:
         assert self.count == self.depth, f"{self.count} layers ran, {self.depth} were announced"
         assert [stage.layer for stage in self.results] == list(self.stages), (
             "a layer to cut at had no attention"

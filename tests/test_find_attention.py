@@ -92,7 +92,8 @@ class TestFound:
     def test_table(self, vit: AttentionReport) -> None:
         headline, blank, header, first, *_ = str(vit).splitlines()
         assert headline == (
-            f"VisionTransformer: {DEPTH} layers, 1 prefix rows, {PATCHES} patches, with a class token"
+            f"VisionTransformer: {DEPTH} layers, 1 prefix rows, {PATCHES} patches, with a class token "
+            "(row 0: read by the head)"
         )
         assert not blank
         assert header.split() == ["layer", "module", "kind", "tokens", "heads", "prefix"]

@@ -131,6 +131,11 @@ def test_table(report: Inspection) -> None:
     lines = str(report).splitlines()
     assert lines[0] == "VisionTransformer with plan 6(55%)+11, cut after the attention, score auto"
     assert lines[1].startswith("1 prefix + 196 patch tokens;")
+    assert lines[2] == "class token: row 0: read by the head"
+    assert (
+        "layer 6: leave after blocks.5.attn, before blocks.5.norm2; return before blocks.10"
+        in lines
+    )
     sixth = next(line for line in lines if "blocks.5.attn" in line)
     assert " ".join(sixth.split()) == "6 blocks.5.attn 197 197 90 0.2522 0.3784 107 leave"
     assert "107 return" in next(line for line in lines if "blocks.10.attn" in line)
@@ -161,9 +166,18 @@ def test_dict_is_plain_and_stable(vit: nn.Module, report: Inspection) -> None:
     assert json.loads(json.dumps(plain)) == plain
     assert list(plain) == [
         *("model", "plan", "cut", "score", "frontend", "frontend_reason"),
-        *("eliminate_dead_tokens", "skipping"),
-        *("prefix", "patches", "tail", "layers", "embedding", "head", "macs", "baseline_macs"),
-        "inserted",
+        *("eliminate_dead_tokens", "skipping", "validated"),
+        *("prefix", "patches", "tail", "class_token", "stages"),
+        *("layers", "embedding", "head", "macs", "baseline_macs", "inserted"),
+    ]
+    assert plain["class_token"] == "row 0: read by the head"
+    assert plain["stages"] == [
+        {
+            "layer": 6,
+            "leave_after": "blocks.5.attn",
+            "leave_before": "blocks.5.norm2",
+            "return_before": "blocks.10",
+        }
     ]
     assert plain["layers"][5] == {
         "index": 6,

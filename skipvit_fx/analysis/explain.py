@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from skipvit_fx.analysis.apart import takes_tokens, why_not_apart
 from skipvit_fx.analysis.axes import Batch, is_lost, size, tensors_in, tokens_of
 from skipvit_fx.analysis.layers import Stream, find_stream
-from skipvit_fx.analysis.residual import is_softmax
+from skipvit_fx.analysis.residual import is_softmax, keys_of
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.columns import columns
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
@@ -181,7 +181,9 @@ class AttentionReport:
         layers: the transformer layers, first to last; empty if the model is refused.
         sites: every attention and every other softmax, in the order they run.
         prefix_tokens, patches, trailing_tokens: rows of the sequence; ``None`` if the model is refused.
-        class_token: whether row 0 is a class token; ``None`` if the model is refused.
+        class_token: whether there is a class token, whose attention then scores the patches; ``None`` if the model is
+            refused.
+        scored_by: which row that is and what tells, such as ``row 0: read by the head``; empty if the model is refused.
         obstacles: names of nodes between the first layer and the last that mix tokens, each with the reason. No
             drop may reach over them.
         refusal: the error that :func:`skipvit_fx.rewrite` would raise whatever the plan; ``None`` if there is none.
@@ -199,6 +201,7 @@ class AttentionReport:
         self.patches: int | None = None
         self.trailing_tokens: int | None = None
         self.class_token: bool | None = None
+        self.scored_by = ""
         self.obstacles: dict[str, str] = {}
         if self._stream is not None:
             self._describe(self._stream)
@@ -207,7 +210,8 @@ class AttentionReport:
         tokens = stream.tokens
         self.prefix_tokens, self.patches = tokens.lead, tokens.patches
         self.trailing_tokens = tokens.tail
-        self.class_token = stream.has_class_token
+        self.class_token = stream.class_token.row is not None
+        self.scored_by = str(stream.class_token)
         self.layers = tuple(
             FoundLayer(
                 layer.index,
@@ -244,24 +248,10 @@ class AttentionReport:
                 node.name,
                 module_path(node),
                 node.target in SDPA,
-                self._summed(node),
+                keys_of(self._analysis, node),
                 _heads(self._analysis, node),
                 "" if layer else self._why_no_layer(node),
             )
-
-    def _summed(self, node: fx.Node) -> int:
-        """How many keys the attention has, or over how many values the softmax runs."""
-        assert self._analysis is not None
-        if node.target in SDPA:
-            key = node.args[1] if len(node.args) > 1 else node.kwargs["key"]
-            assert isinstance(key, fx.Node)
-            return int(self._analysis[key].value.shape[-2])
-        value: Tensor = self._analysis[node].value
-        if node.op == "call_module":
-            dim: Any = self._analysis.module.get_submodule(str(node.target)).dim
-        else:
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return int(value.shape[dim if isinstance(dim, int) else -1])
 
     def _why_no_layer(self, node: fx.Node) -> str:
         """Why an attention or softmax is no layer's attention."""
@@ -278,9 +268,7 @@ class AttentionReport:
                 return "no token axis is known here"
             return "it does not work on the sequence of tokens"
         if facts.softmax_over is None:
-            return (
-                f"it runs over an axis of length {self._summed(node)}, which is not the token axis"
-            )
+            return f"it runs over an axis of length {keys_of(analysis, node)}, which is not the token axis"
         if not any(
             (tokens := tokens_of(dim)) is not None and not tokens.weights
             for dim in facts.axes or ()
@@ -429,6 +417,7 @@ class AttentionReport:
             "patches": self.patches,
             "trailing_tokens": self.trailing_tokens,
             "class_token": self.class_token,
+            "scored_by": self.scored_by,
             "layers": [asdict(layer) for layer in self.layers],
             "other_sites": [asdict(site) for site in self.sites if not site.layer],
             "obstacles": self.obstacles,
@@ -457,8 +446,10 @@ class AttentionReport:
         rows = f"{self.prefix_tokens} prefix rows, {self.patches} patches"
         if self.trailing_tokens:
             rows += f", {self.trailing_tokens} trailing rows"
-        has = "with a class token" if self.class_token else "no class token"
-        return f"{self.model}: {len(self.layers)} layers, {rows}, {has}"
+        has = "with a" if self.class_token else "no"
+        return (
+            f"{self.model}: {len(self.layers)} layers, {rows}, {has} class token ({self.scored_by})"
+        )
 
     def _row(self, site: Site) -> tuple[str, ...]:
         numbers = (site.tokens, site.heads, self.prefix_tokens)

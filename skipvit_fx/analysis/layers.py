@@ -1,19 +1,23 @@
 """Layers of a Vision Transformer, found as the dominators of its output.
 
 Everything that the output knows of the image passes through the residual stream. So the chain of nodes that dominate
-the output contains, per layer, the layer's input and the sum after its attention. No module name is looked at.
+the output contains, per layer, the layer's input, the sum after its attention, and its end.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, tensors_in, token_dim, tokens_of
+from skipvit_fx.analysis.blocks import find_bounds
+from skipvit_fx.analysis.class_token import ClassToken, find_class_token
+from skipvit_fx.analysis.no_stream import ONE_SEQUENCE, no_stream, try_tokens
 from skipvit_fx.analysis.residual import (
-    Chain,
     Span,
     attention_spans,
     refuse_sequence,
@@ -51,9 +55,10 @@ class Layer:
         index: counts from 1.
         input: the residual stream before the layer.
         cut: the residual stream after the layer's attention, before its feed-forward network.
-        end: the residual stream after the layer; the next layer's input.
+        end: the residual stream after the layer. What the model does between two blocks follows it.
         sites: its attentions (two in a layer of parallel blocks).
         unclear: why it has none that can score, where its attention mixes tokens in some other way as well.
+        unsure: why its end cannot be told, where that is so.
     """
 
     index: int
@@ -62,6 +67,7 @@ class Layer:
     end: fx.Node
     sites: tuple[AttentionSite, ...]
     unclear: str = ""
+    unsure: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,14 @@ class Stream:
         axes: the axes of the stream; the same at every layer.
         dim: which dimension of the stream carries the tokens.
         tokens: prefix, patch and trailing rows of it.
-        has_class_token: whether row 0 is a class token rather than a patch or a register.
+        class_token: which row is the class token.
+        way: the nodes on any path from the image to the output.
     """
 
     layers: tuple[Layer, ...]
     axes: Axes
-    has_class_token: bool
+    class_token: ClassToken
+    way: frozenset[fx.Node]
 
     @property
     def dim(self) -> int:
@@ -110,8 +118,9 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     spans = spans[_first_of_stream(analysis, spans, first, axes) :]
     for span in spans:
         _continue_stream(analysis, span.start, spans[0].start, axes, prefix_tokens)
-    layers = _layers(analysis, chain, spans)
-    if not layers:
+    found = [(span, *_sites(analysis, span)) for span in spans]
+    found = [(span, sites, unclear) for span, sites, unclear in found if sites or unclear]
+    if not found:
         softmax = spans[0].softmaxes[0]
         raise UnsupportedModelError(
             "a softmax over tokens whose weights are not summed with values, so it is no attention known here",
@@ -119,16 +128,46 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
             module_path=module_path(softmax),
             hint="skipvit_fx.find_attention(model) lists what was found",
         )
+    bounds = find_bounds(analysis, chain, [span for span, *_ in found])
+    starts = [(chain.nodes[places.input], found[i][0].start) for i, places in enumerate(bounds)]
+    if prefix_tokens is not None and starts[0][0] is not first:
+        analysis.seed(starts[0][0], axes)
+    for node in itertools.chain.from_iterable(starts):
+        _continue_stream(analysis, node, first, axes, prefix_tokens)
+    layers = tuple(
+        Layer(
+            i,
+            input=chain.nodes[places.input],
+            cut=chain.nodes[places.cut],
+            end=chain.nodes[places.end],
+            sites=sites,
+            unclear=unclear,
+            unsure=places.unsure,
+        )
+        for i, ((_, sites, unclear), places) in enumerate(zip(found, bounds, strict=True), start=1)
+    )
     for layer in layers:
         if analysis.axes(layer.input) != axes:
             raise UnsupportedModelError(
-                f"layer {layer.index} has another sequence of tokens than layer 1",
+                _other_sequence(analysis, layers[0], layer),
                 node=layer.input.name,
                 module_path=module_path(layer.input),
-                hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be "
-                "rewritten",
+                hint=ONE_SEQUENCE,
             )
-    return Stream(layers, axes, _starts_with_class_token(analysis, first, axes))
+    dim = token_dim(axes)
+    tokens = tokens_of(axes[dim])
+    assert tokens is not None
+    token = find_class_token(analysis, layers[0].input, layers[-1].end, dim, tokens)
+    return Stream(layers, axes, token, chain.way)
+
+
+def _other_sequence(analysis: TokenAnalysis, first: Layer, layer: Layer) -> str:
+    reason = f"layer {layer.index} has another sequence of tokens than layer 1"
+    shapes = [tuple(analysis[x.input].value.shape[1:]) for x in (first, layer)]
+    if shapes[0] == shapes[1]:
+        return reason
+    old, new = (" x ".join(map(str, shape)) for shape in shapes)
+    return f"{reason}: it is {new}, and was {old}"
 
 
 # -- the token axis -----------------------------------------------------------------------------------------------
@@ -140,27 +179,23 @@ def _first_layer(
     prefix_tokens: int | None,
 ) -> fx.Node:
     """The input of the first layer; afterwards its axes are known."""
-    reasons = []
+    lost = {span.start for span in spans if _was_lost(analysis, span.start)}
+    tried = None
+    others: list[
+        torch.Size
+    ] = []  # samples and tokens of sequences whose attention does not run over them
     for span in spans:
-        start, nodes = span.start, span.softmaxes
+        start = span.start
         stream = analysis[start].value
         if not isinstance(stream, Tensor) or stream.ndim != 3:
-            reasons.append(f"{start.name} is not a [batch, tokens, channels] tensor")
             continue
+        if any(shape != stream.shape[:2] for shape in others):
+            break
         known = analysis.axes(start)
         if known is not None and prefix_tokens is None:
-            if any(_reads_tokens(analysis, node) for node in nodes):
+            if _reads_any(analysis, span):
                 return start
-            reasons.append(f"the attention after {start.name} does not read its tokens")
             continue
-        if is_lost(stream) and prefix_tokens is None:
-            raise UnsupportedModelError(
-                "prefix tokens were joined to the sequence, but an unknown operator came after, so where they "
-                "are now cannot be told",
-                node=start.name,
-                module_path=module_path(start),
-                hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
-            )
         lead = prefix_tokens or 0
         batch = analysis.batch_dim(start)
         candidates = [token_dim(known)] if known is not None else [d for d in (1, 0) if d != batch]
@@ -174,18 +209,30 @@ def _first_layer(
                     hint="prefix_tokens counts class, distillation and register tokens only",
                 )
             analysis.seed(start, stream_axes(stream, dim, Tokens(lead, count, 0)))
-            if any(_reads_tokens(analysis, node) for node in nodes):
+            found = _reads_any(analysis, span)
+            if found and start in lost and prefix_tokens is None:
+                raise UnsupportedModelError(
+                    "prefix tokens were joined to the sequence, but an unknown operator came after, so where they "
+                    "are now cannot be told",
+                    node=start.name,
+                    module_path=module_path(start),
+                    hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
+                )
+            if found:
                 return start
-        reasons.append(f"the attention after {start.name} does not run over an axis of it")
-    start, nodes = spans[0].start, spans[0].softmaxes
-    before = (*_between(start, nodes[0]), nodes[0])
-    mixing = next((analysis[n].mixing for n in before if analysis[n].mixing), "")
-    raise UnsupportedModelError(
-        f"the model's attention does not run over one axis of a residual stream: {mixing or reasons[0]}",
-        node=nodes[0].name,
-        module_path=module_path(nodes[0]),
-        hint="only isotropic models, with one sequence of tokens from the first layer to the last, can be rewritten",
-    )
+            if span is spans[0] and dim == 1:
+                tried = try_tokens(analysis, span)
+        others.append(stream.shape[:2])
+    raise no_stream(analysis, spans, tried)
+
+
+def _was_lost(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    value = analysis[node].value
+    return isinstance(value, Tensor) and is_lost(value)
+
+
+def _reads_any(analysis: TokenAnalysis, span: Span) -> bool:
+    return any(_reads_tokens(analysis, node) for node in span.softmaxes)
 
 
 def _first_of_stream(analysis: TokenAnalysis, spans: list[Span], first: fx.Node, axes: Axes) -> int:
@@ -295,56 +342,3 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
                 waiting.append(argument)
     mixing = next((m for n in sorted(before_values) if (m := analysis[n].mixing)), "")
     return bool(ends), mixing
-
-
-def _layers(analysis: TokenAnalysis, way: Chain, spans: list[Span]) -> tuple[Layer, ...]:
-    """Turn the spans whose attention has a query per token into layers."""
-    chain = way.nodes
-    kept = []
-    for span in spans:
-        sites, unclear = _sites(analysis, span)
-        if sites or unclear:
-            kept.append((span.start, span.end, sites, unclear))
-    places = {node: i for i, node in enumerate(chain)}
-    # A stream node forks: the sum behind it adds it to what a branch made of it. Nodes that do not fork, such as the
-    # norm of a post-norm layer, still belong to the layer before.
-    forks = [sum(user in way.way for user in node.users) > 1 for node in chain]
-    starts = [places[start] for start, *_ in kept]
-    layers: list[Layer] = []
-    to_cut = to_end = 0
-    for i, (start, after_attention, sites, unclear) in enumerate(kept):
-        joined = places[after_attention]
-        if i + 1 < len(kept):
-            end = starts[i + 1]
-            cut = next((c for c in range(joined, end) if forks[c]), end)
-            to_cut, to_end = cut - joined, end - cut
-        elif len(kept) == 1:
-            cut = next((c for c in range(joined, len(chain) - 1) if forks[c]), joined)
-            end = min(cut + 1, len(chain) - 1)
-        else:  # nothing follows that would end the last layer: it ends as the one before it did
-            cut = min(joined + to_cut, len(chain) - 1)
-            end = min(cut + to_end, len(chain) - 1)
-        layers.append(Layer(i + 1, start, chain[cut], chain[end], sites, unclear))
-    return tuple(layers)
-
-
-def _starts_with_class_token(analysis: TokenAnalysis, first: fx.Node, axes: Axes) -> bool:
-    """Whether row 0 is a class token: a prefix row that does not come from a parameter named after registers."""
-    tokens = next(t for dim in axes if (t := tokens_of(dim)))
-    if not tokens.lead:
-        return False
-    names = _prefix_sources(analysis, first)
-    return not (names and "reg" in names[0].rsplit(".", 1)[-1])
-
-
-def _prefix_sources(analysis: TokenAnalysis, first: fx.Node) -> list[str]:
-    """Names of the parameters that may be prefix tokens: ``[1, rows, channels]`` with few rows, in graph order."""
-    channels = analysis[first].value.shape[-1]
-    tokens = next(t for dim in (analysis.axes(first) or ()) if (t := tokens_of(dim)))
-    names = []
-    for name, parameter in analysis.module.named_parameters():
-        shape = parameter.shape
-        rows = parameter.numel() // channels
-        if len(shape) > 1 and shape[-1] == channels and 0 < rows <= tokens.lead:
-            names.append(name)
-    return names

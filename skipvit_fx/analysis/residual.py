@@ -174,3 +174,17 @@ def is_softmax(analysis: TokenAnalysis, node: fx.Node) -> bool:
     if node.op == "call_method":
         return node.target == "softmax"
     return node.target in SDPA or node.target in SOFTMAX
+
+
+def keys_of(analysis: TokenAnalysis, node: fx.Node) -> int:
+    """How many keys an attention has, or over how many values a softmax runs."""
+    if node.target in SDPA:
+        key = node.args[1] if len(node.args) > 1 else node.kwargs["key"]
+        assert isinstance(key, fx.Node)
+        return int(analysis[key].value.shape[-2])
+    value: Tensor = analysis[node].value
+    if node.op == "call_module":
+        dim: object = analysis.module.get_submodule(str(node.target)).dim
+    else:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return int(value.shape[dim if isinstance(dim, int) else -1])

@@ -11,7 +11,7 @@ from skipvit_fx.analysis.tokens import SDPA
 from skipvit_fx.cost.macs import count_macs
 from skipvit_fx.cost.regions import by_region, regions_of
 from skipvit_fx.inspect.diff import graph_diff
-from skipvit_fx.inspect.report import Inspection, LayerReport, NodeReport, RestReport
+from skipvit_fx.inspect.report import Inspection, LayerReport, NodeReport, RestReport, StageReport
 from skipvit_fx.ir.editor import INSERTED_BY
 from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ops.switch import Switchable
@@ -81,6 +81,11 @@ def inspect(fast: nn.Module) -> Inspection:
         prefix=record.prefix,
         patches=record.patches,
         tail=record.tail,
+        class_token=record.class_token,
+        stages=tuple(
+            StageReport(stage.layer, stage.leave_after, stage.leave_before, stage.return_before)
+            for stage in record.stages
+        ),
         layers=tuple(layer_report(layer) for layer in record.layers),
         embedding=rest_report(0),
         head=rest_report(depth + 1),

@@ -42,6 +42,28 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class StageReport:
+    """One stage of the plan, by the author's modules.
+
+    Attributes:
+        layer: the layer that it scores in, from 1.
+        leave_after, leave_before: the modules that its tokens leave between.
+        return_before: the module in front of which they return; ``None`` if they never do.
+    """
+
+    layer: int
+    leave_after: str
+    leave_before: str
+    return_before: str | None
+
+    def __str__(self) -> str:
+        back = (
+            "never return" if self.return_before is None else f"return before {self.return_before}"
+        )
+        return f"leave after {self.leave_after}, before {self.leave_before}; {back}"
+
+
+@dataclass(frozen=True)
 class RestReport:
     """What is computed outside the layers: before the first (embedding) or after the last (head).
 
@@ -92,6 +114,8 @@ class Inspection:
         skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
         validated: what was found when the rewritten graph ran beside the model, or why it did not.
         prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
+        class_token: which of these rows is the class token and what tells, such as ``row 0: read by the head``.
+        stages: where tokens leave and return.
         layers: from first to last.
         embedding, head: what runs before and after them.
         macs, baseline_macs: multiply-adds per image of the whole model, now and with skipping off.
@@ -110,6 +134,8 @@ class Inspection:
     prefix: int
     patches: int
     tail: int
+    class_token: str
+    stages: tuple[StageReport, ...]
     layers: tuple[LayerReport, ...]
     embedding: RestReport
     head: RestReport
@@ -150,7 +176,7 @@ class Inspection:
         """Everything but the author's nodes and the diff, as plain values for ``json.dumps``."""
         plain = asdict(self)
         del plain["nodes"], plain["_diff"]
-        plain["layers"] = list(plain["layers"])
+        plain["layers"], plain["stages"] = list(plain["layers"]), list(plain["stages"])
         plain["inserted"] = [
             {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(node).items()}
             for node in self.inserted
@@ -164,8 +190,10 @@ _HEAD = ("layer", "attention in", "keys", "queries", "FFN rows", "GMACs", "befor
 
 
 def _layer_table(report: Inspection) -> str:
-    """What was asked for, one line a layer, the totals, and where each inserted node went."""
+    """What was asked for, one line a layer, the totals, where tokens leave and return, and the inserted nodes."""
     parts = ["\n".join(_header(report)), "\n".join(columns(_rows(report), to_the_left=(1, 7)))]
+    if report.stages:
+        parts.append("\n".join(f"layer {stage.layer}: {stage}" for stage in report.stages))
     if report.inserted:
         parts.append("\n".join(_inserted(report)))
     return "\n\n".join(parts)
@@ -181,6 +209,7 @@ def _header(report: Inspection) -> Iterator[str]:
     yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
     yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
     yield report.validated
+    yield f"class token: {report.class_token}"
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
 

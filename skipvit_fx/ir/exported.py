@@ -267,8 +267,11 @@ class _Translation:
         example = pytree.tree_unflatten(
             [torch.empty(0) if out is TENSOR else out for out in leaf.out_leaves], leaf.out_spec
         )
-        parts = pytree.tree_leaves(parts_of(example, fx.Proxy(twin, self._tracer)))
-        self._twins[node] = [part.node for part in parts if isinstance(part, fx.Proxy)]
+        leaves = pytree.tree_leaves(parts_of(example, fx.Proxy(twin, self._tracer)))
+        parts = [part.node for part in leaves if isinstance(part, fx.Proxy)]
+        for part in parts:
+            self._remember(part, node)
+        self._twins[node] = parts
 
     def _values(self) -> dict[fx.Node, Any]:
         """The fake tensors that the nodes compute."""
@@ -288,11 +291,14 @@ class _Translation:
         return fx.node.map_arg(argument, self._twins.__getitem__)
 
     def _remember(self, twin: fx.Node, node: fx.Node) -> None:
-        """The modules in whose forward the node was made, by the paths that the model knows them by."""
+        """The modules in whose forward the node was made, as the symbolic front end remembers them."""
         stack = node.meta.get("nn_module_stack", {})
-        twin.meta["nn_module_stack"] = {
-            path.partition("@")[0]: (path.partition("@")[0], kind) for path, kind in stack.values()
-        }
+        calls = {}
+        for key, (place, kind) in stack.items():  # either tells apart the calls of one module
+            path, _, number = place.partition("@")
+            number = number or key.partition("@")[2]
+            calls[f"{path}@{number}" if number else path] = (path, kind)
+        twin.meta["nn_module_stack"] = calls
 
     # -- output -----------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from torch import fx
 
 
@@ -11,3 +13,55 @@ def module_path(node: fx.Node) -> str:
         return str(node.target)
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
+
+
+def module_calls(node: fx.Node) -> tuple[str, ...]:
+    """The calls of modules in which the node was made, outermost first, without the model's own.
+
+    A module's first call is named by its path, a later one with a number: ``blocks.0@1`` is the second of ``blocks.0``.
+    """
+    stack = node.meta.get("nn_module_stack", {})
+    return tuple(call for call, (path, _) in stack.items() if path)
+
+
+def called_module(call: str) -> str:
+    """The path of the module that a call of :func:`module_calls` is one of."""
+    return call.partition("@")[0]
+
+
+def module_after(node: fx.Node, way: Collection[fx.Node]) -> str:
+    """The module that begins where ``node`` is handed on, by its path; ``way`` are the nodes to look at."""
+    here = module_calls(node)
+    reader = node
+    while readers := [user for user in reader.users if user in way]:
+        reader = min(readers)
+        if begun := [call for call in module_calls(reader) if call not in here]:
+            return called_module(begun[0])
+    return "the output"
+
+
+def module_before(
+    node: fx.Node, way: Collection[fx.Node], since: fx.Node, sources: Iterable[fx.Node] = ()
+) -> str:
+    """The module that ends where ``node`` is made: the one that holds the ``sources``, or else what was joined last.
+
+    A module that had begun before ``since`` is not meant.
+    """
+    here = module_calls(node)
+    readers = [user for user in node.users if user in way]
+    beyond = {*module_calls(since), *(module_calls(min(readers)) if readers else ())}
+    if ended := [call for call in here if call not in beyond]:
+        return called_module(ended[0])
+    for source in sources:
+        held = [call for call in module_calls(source) if call not in here]
+        return (
+            called_module(held[0])
+            if held
+            else f"the attention in {module_path(node) or 'the model'}"
+        )
+    source = node
+    while given := [argument for argument in source.all_input_nodes if argument in way]:
+        source = max(given)
+        if held := [call for call in module_calls(source) if call not in here]:
+            return called_module(held[0])
+    return "the input"

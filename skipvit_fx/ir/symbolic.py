@@ -48,6 +48,14 @@ class _Witnessed:
     def __float__(self) -> float:
         return float(self.tracer.concrete(self.node, float))
 
+    def __setitem__(self, place: Any, value: Any) -> None:
+        del place, value
+        _, (path, _) = [("", ("", None)), *self.tracer.module_stack.items()][-1]
+        raise TraceError(
+            f"module {path or '<root>'!r} writes into a part of a tensor (x[...] = y), which a graph does not show",
+            hint="put the tensor together with torch.cat or torch.where, or in a module that runs no attention",
+        )
+
     def __getattr__(self, name: str) -> Any:
         return _WitnessedAttribute(cast(Proxy, self), name)
 

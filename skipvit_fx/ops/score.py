@@ -17,7 +17,7 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _row(x: Tensor, dim: int, query: int | None) -> Tensor:
-    """One row along ``dim``, kept as an axis of length 1: number ``query``, or the mean of all."""
+    """One row along ``dim``, kept as an axis of length 1: number ``query`` (of either end), or the mean of all."""
     return x.mean(dim, keepdim=True) if query is None else x.narrow(dim, query, 1)
 
 
@@ -28,8 +28,9 @@ class ScoreByQuery(Switchable):
     computed beside it.
 
     Args:
-        query: row of the queries that scores: 0 for a class token in front; ``None`` for the mean of all queries.
-        first, last: the patches among the keys.
+        query: row of the queries that scores: 0 for a class token in front, -1 for one at the end; ``None`` for the
+            mean of all queries.
+        first, tail: how many keys stand before the patches, and after them.
         heads: heads per sample; the product of all axes but the batch, the rows and the channels.
         scale: of the logits; ``None`` for ``1 / sqrt(channels)``.
     """

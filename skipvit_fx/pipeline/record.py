@@ -35,11 +35,21 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of the plan; ``path`` is where its modules live in the rewritten model, e.g. ``skipvit.stage_1``."""
+    """One stage of the plan.
+
+    Attributes:
+        index, layer: of the stage and of the layer that it scores in, from 1.
+        path: where its modules live in the rewritten model, e.g. ``skipvit.stage_1``.
+        leave_after, leave_before: the author's modules that its tokens leave between.
+        return_before: the one that they return in front of; ``None`` if they never do.
+    """
 
     index: int
     layer: int
     path: str
+    leave_after: str
+    leave_before: str
+    return_before: str | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class RewriteRecord:
         frontend, frontend_reason: how the model was captured, and why so.
         token_dim: which dimension of the residual stream carries the tokens.
         prefix, patches, tail: rows of the full sequence.
+        class_token: which of them is the class token, and what tells.
         args, kwargs: the example inputs, as tensors on the meta device.
         layers, stages: what was found and inserted.
         passes: every edit, pass by pass.
@@ -73,6 +84,7 @@ class RewriteRecord:
     prefix: int
     patches: int
     tail: int
+    class_token: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     layers: tuple[LayerRecord, ...]
@@ -133,8 +145,16 @@ def make_record(
         )
         for layer in stream.layers
     )
+    back = rewriting.return_before
     stages = tuple(
-        StageRecord(stage.index, stage.layer.index, f"skipvit.{stage.name}")
+        StageRecord(
+            stage.index,
+            stage.layer.index,
+            f"skipvit.{stage.name}",
+            stage.leave_after,
+            stage.leave_before,
+            back,
+        )
         for stage in rewriting.stages
     )
     return RewriteRecord(
@@ -152,6 +172,7 @@ def make_record(
         prefix=stream.tokens.lead,
         patches=stream.tokens.patches,
         tail=stream.tokens.tail,
+        class_token=str(stream.class_token),
         args=_on_meta(capture.args),
         kwargs=_on_meta(capture.kwargs),
         layers=layers,

@@ -28,6 +28,7 @@ class StageNodes:
         stage: the plan's stage.
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
+        leave_after, leave_before: paths of the modules that the cut lies between.
         span: the author's nodes that work on fewer tokens because of this stage.
         scores: the score nodes, one a site; under ``None`` one that reads the stream.
         choice: the inserted module that says how many patches leave.
@@ -41,6 +42,8 @@ class StageNodes:
     layer: Layer
     cut: fx.Node
     span: set[fx.Node] = field(default_factory=set)
+    leave_after: str = ""
+    leave_before: str = ""
     scores: dict[AttentionSite | None, fx.Node] = field(default_factory=dict)
     choice: Select | None = None
     kept: fx.Node | None = None
@@ -59,6 +62,7 @@ class Rewriting:
     """One rewrite under way.
 
     Attributes:
+        return_before: the module in front of which the dropped tokens return; ``None`` if they never do.
         taps: nodes under a drop, each with those of its readers that do not lead to where the dropped tokens return.
     """
 
@@ -71,6 +75,7 @@ class Rewriting:
     multiple_of: int = 1
     facts: set[str] = field(default_factory=set)
     stages: list[StageNodes] = field(default_factory=list)
+    return_before: str | None = None
     taps: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     narrow: set[fx.Node] = field(default_factory=set)
 

@@ -1,0 +1,202 @@
+"""Where each layer begins and ends on the residual stream: the author's block, or else a stretch of the chain."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from skipvit_fx.analysis.residual import Chain, Span
+from skipvit_fx.analysis.tokens import TokenAnalysis
+from skipvit_fx.ir.places import module_calls
+
+
+class Bounds(NamedTuple):
+    """A layer's places on the chain, as indices into its nodes.
+
+    Attributes:
+        input: the residual stream before the layer.
+        cut: after its attention.
+        end: after the layer.
+        unsure: why ``end`` cannot be told; empty where it can.
+    """
+
+    input: int
+    cut: int
+    end: int
+    unsure: str = ""
+
+
+class _Block(NamedTuple):
+    """A module call that lies on the chain: what goes in and what comes out are nodes of it."""
+
+    input: int
+    end: int
+
+
+def find_bounds(analysis: TokenAnalysis, way: Chain, spans: Sequence[Span]) -> list[Bounds]:
+    """The bounds of every layer, given the span of the chain that each one's attention lies in.
+
+    A layer is the outermost module that holds its attention and no other layer's. Where there is none, such as in a
+    forward that spells all layers out, it goes from in front of one attention to in front of the next.
+    """
+    places = {node: i for i, node in enumerate(way.nodes)}
+    joined = [places[span.end] for span in spans]
+    blocks = _find_blocks(analysis, way, spans, joined)
+    inputs = [
+        places[span.start] if block is None else block.input
+        for span, block in zip(spans, blocks, strict=True)
+    ]
+    forks = [_forks(way, node) for node in way.nodes]
+    bounds: list[Bounds] = []
+    for i, block in enumerate(blocks):
+        unsure = ""
+        if block is not None:
+            end = block.end
+        elif i + 1 < len(spans):
+            end = inputs[i + 1]
+        else:
+            spelled_out = [b for b, other in zip(bounds, blocks, strict=False) if other is None]
+            end, unsure = _last_end(analysis, way, spelled_out, inputs[i], joined[i])
+        # The sum after an attention is what the next branch leaves from, and what that branch's result is added to. A
+        # post-norm stands between: the stream forks only after it.
+        cut = next((c for c in range(joined[i], end) if forks[c]), joined[i])
+        bounds.append(Bounds(inputs[i], cut, end, unsure))
+    return bounds
+
+
+def _forks(way: Chain, node: fx.Node) -> bool:
+    return sum(user in way.way for user in node.users) > 1
+
+
+# -- the author's blocks ------------------------------------------------------------------------------------------
+
+
+def _find_blocks(
+    analysis: TokenAnalysis, way: Chain, spans: Sequence[Span], joined: Sequence[int]
+) -> list[_Block | None]:
+    """Each layer's block; ``None`` where no module begins and ends on the chain with that attention alone."""
+    segments = _calls_by_segment(way)
+    blocks: list[_Block | None] = []
+    for span, at in zip(spans, joined, strict=True):
+        others = [other for other in joined if other != at]
+        shape = analysis[span.start].value.shape
+        found = []
+        for call in segments[at].common:
+            block = _block(segments, call)
+            if block is None or any(block.input < other <= block.end for other in others):
+                continue
+            values = [analysis[way.nodes[i]].value for i in block]
+            if all(isinstance(v, Tensor) and v.shape == shape for v in values):
+                found.append(block)
+        if not others:  # every module around a lone attention holds no other: take the one that is a whole layer
+            found = [block for block in reversed(found) if block.end > at]
+        blocks.append(found[0] if found else None)
+    return [None] * len(blocks) if _are_halves(blocks, joined) else blocks
+
+
+def _are_halves(blocks: Sequence[_Block | None], joined: Sequence[int]) -> bool:
+    """Whether these modules are attention and its residual, and what follows each is a module of its own."""
+    known = [(block, at) for block, at in zip(blocks, joined, strict=True) if block is not None]
+    apart = any(a.end < b.input for (a, _), (b, _) in itertools.pairwise(known))
+    return apart and all(block.end == at for block, at in known)
+
+
+class _Segment(NamedTuple):
+    """What leads from one node of the chain to the next, that one included.
+
+    Attributes:
+        common: the module calls that all its nodes are made in, outermost first.
+        some: those that any of them is made in.
+    """
+
+    common: tuple[str, ...]
+    some: frozenset[str]
+
+
+def _calls_by_segment(way: Chain) -> list[_Segment]:
+    """One segment for each node of the chain."""
+    # Every node on the way either leads to a node of the chain or comes from it, so the order of the graph tells.
+    segments: list[_Segment] = []
+    calls: list[tuple[str, ...]] = []
+    ends = iter(way.nodes)
+    end = next(ends, None)
+    for node in sorted(way.way):
+        if end is None:
+            break
+        calls.append(module_calls(node))
+        if node is end:
+            common = tuple(call for call in calls[0] if all(call in other for other in calls))
+            segments.append(_Segment(common, frozenset(call for own in calls for call in own)))
+            calls = []
+            end = next(ends, None)
+    return segments
+
+
+def _block(segments: Sequence[_Segment], call: str) -> _Block | None:
+    """Where a module call enters and leaves the chain; ``None`` if it holds a part of a segment only."""
+    held = [i for i, segment in enumerate(segments) if call in segment.some]
+    whole = all(call in segments[i].common for i in range(held[0], held[-1] + 1))
+    return _Block(held[0] - 1, held[-1]) if whole and held[0] > 0 else None
+
+
+# -- the end of the last layer, where no module tells -------------------------------------------------------------
+
+
+def _last_end(
+    analysis: TokenAnalysis, way: Chain, earlier: Sequence[Bounds], start: int, joined: int
+) -> tuple[int, str]:
+    """Where the last layer of a forward that spells its layers out ends, and why that cannot be told, if so.
+
+    It ends with its last residual sum, and what follows such a sum in an earlier layer of the same structure.
+    """
+    chain = way.nodes
+    shape = analysis[chain[start]].value.shape
+    last = joined
+    while last + 1 < len(chain):
+        value = analysis[chain[last + 1]].value
+        if not isinstance(value, Tensor) or value.shape != shape:
+            break
+        last += 1
+    sums = [i for i in range(joined + 1, last + 1) if _forks(way, chain[i - 1])]
+    sum_ = sums[-1] if sums else joined
+    alike = {
+        end
+        for layer in earlier
+        if (end := start + layer.end - layer.input) <= last
+        and all(
+            _step(analysis, way, layer.input + i) == _step(analysis, way, start + i)
+            for i in range(1, end - start + 1)
+        )
+    }
+    ends = {end for end in alike if end >= sum_}
+    end = min(ends, default=sum_)
+    follow = [i for i in range(end + 1, last + 1) if chain[i].target not in _SLICES]
+    # one step more is the final norm, unless other layers end with a step like it
+    final = len(follow) < 2
+    if follow and not ends:
+        like_it = _step(analysis, way, follow[0])
+        final &= all(_step(analysis, way, layer.end) != like_it for layer in earlier)
+    if len(ends) > 1 or not final or (alike and not ends):
+        return sum_, (
+            f"the last layer is in no module of its own, so whether it ends with {chain[end].name!r} or later "
+            "cannot be told"
+        )
+    return end, ""
+
+
+_SLICES = (operator.getitem, torch.ops.aten.slice.Tensor)
+"""What takes the whole of a sequence where it takes all rows: nothing is computed."""
+
+
+def _step(analysis: TokenAnalysis, way: Chain, index: int) -> tuple[bool, object]:
+    """What leads to a node of the chain: whether a branch is joined, and by what."""
+    node = way.nodes[index]
+    target: object = node.target
+    if node.op == "call_module":
+        target = type(analysis.module.get_submodule(str(target)))
+    return _forks(way, way.nodes[index - 1]), target

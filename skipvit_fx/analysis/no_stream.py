@@ -1,0 +1,116 @@
+"""Why a model has no single sequence of tokens that its attention runs over: found from what the attention sees."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, fx
+
+from skipvit_fx.analysis.residual import Span, keys_of
+from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.places import module_path
+
+SUMS_TOKENS = "a sum over the token axis"
+ONE_SEQUENCE = (
+    "only models with one sequence of tokens, the same from the first layer to the last, can be rewritten; "
+    "skipvit_fx.find_attention(model) lists the attention that was found"
+)
+
+
+class Tried(NamedTuple):
+    """What became of a stream when its second axis was taken for the tokens.
+
+    Attributes:
+        mixing: the first reason why tokens do not stay apart up to its attention; empty if they do.
+        over_tokens: whether the softmax runs over them.
+    """
+
+    mixing: str
+    over_tokens: bool
+
+
+def try_tokens(analysis: TokenAnalysis, span: Span) -> Tried:
+    """Look at a span whose start has just got a token axis."""
+    softmax = span.softmaxes[0]
+    node, mixing = span.start.next, ""
+    while not mixing and node is not softmax.next:
+        mixing = analysis[node].mixing
+        node = node.next
+    return Tried(mixing, analysis[softmax].softmax_over is not None)
+
+
+def no_stream(
+    analysis: TokenAnalysis, spans: Sequence[Span], tried: Tried | None
+) -> UnsupportedModelError:
+    """The refusal of a model whose attention does not run over one axis of a residual stream.
+
+    Args:
+        tried: what became of the first span; ``None`` if it starts with no tensor ``[batch, tokens, channels]``.
+    """
+    first, shrinks = spans[0], _shrinks(analysis, spans)
+    reason = _on_a_sequence(analysis, first, tried) if tried else _on_a_grid(analysis, first)
+    return UnsupportedModelError(
+        f"{reason}; {shrinks}" if shrinks else reason,
+        node=first.softmaxes[0].name,
+        module_path=module_path(first.softmaxes[0]),
+        hint=ONE_SEQUENCE,
+    )
+
+
+def _on_a_sequence(analysis: TokenAnalysis, span: Span, tried: Tried) -> str:
+    _, tokens, channels = analysis[span.start].value.shape
+    keys, rows = _matrix(analysis, span.softmaxes[0])
+    if SUMS_TOKENS in tried.mixing or (keys < tokens and rows == channels):
+        return "its first attention weighs channels, and not tokens"
+    if keys < tokens:
+        return (
+            f"each query of its first attention sees {keys} keys, and there are {tokens} tokens: it runs in windows, "
+            "or over tokens that were pooled"
+        )
+    if tried.mixing:
+        return f"in front of its first attention tokens are mixed: {tried.mixing}"
+    if tried.over_tokens:
+        return "its first softmax over tokens has no query for each token"
+    return "its first attention does not run over the tokens of a residual stream"
+
+
+def _on_a_grid(analysis: TokenAnalysis, span: Span) -> str:
+    stream = analysis[span.start].value
+    if not isinstance(stream, Tensor) or all(
+        a.op == "placeholder" for a in span.start.all_input_nodes
+    ):
+        return (
+            "in front of its first attention there is no place that everything passes: it has several sequences of "
+            "tokens, or reads its input again later"
+        )
+    shape = stream.shape[1:]
+    keys, rows = _matrix(analysis, span.softmaxes[0])
+    reason = f"its layers work on [{', '.join(map(str, shape))}], which is no sequence [tokens, channels]"
+    if keys in (math.prod(shape[1:]), math.prod(shape[:-1])):
+        return reason
+    if rows in shape:
+        return f"{reason}, and its first attention weighs channels"
+    return f"{reason}, and its attention runs in windows: each query sees {keys} keys"
+
+
+def _matrix(analysis: TokenAnalysis, softmax: fx.Node) -> tuple[int, int]:
+    """Keys of an attention, and rows of all its matrices for one sample."""
+    value: Tensor = analysis[softmax].value
+    keys = keys_of(analysis, softmax)
+    return keys, value[0].numel() // (value.shape[-1] if softmax.target in SDPA else keys)
+
+
+def _shrinks(analysis: TokenAnalysis, spans: Sequence[Span]) -> str:
+    """Where an attention has a smaller sequence in front of it than the one before; empty if none has."""
+    values = [(span, analysis[span.start].value) for span in spans]
+    values = [(span, value) for span, value in values if isinstance(value, Tensor)]
+    for (_, before), (span, after) in itertools.pairwise(values):
+        if before.ndim == after.ndim and min(before.shape[1:-1]) > min(after.shape[1:-1]):
+            old, new = (" x ".join(map(str, t.shape[1:])) for t in (before, after))
+            place = module_path(span.softmaxes[0]) or span.softmaxes[0].name
+            return f"the sequence shrinks from {old} to {new} in front of {place!r}"
+    return ""
