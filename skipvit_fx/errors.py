@@ -46,6 +46,10 @@ class UnsupportedModelError(SkipViTError):
         self.reason = reason
 
 
+class GuardError(SkipViTError, ValueError):
+    """A call of a rewritten model that its graph was not made for: another size, dtype, device or branch."""
+
+
 class ExportError(SkipViTError):
     """The rewritten model could not be written as ONNX."""
 

@@ -33,8 +33,10 @@ from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.lengths import lengths_followed
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
+from skipvit_fx.ir.questions import modes_refused
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
 from skipvit_fx.ir.unseen import Checkpoints, refuse_unseen
+from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import FixedSize
 
 Frontend = Literal["symbolic", "export"]
@@ -94,28 +96,25 @@ def capture(
     inputs = Inputs(model.forward, args, kwargs)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
-    fixed_sizes = False
     for training in (False, True):
         traced = clone_structure(model).train(training)
         changes = watch_attributes(traced, opened)
-        graph, fixed = _follow(traced, frontend, opened, mode, inputs, constants)
+        graph = _follow(traced, frontend, opened, mode, inputs, constants)
         if changes:
             if not training:
                 warn_of_kept(changes)
             places = list(changes)
             keep_what_is_known(traced, changes)
-            second, _ = _follow(traced, frontend, opened, mode, inputs, constants)
+            second = _follow(traced, frontend, opened, mode, inputs, constants)
             if str(graph) != str(second):
                 raise refuse_memory(places)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
-        fixed_sizes |= fixed
     module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
-    if fixed_sizes:
-        _fix_input_shapes(module, inputs)
+    _fix_input_shapes(module, inputs)
     module.recompile()
     return Capture(module, args, dict(kwargs), inputs, frontend, opened, mode)
 
@@ -127,19 +126,20 @@ def _follow(
     mode: TracelessFakeMode,
     inputs: Inputs,
     constants: dict[str, torch.Tensor],
-) -> tuple[fx.Graph, bool]:
-    """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only.
+) -> fx.Graph:
+    """The graph of a structural clone in the mode it is in.
 
     Constants that are made on the way are added to ``constants``.
     """
     with (
         _following(traced) as checkpoints,
         lengths_followed(traced, opened),
+        modes_refused(),
         slow_attention(),
         torch.enable_grad(),
     ):
         if frontend == "export":
-            graph, fixed = export_graph(traced, opened, inputs), True
+            graph = export_graph(traced, opened, inputs)
             if checkpoints.count and traced.training:
                 warnings.warn(
                     "the model recomputes activations (torch.utils.checkpoint); the exported graph keeps them, and "
@@ -148,10 +148,10 @@ def _follow(
                 )
         else:
             tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
-            graph, fixed = tracer.trace(traced), tracer.fixed_sizes
+            graph = tracer.trace(traced)
     mode.empty_caches()
     _share_constants(graph, traced, constants)
-    return graph, fixed
+    return graph
 
 
 @contextlib.contextmanager
@@ -175,7 +175,8 @@ def _following(traced: nn.Module) -> Iterator[Checkpoints]:
 
 def _is_impure(node: fx.Node) -> bool:
     """Random leaves stay, so that the random stream is the author's; pure ones without users go."""
-    return node.op in ("placeholder", "output", "call_module") or node.target is torch._assert
+    kept = (torch._assert, guard)
+    return node.op in ("placeholder", "output", "call_module") or node.target in kept
 
 
 def _refuse_disguises(model: nn.Module) -> None:
