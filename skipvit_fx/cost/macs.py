@@ -18,6 +18,7 @@ from skipvit_fx.ir.attention_modules import slow_attention
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
+from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
@@ -89,7 +90,8 @@ def count_macs(
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     traffic = _Traffic(frozenset(flops.flop_registry))
     try:
-        with slow_attention(), mode, torch.no_grad(), flops, traffic:
+        around = mode.surroundings
+        with around.kept(), around.watched(), slow_attention(), mode, torch.no_grad(), flops, traffic:
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs or {}))
             if not isinstance(module, fx.GraphModule):
                 faked(*fake_args, **fake_kwargs)
@@ -158,6 +160,8 @@ class _NodeCounter(fx.Interpreter):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is guard:
+            return None  # a batch of one stands for any
         macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
         value = super().run_node(n)
         self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2

@@ -85,6 +85,7 @@ def watch_calls(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         module.register_forward_pre_hook(lambda *_, path=path: watch.enter(path))
         module.register_forward_hook(lambda *_: watch.leave(), always_call=True)
     fake_args, fake_kwargs = fake_inputs(mode, (args, dict(kwargs)))
-    with mode, watch, torch.no_grad():
+    around = mode.surroundings
+    with around.kept(), around.watched(), mode, watch, torch.no_grad():
         watched(*fake_args, **fake_kwargs)
     return Calls(tuple(watch.modules), tuple(watch.attention))

@@ -81,7 +81,8 @@ def capture(
     _refuse_disguises(model)
     refuse_taken_names(model)
     try:
-        opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
+        with mode.surroundings.watched():
+            opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise TraceError(
             f"what {type(model).__name__} computes depends on the values in its input tensors ({error})",
@@ -92,6 +93,7 @@ def capture(
             f"{type(model).__name__} does not run on the example inputs: {error}",
             hint="pass example_inputs=(...) of the shape and dtype that the model takes",
         ) from error
+    mode.forget()
     _refuse_hooks(model, opened)
     inputs = Inputs(model.forward, args, kwargs)
     constants: dict[str, torch.Tensor] = {}
@@ -149,7 +151,7 @@ def _follow(
         else:
             tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
             graph = tracer.trace(traced)
-    mode.empty_caches()
+    mode.forget()
     _share_constants(graph, traced, constants)
     return graph
 

@@ -48,7 +48,8 @@ def with_capture(
     attempts: tuple[Frontend, ...] = ("symbolic", "export") if frontend == "auto" else (frontend,)
     for attempt in attempts:
         try:
-            return _opening(model, args, kwargs, work, attempt, mode)
+            with mode.surroundings.kept():
+                return _opening(model, args, kwargs, work, attempt, mode)
         except TraceError as error:
             failures.append(error)
     raise failures[0].as_refusal() if isinstance(failures[0], _ClosedModuleError) else failures[0]

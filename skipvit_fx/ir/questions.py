@@ -6,12 +6,13 @@ import builtins
 import contextlib
 import contextvars
 import dis
+import functools
 import linecache
 import sys
 import unittest.mock
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -76,6 +77,8 @@ class _Followed(type):
             return kind_of(args[0])
         if issubclass(found, torch.fx.Proxy):
             return args[0].__class__
+        if found in _NUMBERS:
+            return _NUMBERS[found]
         return cls if found is builtins.type else found
 
     def __instancecheck__(cls, instance: object) -> bool:
@@ -95,6 +98,19 @@ class followed_type(builtins.type, metaclass=_Followed):  # noqa: N801 - it is `
     """``type``, which answers for what stands in for a tensor as for the tensor itself."""
 
 
+_NUMBERS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+def followed_isinstance(thing: object, kinds: Any) -> bool:
+    """``isinstance``, which answers for a symbolic size as for a number."""
+    if type(thing) in _NUMBERS and issubclass(_NUMBERS[type(thing)], kinds):
+        return True
+    return isinstance(thing, kinds)
+
+
+TYPE_QUESTIONS: dict[str, Any] = {"isinstance": followed_isinstance, "type": followed_type}
+"""What stands for a builtin of this name in the author's code."""
+
 # -- modes of torch ---------------------------------------------------------------------------------------------------
 
 _MODES = (
@@ -109,6 +125,27 @@ _MODES = (
 _refused: contextvars.ContextVar[bool] = contextvars.ContextVar("refused", default=False)
 
 
+def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        frame = sys._getframe(1)
+        if _refused.get() and not asked_by_a_library(frame):
+            raise TraceError(
+                f"the model asks torch.{function.__name__}() around attention, in {place_of(frame)}; the answer may "
+                "change from call to call",
+                hint="move the branch into a module that runs no attention; such modules stay as they are",
+            )
+        return function(*args, **kwargs)
+
+    return ask
+
+
+STAND_INS: dict[Any, Callable[..., Any]] = {
+    getattr(torch, name): _refusing(getattr(torch, name)) for name in _MODES if hasattr(torch, name)
+}
+"""What stands for a function of torch, under whatever name the author's code has it."""
+
+
 @contextlib.contextmanager
 def modes_refused() -> Iterator[None]:
     """Refuse that an author's code asks in which mode of torch it runs: a graph runs in any.
@@ -116,10 +153,10 @@ def modes_refused() -> Iterator[None]:
     Raises:
         TraceError: it asks, and not in :func:`modes_allowed`.
     """
-    asked = {name: _refusing(name) for name in _MODES if hasattr(torch, name)}
+    asked: dict[str, Any] = {function.__name__: ask for function, ask in STAND_INS.items()}
     token = _refused.set(True)
     try:
-        with unittest.mock.patch.multiple(torch, **cast(dict[str, Any], asked)):
+        with unittest.mock.patch.multiple(torch, **asked):
             yield
     finally:
         _refused.reset(token)
@@ -133,18 +170,3 @@ def modes_allowed() -> Iterator[None]:
         yield
     finally:
         _refused.reset(token)
-
-
-def _refusing(name: str) -> Callable[..., Any]:
-    function = getattr(torch, name)
-
-    def ask(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if _refused.get() and not asked_by_a_library(frame):
-            raise TraceError(
-                f"the model asks torch.{name}() around attention, {place_of(frame)}, which may change from call to call",
-                hint="move the branch into a module that runs no attention; such modules stay as they are",
-            )
-        return function(*args, **kwargs)
-
-    return ask
