@@ -34,6 +34,7 @@ from skipvit_fx.ir.lengths import lengths_followed
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
 from skipvit_fx.ir.questions import modes_refused
+from skipvit_fx.ir.repeated import refuse_calls_that_remember
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
 from skipvit_fx.ir.unseen import Checkpoints, refuse_unseen
 from skipvit_fx.ops.guard import guard
@@ -83,6 +84,8 @@ def capture(
     try:
         with mode.surroundings.watched():
             opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
+        inputs = Inputs(model.forward, args, kwargs)
+        refuse_calls_that_remember(model, mode, inputs, opened)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise TraceError(
             f"what {type(model).__name__} computes depends on the values in its input tensors ({error})",
@@ -95,7 +98,6 @@ def capture(
         ) from error
     mode.forget()
     _refuse_hooks(model, opened)
-    inputs = Inputs(model.forward, args, kwargs)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
     for training in (False, True):

@@ -6,10 +6,11 @@ import copy
 from collections import OrderedDict
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.nested import nested
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -42,9 +43,15 @@ def fake_structure(model: nn.Module, mode: TracelessFakeMode) -> nn.Module:
 
 
 def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
-    """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time."""
+    """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time.
+
+    It takes tensors that an earlier call left, with the graph of their gradients, without that.
+    """
     for module in model.modules():
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:
                 known[id(value)] = OrderedDict()
+            for part in nested(value):
+                if isinstance(part, Tensor) and not part.is_leaf:
+                    known[id(part)] = part.detach()
     return copy.deepcopy(model, known)

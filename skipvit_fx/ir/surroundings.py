@@ -17,11 +17,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from skipvit_fx.ir.nested import nested
 from skipvit_fx.ir.questions import STAND_INS, TYPE_QUESTIONS
 
 _SPARED = frozenset({"numpy", "skipvit_fx", "sympy", "torch"}) | sys.stdlib_module_names
 _TRACED = (fx.Proxy, FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-_DEEPEST = 6
 _MISSING = object()
 
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
@@ -239,16 +239,6 @@ def _put_cell(cell: CellType, content: list[Any]) -> None:
         del cell.cell_contents
 
 
-def holds_traced(thing: Any, depth: int = 0) -> bool:
+def holds_traced(thing: Any) -> bool:
     """Whether something that tracing made is in there, however nested."""
-    if issubclass(type(thing), _TRACED):
-        return True
-    if depth > _DEEPEST or issubclass(type(thing), (*_PLAIN, type)):
-        return False
-    if isinstance(thing, dict):
-        parts = [*dict.keys(thing), *dict.values(thing)]
-    elif isinstance(thing, (list, tuple, set, frozenset, collections.deque)):
-        parts = list(thing)
-    else:
-        parts = list(getattr(thing, "__dict__", {}).values())
-    return any(holds_traced(part, depth + 1) for part in parts)
+    return any(issubclass(type(part), _TRACED) for part in nested(thing))
