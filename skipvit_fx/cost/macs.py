@@ -160,10 +160,8 @@ class _NodeCounter(fx.Interpreter):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        if n.target is guard:
-            return None  # a batch of one stands for any
         macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
-        value = super().run_node(n)
+        value = None if n.target is guard else super().run_node(n)  # one sample stands for any
         self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
         self.bytes[n.name] = self.traffic.bytes - bytes_
         if isinstance(value, Tensor):

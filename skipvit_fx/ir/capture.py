@@ -34,7 +34,7 @@ from skipvit_fx.ir.lengths import lengths_followed
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
 from skipvit_fx.ir.questions import modes_refused
-from skipvit_fx.ir.repeated import refuse_calls_that_remember
+from skipvit_fx.ir.repeated import Alone, call_alone, refuse_calls_that_remember
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES, SymbolicTracer, attribute
 from skipvit_fx.ir.unseen import Checkpoints, refuse_unseen
 from skipvit_fx.ops.guard import guard
@@ -86,6 +86,7 @@ def capture(
             opened = frozenset(attention_modules(model, mode, args, kwargs)) | also_open
         inputs = Inputs(model.forward, args, kwargs)
         refuse_calls_that_remember(model, mode, inputs, opened)
+        mode.surroundings.refuse_unanswered()
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise TraceError(
             f"what {type(model).__name__} computes depends on the values in its input tensors ({error})",
@@ -96,20 +97,21 @@ def capture(
             f"{type(model).__name__} does not run on the example inputs: {error}",
             hint="pass example_inputs=(...) of the shape and dtype that the model takes",
         ) from error
-    mode.forget()
     _refuse_hooks(model, opened)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
+    alone = call_alone(model, mode, inputs, opened) if frontend == "export" else None
+    mode.forget()
     for training in (False, True):
         traced = clone_structure(model).train(training)
         changes = watch_attributes(traced, opened)
-        graph = _follow(traced, frontend, opened, mode, inputs, constants)
+        graph = _follow(traced, alone, opened, mode, inputs, constants)
         if changes:
             if not training:
                 warn_of_kept(changes)
             places = list(changes)
             keep_what_is_known(traced, changes)
-            second = _follow(traced, frontend, opened, mode, inputs, constants)
+            second = _follow(traced, alone, opened, mode, inputs, constants)
             if str(graph) != str(second):
                 raise refuse_memory(places)
         graph.eliminate_dead_code(_is_impure)
@@ -125,13 +127,13 @@ def capture(
 
 def _follow(
     traced: nn.Module,
-    frontend: Frontend,
+    alone: Alone | None,
     opened: frozenset[str],
     mode: TracelessFakeMode,
     inputs: Inputs,
     constants: dict[str, torch.Tensor],
 ) -> fx.Graph:
-    """The graph of a structural clone in the mode it is in.
+    """The graph of a structural clone in the mode it is in: exported, if it is known what a batch of one shows.
 
     Constants that are made on the way are added to ``constants``.
     """
@@ -142,8 +144,8 @@ def _follow(
         slow_attention(),
         torch.enable_grad(),
     ):
-        if frontend == "export":
-            graph = export_graph(traced, opened, inputs)
+        if alone is not None:
+            graph = export_graph(traced, opened, inputs, alone)
             if checkpoints.count and traced.training:
                 warnings.warn(
                     "the model recomputes activations (torch.utils.checkpoint); the exported graph keeps them, and "

@@ -9,9 +9,11 @@ import dis
 import functools
 import linecache
 import sys
+import textwrap
 import unittest.mock
 from collections.abc import Callable, Iterator
-from types import FrameType
+from itertools import pairwise
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ops.guard import kind_of
+
+_LONGEST = 80
+"""Characters of a line of source in a message."""
 
 # -- who asks ---------------------------------------------------------------------------------------------------------
 
@@ -48,19 +53,32 @@ def place_of(frame: FrameType) -> str:
 
 def spelled_place(file: str, line: int, function: str) -> str:
     """A line of source and the function that it is in."""
-    code = linecache.getline(file, line).strip()
+    code = textwrap.shorten(linecache.getline(file, line), _LONGEST, placeholder=" ...")
     return f"`{code}` in {function}" if code else function
 
 
 def compares_identity(frame: FrameType) -> bool:
     """Whether the function of a frame asks ``a is b``, of anything but None: a proxy cannot answer that."""
-    before: dis.Instruction | None = None
-    for instruction in dis.get_instructions(frame.f_code):
-        if instruction.opname == "IS_OP" and before is not None:
-            if not (before.opname == "LOAD_CONST" and before.argval is None):
-                return True
-        before = instruction
-    return False
+    return any(
+        step.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None)
+        for before, step in pairwise(dis.get_instructions(frame.f_code))
+    )
+
+
+_COMPARED_SOON = 4
+_COMPARISONS = ("COMPARE_OP", "CONTAINS_OP", "IS_OP")
+
+
+def compares_class(code: CodeType) -> bool:
+    """Whether a function compares ``x.__class__``, of anything but ``self``: a fake tensor tells its own."""
+    steps = list(dis.get_instructions(code))
+    return any(
+        step.argval == "__class__"
+        and before.argval != "self"
+        and any(later.opname in _COMPARISONS for later in steps[i + 2 : i + 2 + _COMPARED_SOON])
+        for i, (before, step) in enumerate(pairwise(steps))
+        if step.opname == "LOAD_ATTR"
+    )
 
 
 # -- type(x) ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.nested import nested
-from skipvit_fx.ir.questions import STAND_INS, TYPE_QUESTIONS
+from skipvit_fx.ir.questions import STAND_INS, TYPE_QUESTIONS, compares_class
 
 _SPARED = frozenset({"numpy", "skipvit_fx", "sympy", "torch"}) | sys.stdlib_module_names
 _TRACED = (fx.Proxy, FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -59,6 +60,7 @@ class Surroundings:
         self._names: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._put: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: set[CodeType] = set()
+        self._of_class: list[str] = []
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -80,6 +82,18 @@ class Surroundings:
             yield
         finally:
             sys.setprofile(before)
+
+    def refuse_unanswered(self) -> None:
+        """Check what the author's code asked.
+
+        Raises:
+            TraceError: something that only a real tensor could answer.
+        """
+        if self._of_class:
+            raise TraceError(
+                f"{self._of_class[0]} compares the __class__ of a value, which is another one while the model is looked at",
+                hint="write isinstance(x, torch.Tensor), or type(x) is torch.Tensor",
+            )
 
     def restore(self) -> None:
         """Put everything back, if anything caught what tracing made."""
@@ -105,6 +119,8 @@ class Surroundings:
         values = list(frame.f_locals.values())
         if frame.f_code not in self._seen:
             self._seen.add(frame.f_code)
+            if compares_class(frame.f_code):
+                self._of_class.append(frame.f_code.co_qualname)
             values += self._globals(frame.f_code, frame.f_globals)
             values += _cells(frame.f_code)
             self._answer(frame.f_globals)

@@ -19,7 +19,7 @@ def kind_of(value: Any) -> type:
 
 
 READS: dict[str, Callable[[Any], Any]] = {
-    "bool": bool,
+    "bool": lambda value: True if value else False,  # noqa: SIM210 - torch.compile decides here
     "int": int,
     "float": float,
     "len": len,
