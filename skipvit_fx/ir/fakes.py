@@ -67,7 +67,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] = immutable_dict(),
     ) -> Any:
         """Make parameters fake first: what real ones take part in is not cached, and takes ten times as long."""
-        args = tuple(self.twin(arg) if type(arg) is nn.Parameter else arg for arg in args)
+        args = tuple(self.twin(arg) if _has_gradient(arg) else arg for arg in args)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def twin(self, tensor: torch.Tensor) -> FakeTensor:
@@ -95,6 +95,11 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
                 if holds_traced([thing for thing in held if thing is not cache.__wrapped__]):
                     cache.cache_clear()
                 self._caches[cache] = cache.cache_info().misses
+
+
+def _has_gradient(arg: object) -> bool:
+    """Whether this is a parameter, or a real tensor that an earlier call left somewhere."""
+    return type(arg) is nn.Parameter or (type(arg) is torch.Tensor and not arg.is_leaf)
 
 
 def _caches() -> list[_Cached]:

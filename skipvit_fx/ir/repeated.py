@@ -57,12 +57,12 @@ def refuse_calls_that_remember(
             with mode.surroundings.watched() if training else contextlib.nullcontext():
                 first = calls.run(calls.batch)
             calls.try_run(calls.batch + 1)
+            meanwhile = _numbers_kept(calls.model, opened)
             again = calls.run(calls.batch)
         except _StaleError as error:
             raise _remembers(calls.model, error) from error
         if step := _first_difference(first, again):
-            now = _numbers_kept(calls.model, opened)
-            changed = [name for name, numbers in now.items() if numbers != kept.get(name)]
+            changed = [name for name, numbers in meanwhile.items() if numbers != kept.get(name)]
             raise TraceError(
                 "the model computes another thing in its second call than in its first, by what it keeps: "
                 f"{', '.join(changed) or 'something outside the model'}, in {spelled_place(*step.place)}",
