@@ -7,6 +7,7 @@ from skipvit_fx.cost.latency import measure_latency
 from skipvit_fx.cost.latency_report import LatencyReport
 from skipvit_fx.errors import (
     ExportError,
+    GuardError,
     NotRewrittenError,
     PlanError,
     SavedModelError,
@@ -29,6 +30,7 @@ __all__ = [
     "AttentionReport",
     "ExportError",
     "ExportedFile",
+    "GuardError",
     "Inspection",
     "LatencyReport",
     "NotRewrittenError",

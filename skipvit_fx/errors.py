@@ -87,6 +87,10 @@ class ValidationError(SkipViTError):
         self.modules = modules
 
 
+class GuardError(SkipViTError, ValueError):
+    """A call of a rewritten model that its graph was not made for: another size, dtype, device or branch."""
+
+
 class ExportError(SkipViTError):
     """The rewritten model could not be written as ONNX."""
 

@@ -106,7 +106,9 @@ def find_attention(
         TraceError: there are no example inputs, or the model does not run on them.
     """
     args, kwargs = example_of(model, example_inputs)
-    calls = watch_calls(model, TracelessFakeMode(), args, kwargs)
+    mode = TracelessFakeMode()
+    with mode.surroundings.kept():
+        calls = watch_calls(model, mode, args, kwargs)
     return AttentionReport(model, calls, _find(model, args, kwargs, prefix_tokens))
 
 

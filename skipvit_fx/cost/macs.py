@@ -18,6 +18,7 @@ from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.side_effects import contained
+from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
@@ -96,7 +97,8 @@ def _count(
     flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     traffic = _Traffic(frozenset(flops.flop_registry))
     try:
-        with mode, torch.no_grad(), flops, traffic:
+        around = mode.surroundings
+        with around.kept(), around.watched(), mode, torch.no_grad(), flops, traffic:
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs))
             if not isinstance(module, fx.GraphModule):
                 with author_code():
@@ -170,7 +172,7 @@ class _NodeCounter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
-        value = super().run_node(n)
+        value = None if n.target is guard else super().run_node(n)  # one sample stands for any
         self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
         self.bytes[n.name] = self.traffic.bytes - bytes_
         if isinstance(value, Tensor):

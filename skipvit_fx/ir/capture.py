@@ -28,10 +28,13 @@ from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
+from skipvit_fx.ir.questions import modes_refused
+from skipvit_fx.ir.repeated import Alone, call_alone, refuse_calls_that_remember
 from skipvit_fx.ir.side_effects import followed
 from skipvit_fx.ir.symbolic import SymbolicTracer, attribute
 from skipvit_fx.ir.this_thread import Checkpoints
 from skipvit_fx.ir.watch import watch_calls
+from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import FixedSize
 
 Frontend = Literal["symbolic", "export"]
@@ -82,52 +85,54 @@ def capture(
     _refuse_disguises(model)
     refuse_taken_names(model)
     opened = frozenset(watch_calls(model, mode, args, kwargs).around_attention) | also_open
-    _refuse_hooks(model, opened)
     inputs = Inputs(model.forward, args, kwargs)
+    refuse_calls_that_remember(model, mode, inputs, opened)
+    mode.surroundings.refuse_unanswered()
+    _refuse_hooks(model, opened)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
-    fixed_sizes = False
+    alone = call_alone(model, mode, inputs, opened) if frontend == "export" else None
+    mode.forget()
     for training in (False, True):
         traced = clone_structure(model).train(training)
         traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
-        graph, fixed = _follow(traced, frontend, opened, mode, inputs, constants)
+        graph = _follow(traced, alone, opened, mode, inputs, constants)
         if changes:
             if not training:
                 warn_of_kept(changes)
             places = list(changes)
             keep_what_is_known(traced, changes)
-            second, _ = _follow(traced, frontend, opened, mode, inputs, constants)
+            second = _follow(traced, alone, opened, mode, inputs, constants)
             if str(graph) != str(second):
                 raise refuse_memory(places)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
-        fixed_sizes |= fixed
     module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
-    if fixed_sizes:
-        _fix_input_shapes(module, inputs)
+    _fix_input_shapes(module, inputs)
     module.recompile()
     return Capture(module, args, dict(kwargs), inputs, frontend, reason, opened, mode)
 
 
 def _follow(
     traced: nn.Module,
-    frontend: Frontend,
+    alone: Alone | None,
     opened: frozenset[str],
     mode: TracelessFakeMode,
     inputs: Inputs,
     constants: dict[str, torch.Tensor],
-) -> tuple[fx.Graph, bool]:
-    """The graph of a structural clone in the mode it is in, and whether it holds for inputs of one size only.
+) -> fx.Graph:
+    """The graph of a structural clone in the mode it is in: exported, if it is known what a batch of one shows.
 
     Constants that are made on the way are added to ``constants``.
     """
-    with _following(traced, frontend) as checkpoints, torch.enable_grad():
-        if frontend == "export":
-            graph, fixed = export_graph(traced, opened, inputs), True
+    exporting = alone is not None
+    with _following(traced, exporting) as checkpoints, modes_refused(), torch.enable_grad():
+        if alone is not None:
+            graph = export_graph(traced, opened, inputs, alone)
             if checkpoints.count and traced.training:
                 warnings.warn(
                     "the model recomputes activations (torch.utils.checkpoint); the exported graph keeps them, and "
@@ -136,21 +141,21 @@ def _follow(
                 )
         else:
             tracer = SymbolicTracer(opened, mode, inputs, checkpoints)
-            graph, fixed = tracer.trace(traced), tracer.fixed_sizes
-    mode.empty_caches()
+            graph = tracer.trace(traced)
+    mode.forget()
     _share_constants(graph, traced, constants)
-    return graph, fixed
+    return graph
 
 
 @contextlib.contextmanager
-def _following(traced: nn.Module, frontend: Frontend) -> Iterator[Checkpoints]:
+def _following(traced: nn.Module, exporting: bool) -> Iterator[Checkpoints]:
     """Turn what an author's forward raises into a refusal.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
     """
     try:
-        with followed(exporting=frontend == "export") as checkpoints:
+        with followed(exporting=exporting) as checkpoints:
             yield checkpoints
     except AuthorError as error:
         raise TraceError(
@@ -162,7 +167,8 @@ def _following(traced: nn.Module, frontend: Frontend) -> Iterator[Checkpoints]:
 
 def _is_impure(node: fx.Node) -> bool:
     """Random leaves stay, so that the random stream is the author's; pure ones without users go."""
-    return node.op in ("placeholder", "output", "call_module") or node.target is torch._assert
+    kept = (torch._assert, guard)
+    return node.op in ("placeholder", "output", "call_module") or node.target in kept
 
 
 def _refuse_disguises(model: nn.Module) -> None:

@@ -6,12 +6,13 @@ import copy
 from collections import OrderedDict
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.nested import nested
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -62,6 +63,8 @@ def _owner(model: nn.Module) -> nn.Module:
 def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
     """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time.
 
+    It takes tensors that an earlier call left, with the graph of their gradients, without that.
+
     Raises:
         TraceError: something in the model refuses to be copied; names the attribute.
     """
@@ -69,6 +72,9 @@ def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
         for value in vars(module).values():
             if type(value) is OrderedDict and not value:
                 known[id(value)] = OrderedDict()
+            for part in nested(value):
+                if isinstance(part, Tensor) and not part.is_leaf:
+                    known[id(part)] = part.detach()
     tensors = dict(known)
     try:
         with author_code():

@@ -18,6 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attributes import CONSTANT
@@ -25,7 +27,10 @@ from skipvit_fx.ir.author_code import author_code
 from skipvit_fx.ir.in_place import WatchWrites, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
+from skipvit_fx.ir.questions import modes_allowed, spelled_place
+from skipvit_fx.ir.repeated import Alone
 from skipvit_fx.ir.side_effects import stays_as_it_is
+from skipvit_fx.ops.guard import guard
 
 aten = torch.ops.aten
 
@@ -85,7 +90,7 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
     """What a leaf module returns: fresh tensors of the shapes that its own forward gives."""
     leaf = _CALLS[call]
     args, kwargs = leaf.arguments(tensors, sizes)
-    with stays_as_it_is():
+    with stays_as_it_is(), modes_allowed():
         with WatchWrites() as watch:
             leaves, leaf.out_spec = pytree.tree_flatten(leaf.forward(*args, **kwargs))
         leaf.writes = watch.wrote_into(tensors)
@@ -128,11 +133,19 @@ def _opaque(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def export_graph(model: nn.Module, open_paths: frozenset[str], inputs: Inputs) -> fx.Graph:
+def export_graph(
+    model: nn.Module, open_paths: frozenset[str], inputs: Inputs, alone: Alone
+) -> fx.Graph:
     """The graph of ``model``, in the mode that it is in, with every module that is not open as one node.
 
-    ``model`` must be a structural clone that nobody else uses: the forwards of its leaf modules are replaced, and
-    constants of the graph become its attributes.
+    What ``torch.export`` assumes of the batch size becomes a :func:`guard`.
+
+    Args:
+        model: a structural clone that nobody else uses: the forwards of its leaf modules are replaced, and constants of
+            the graph become its attributes.
+        open_paths: of the modules to look into.
+        inputs: of an example call.
+        alone: what a batch of one shows, which ``torch.export`` never looks at.
 
     Raises:
         TraceError: a part of the result cannot be told as a graph over the model's own modules.
@@ -148,7 +161,7 @@ def export_graph(model: nn.Module, open_paths: frozenset[str], inputs: Inputs) -
     try:
         with author_code():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=batches)
-        return _Translation(program, inputs, model).graph
+        return _Translation(program, inputs, model, alone).graph
     finally:
         _CALLS.clear()
 
@@ -175,7 +188,9 @@ class _Translation:
         norm = model.blocks.0.norm1(view)
     """
 
-    def __init__(self, program: ExportedProgram, inputs: Inputs, root: nn.Module) -> None:
+    def __init__(
+        self, program: ExportedProgram, inputs: Inputs, root: nn.Module, alone: Alone
+    ) -> None:
         self.graph = fx.Graph()
         self._tracer = _Tracer(self.graph)
         self._program = program
@@ -184,6 +199,7 @@ class _Translation:
         self._written_by_leaf: dict[fx.Node, list[fx.Node]] = {}
         self._constant_count = 0
         self._place_inputs(inputs)
+        self._place_guards(alone)
         for node in program.graph.nodes:
             if node.op == "call_function":
                 self._place_call(node)
@@ -219,6 +235,43 @@ class _Translation:
     def _placeholder(self, name: str, example: Any) -> Any:
         node = self.graph.placeholder(name)
         return parts_of(example, fx.Proxy(node, self._tracer))
+
+    def _place_guards(self, alone: Alone) -> None:
+        """Check what was assumed of the batch size, and of what a graph of fixed operators has lost."""
+        inputs = [
+            (node, twin)
+            for node, twin in self._twins.items()
+            if twin.op != "get_attr" and isinstance(node.meta["val"], Tensor)
+        ]
+        sizes: dict[Any, Any] = {}
+        for node, twin in inputs:
+            for size in node.meta["val"].shape[:1]:
+                if isinstance(size, torch.SymInt):
+                    sizes[size.node._expr] = fx.Proxy(twin, self._tracer).size(0)
+            self._guard_attributes(twin, node.meta["val"], alone)
+        if not sizes:
+            return
+        fake: Any = inputs[0][0].meta["val"]
+        for assumed in fake.fake_mode.shape_env.guards:
+            holds = sympy_interp(PythonReferenceAnalysis, dict(sizes), assumed.expr)
+            frame = assumed.sloc.maybe_user_loc or assumed.sloc.framework_loc
+            self._guard(holds, True, spelled_place(frame.filename, frame.lineno, frame.name))
+        if alone.differs:
+            several = next(iter(sizes.values())) > 1
+            self._guard(several, True, "the model, which computes something else for one sample,")
+
+    def _guard_attributes(self, node: fx.Node, value: Tensor, alone: Alone) -> None:
+        """Where the author's code asks for the dtype or device of a tensor, the answers are built in."""
+        for name in ("dtype", "device"):
+            if alone.asked & _ASKED[name]:
+                found = getattr(fx.Proxy(node, self._tracer), name)
+                self._guard(
+                    found, getattr(value, name), f"the model, which asks for a {name},", "value"
+                )
+
+    def _guard(self, found: Any, assumed: Any, place: str, read: str = "bool") -> None:
+        if isinstance(found, fx.Proxy):
+            self.graph.call_function(guard, (found.node, read, assumed, place))
 
     def _constant(self, name: str) -> fx.Node:
         """A tensor that the model makes anew in every call, such as ``torch.tensor([1.0])``."""
@@ -320,6 +373,12 @@ class _Translation:
 def _is_leaf(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target is torch.ops.skipvit_fx.leaf.default
 
+
+_ASKED = {
+    "dtype": frozenset({"dtype", "is_floating_point"}),
+    "device": frozenset({"device", "is_cuda"}),
+}
+"""Attributes and methods of a tensor whose answer hangs on its dtype, or its device."""
 
 _CHECKS = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default})
 """What ``torch.export`` itself wants checked; the shapes of inputs are checked where they come in."""

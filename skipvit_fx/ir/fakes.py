@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from skipvit_fx.ir.author_code import author_code
+from skipvit_fx.ir.surroundings import Surroundings, holds_traced
 
 _Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 _SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
@@ -32,6 +33,8 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     A function of the author's under ``functools.lru_cache`` that makes a table would keep a fake one, and hand it to
     the author's own model later. So on leaving the mode, every such cache that caught a fake tensor is emptied.
 
+    What else the author's code may keep is in ``surroundings``.
+
     Values of small integer inputs stay known, for modules that read them, such as an embedding that wants the heights
     and widths of images. What is captured never depends on them: proxies stand for tensors, and have no values.
     """
@@ -41,6 +44,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         super().__init__(allow_non_fake_inputs=True, shape_env=shapes)
         self._caches = {cache: cache.cache_info().misses for cache in _caches()}
         self._twins = WeakIdKeyDictionary()
+        self.surroundings = Surroundings()
         self._entered = 0  # operators enter it again while they run
 
     def __enter__(self) -> Self:
@@ -66,7 +70,10 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, object] = immutable_dict(),
     ) -> Any:
         """Make parameters fake first: what real ones take part in is not cached, and takes ten times as long."""
-        args = tuple(self.twin(arg) if type(arg) is nn.Parameter else arg for arg in args)
+        args = tuple(
+            self.twin(arg) if isinstance(arg, torch.Tensor) and _has_gradient(arg) else arg
+            for arg in args
+        )
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def twin(self, tensor: torch.Tensor) -> FakeTensor:
@@ -83,14 +90,24 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         small = t.numel() <= MOST_KNOWN and not t.is_floating_point() and not t.is_complex()
         return small and not t.is_sparse and not t.is_meta and not self.is_our_fake(t)
 
+    def forget(self) -> None:
+        """Let the author's code keep nothing of what it was shown."""
+        self.empty_caches()
+        self.surroundings.restore()
+
     def empty_caches(self) -> None:
-        """Empty every cache that caught a fake tensor since the last time."""
+        """Empty every cache that caught what is no tensor of the model since the last time."""
         for cache, known in self._caches.items():
             if cache.cache_info().misses != known:
                 held = gc.get_referents(cache)  # results, keys, and the function
-                if any(isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(held)):
+                if holds_traced([thing for thing in held if thing is not cache.__wrapped__]):
                     cache.cache_clear()
                 self._caches[cache] = cache.cache_info().misses
+
+
+def _has_gradient(arg: object) -> bool:
+    """Whether this is a parameter, or a real tensor that an earlier call left somewhere."""
+    return type(arg) is nn.Parameter or (type(arg) is torch.Tensor and not arg.is_leaf)
 
 
 def _caches() -> list[_Cached]:

@@ -11,6 +11,7 @@ from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.recompute import CHECKPOINT
+from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import ByMode, InTraining
 
 
@@ -91,6 +92,10 @@ class _Union:
 
     def _insert(self, here: fx.Node, there: fx.Node) -> None:
         """Let ``there``, which only train mode has, stand in front of ``here``."""
+        if _is_size_to_guard(there):
+            with self.graph.inserting_before(here):
+                self.twins[there] = self.graph.node_copy(there, self._here)
+            return
         given = [i for i, argument in enumerate(there.args) if isinstance(argument, fx.Node)]
         if there.op not in ("call_function", "call_method") or not given:
             _refuse_paths(here, there)
@@ -124,6 +129,13 @@ class _Union:
         child = f"skipvit_by_mode_{len(self.constants) + len(self.only_in_train)}"
         parent.add_module(child, op.train(parent.training))
         return f"{owner}.{child}".removeprefix(".")
+
+
+def _is_size_to_guard(node: fx.Node) -> bool:
+    """Whether a node computes a number, and for no other purpose than that it is checked."""
+    module = getattr(node.target, "__module__", None)
+    counts = module == "_operator" or node.target in (getattr, "size", "dim", "numel")
+    return counts and all(user.target is guard or _is_size_to_guard(user) for user in node.users)
 
 
 class _Slice(NamedTuple):

@@ -103,19 +103,26 @@ def _opening(
     reason: str,
 ) -> T:
     opened = asked = frozenset[str]()
-    while True:
-        try:
-            captured = capture(
-                model, args, kwargs, frontend=frontend, reason=reason, mode=mode, also_open=opened
-            )
-        except TraceError as error:
-            if not asked:
-                raise
-            raise _ClosedModuleError(min(asked), error) from error
-        try:
-            return work(captured)
-        except OpenModules as leaves:
-            if leaves.paths <= opened:
-                raise
-            asked = leaves.paths
-            opened |= asked
+    with mode.surroundings.kept():
+        while True:
+            try:
+                captured = capture(
+                    model,
+                    args,
+                    kwargs,
+                    frontend=frontend,
+                    reason=reason,
+                    mode=mode,
+                    also_open=opened,
+                )
+            except TraceError as error:
+                if not asked:
+                    raise
+                raise _ClosedModuleError(min(asked), error) from error
+            try:
+                return work(captured)
+            except OpenModules as leaves:
+                if leaves.paths <= opened:
+                    raise
+                asked = leaves.paths
+                opened |= asked

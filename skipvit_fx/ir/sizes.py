@@ -12,6 +12,7 @@ from torch import fx
 SIZE_FREE = frozenset(
     {"dim", "ndimension", "ndim", "dtype", "device", "is_cuda", "is_floating_point", "is_complex"}
     | {"requires_grad", "type", "is_contiguous", "layout", "is_sparse", "get_device"}
+    | {torch.is_floating_point, torch.is_complex}
 )
 """Methods and attributes of a tensor whose value does not depend on its sizes."""
 

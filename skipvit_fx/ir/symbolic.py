@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import functools
-import operator
+import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,30 +23,50 @@ from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.ir.in_place import AUGMENTED, WatchWrites, augmented, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
+from skipvit_fx.ir.questions import (
+    asked_by_a_library,
+    author_frame,
+    compares_identity,
+    modes_allowed,
+    place_of,
+)
 from skipvit_fx.ir.recompute import CHECKPOINT
 from skipvit_fx.ir.side_effects import lost_context, stays_as_it_is
+from skipvit_fx.ir.sizes import dimension_of, sizes_of
 from skipvit_fx.ir.this_thread import Checkpoints
+from skipvit_fx.ops.guard import READS, guard, kind_of
 
-_OF_GRADIENTS = ("grad", "grad_fn", "is_leaf", "requires_grad")
+_OF_GRADIENTS = ("grad", "grad_fn", "is_inference", "is_leaf", "requires_grad")
+_OF_IDENTITY = ("device", "dtype", "layout")
+"""Attributes of a tensor whose values Python may compare with ``is``."""
+
+_RANK = ("dim", "ndim", "ndimension", "is_nested")
+"""What a graph that runs at all finds the same in every call."""
 
 
 class _Witnessed:
-    """Proxy behaviour for what Python needs as a value: lengths and integers."""
+    """Proxy behaviour for what Python needs as a value: lengths, integers, what kind of thing it is."""
 
     tracer: SymbolicTracer
     node: fx.Node
 
     def __len__(self) -> int:
-        return int(self.tracer.concrete(self.node, len))
+        return int(self.tracer.concrete(self.node, "len"))
 
     def __int__(self) -> int:
-        return int(self.tracer.concrete(self.node, int))
+        return int(self.tracer.concrete(self.node, "int"))
 
     def __index__(self) -> int:
-        return int(self.tracer.concrete(self.node, int))
+        return int(self.tracer.concrete(self.node, "int"))
 
     def __float__(self) -> float:
-        return float(self.tracer.concrete(self.node, float))
+        return float(self.tracer.concrete(self.node, "float"))
+
+    def __hash__(self) -> int:
+        """A size is looked up in a table as the number that it is, a tensor as the object that it is."""
+        if issubclass(self.tracer.kind(self.node), torch.Tensor):
+            return object.__hash__(self)
+        return hash(self.tracer.concrete(self.node, "value"))
 
     def __setitem__(self, place: Any, value: Any) -> None:
         del place, value
@@ -57,7 +77,19 @@ class _Witnessed:
         )
 
     def __getattr__(self, name: str) -> Any:
-        return _WitnessedAttribute(cast(Proxy, self), name)
+        if not hasattr(self.tracer.outline(self.node), name):
+            raise AttributeError(f"{self.tracer.kind(self.node).__name__} has no {name!r}")
+        attribute = _WitnessedAttribute(cast(Proxy, self), name)
+        if name in _OF_IDENTITY and compares_identity(sys._getframe(1)):
+            return self.tracer.concrete(attribute.node, "value")
+        return attribute
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What ``isinstance`` goes by for a proxy, beside its type."""
+        if self.node.op == "call_module" and not asked_by_a_library(sys._getframe(1)):
+            self.tracer.concrete(self.node, "class")
+        return self.tracer.kind(self.node)
 
 
 for _name in AUGMENTED:
@@ -102,9 +134,9 @@ class _Witness:
 class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     """Traces through the modules named in ``open_paths``; every other module stays one ``call_module`` node.
 
-    Where Python needs a value (a branch, a length), the node is evaluated on fake tensors of two batch sizes. If
-    both agree, tracing goes on with it and ``fixed_sizes`` turns true; if not, the model's control flow depends on
-    the batch and cannot be captured.
+    Where Python needs a value (a branch, a length), the node is evaluated on fake tensors of two batch sizes. If both
+    agree, tracing goes on with it, and the graph gets a :func:`guard` that checks it at every call; if not, the model's
+    control flow depends on the batch and cannot be captured.
     """
 
     proxy_buffer_attributes = True
@@ -119,7 +151,6 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         super().__init__()
         self._checkpoints = checkpoints
         self.open_paths = open_paths
-        self.fixed_sizes = False
         self._inputs = inputs
         self._mode = mode
         self._witnesses = (_Witness(), _Witness())
@@ -127,6 +158,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         self._state: dict[str, torch.Tensor] = {}
         self._names: dict[int, str] = {}
         self._writing_leaves: set[fx.Node] = set()
+        self._guarded: set[tuple[fx.Node, str]] = set()
 
     # -- capture ----------------------------------------------------------------------------------------------
 
@@ -173,7 +205,17 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     ) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
-        return super().call_module(m, forward, args, kwargs)
+        out = super().call_module(m, forward, args, kwargs)
+        return self._without_nothing(out) if issubclass(type(out), _WitnessedProxy) else out
+
+    def _without_nothing(self, out: Proxy) -> Any:
+        """What a module returned, with None where it returned None, for ``is None`` to see."""
+        value = self.example(out.node)
+        if not any(leaf is None for leaf in pytree.tree_leaves(value)):
+            return out
+        self.concrete(out.node, "nothing")
+        some = torch.empty(0)
+        return parts_of(pytree.tree_map(lambda leaf: None if leaf is None else some, value), out)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers become ``get_attr`` nodes, one a tensor."""
@@ -187,6 +229,8 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), Proxy):  # whatever it says that it is
+            return a.node
         if isinstance(a, torch.Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
         if isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
@@ -202,47 +246,84 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return _WitnessedProxy(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
-        return bool(self.concrete(obj.node, bool))
+        return bool(self.concrete(obj.node, "bool"))
 
     def iter(self, obj: Proxy) -> Iterator[Any]:
         sequence: Any = obj
-        return iter([sequence[i] for i in range(self.concrete(obj.node, len))])
+        return iter([sequence[i] for i in range(self.concrete(obj.node, "len"))])
 
     def keys(self, obj: Proxy) -> Any:
-        return tuple(self.concrete(obj.node, operator.methodcaller("keys")))
+        return self.concrete(obj.node, "keys")
 
-    def concrete(self, node: fx.Node, read: Callable[[Any], Any]) -> Any:
-        """``read`` of the node's value, if it is the same for two batch sizes.
+    def concrete(self, node: fx.Node, read: str) -> Any:
+        """The node's value, read in one of the ways of :data:`READS`, if it is the same for two batch sizes.
+
+        The graph gets a :func:`guard` on it, unless it cannot change.
 
         Raises:
             TraceError: it is not, or it depends on what the tensors hold.
         """
-        if node.target is builtins.getattr and node.args[1] in _OF_GRADIENTS:
+        if _asks_for_gradients(node):
             raise TraceError(
-                f"the model's Python code asks for {node.args[1]!r} of a tensor, which is not known before training",
+                f"the model's Python code asks for {_asked(node)!r} of a tensor, which is not known before training",
                 hint="move the branch into a module that runs no attention",
             )
         try:
             values = [self._value(node, witness) for witness in self._witnesses]
             with author_code():
-                first, second = map(read, values)
+                first, second = map(READS[read], values)
         except AuthorError as error:
-            raise TraceError(
-                f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
-                f"what the tensors hold: {error.args[0]}",
-                hint="move the branch or loop into a module that runs no attention",
-            ) from error
+            raise _needs_value(node, error) from error
         if first != second:
             raise TraceError(
                 f"the model's Python code branches on {node.name}, which differs with the batch size",
                 hint="rewrite a model whose control flow does not depend on the batch size",
             )
-        self.fixed_sizes = True
+        if (node, read) not in self._guarded and self._varies(node):
+            self._guarded.add((node, read))
+            self.create_node(
+                "call_function", guard, (node, read, first, place_of(author_frame())), {}
+            )
         return first
+
+    def _varies(self, node: fx.Node) -> bool:
+        """Whether a node's value may be another in another call, given that inputs have the example's sizes."""
+        if _asked(node) in _RANK:
+            return False
+        if found := dimension_of(node, lambda tensor: self.example(tensor).ndim):
+            tensor, dim = found
+            return tensor.op != "get_attr" and not (tensor.op == "placeholder" and dim > 0)
+        if sizes_of(node) is not None:
+            return node.all_input_nodes[0].op != "get_attr"
+        if node.op in ("call_function", "call_method") and _asked(node) is None:
+            return any(map(self._varies, node.all_input_nodes))
+        return True
 
     def example(self, node: fx.Node) -> Any:
         """The node's value in the example call, with fake tensors."""
         return self._value(node, self._witnesses[0])
+
+    def kind(self, node: fx.Node) -> type:
+        """The class of a node's value, a parameter's for a parameter."""
+        if node.op == "get_attr" and str(node.target) in self._state:
+            return kind_of(self._state[str(node.target)])
+        return kind_of(self._known(node))
+
+    def outline(self, node: fx.Node) -> Any:
+        """What has the attributes of a node's value: for a tensor its class, as a fake one has some of its own."""
+        kind = self.kind(node)
+        return kind if issubclass(kind, torch.Tensor) else self._known(node)
+
+    def _known(self, node: fx.Node) -> Any:
+        """The example value of a node that Python code asks about.
+
+        Raises:
+            TraceError: it depends on what the tensors hold.
+        """
+        try:
+            return self.example(node)
+        except AuthorError as error:
+            raise _needs_value(node, error) from error
 
     def _written_by_leaf(self, node: fx.Node) -> list[fx.Node]:
         """All arguments of a module that writes into one of them, as was seen when it was computed."""
@@ -267,10 +348,9 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return
         self._evaluating = True
         try:
-            with stays_as_it_is(), self._mode, torch.no_grad():
-                for pending in self.graph.nodes:
-                    if pending in needed:
-                        values[pending] = self._run(pending, witness)
+            with stays_as_it_is(), modes_allowed(), self._mode, torch.no_grad():
+                for pending in sorted(needed):
+                    values[pending] = self._run(pending, witness)
         finally:
             self._evaluating = False
 
@@ -303,6 +383,26 @@ def _state(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter and buffer, a shared one under its first name."""
     yield from root.named_parameters()
     yield from root.named_buffers()
+
+
+def _asked(node: fx.Node) -> str | None:
+    """The attribute of a tensor that a node reads, or the method without arguments that it calls."""
+    if node.target is builtins.getattr:
+        return str(node.args[1])
+    alone = len(node.args) + len(node.kwargs) == 1
+    return str(node.target) if node.op == "call_method" and alone else None
+
+
+def _asks_for_gradients(node: fx.Node) -> bool:
+    return _asked(node) in _OF_GRADIENTS or node.target is torch.is_inference
+
+
+def _needs_value(node: fx.Node, error: AuthorError) -> TraceError:
+    return TraceError(
+        f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
+        f"what the tensors hold: {error.args[0]}",
+        hint="move the branch or loop into a module that runs no attention",
+    )
 
 
 def _forget(tensor: FakeTensor) -> FakeTensor:

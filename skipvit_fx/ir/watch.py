@@ -110,7 +110,7 @@ def watch_calls(
             module.register_forward_hook(lambda *_: watch.leave(), always_call=True)
         fake_args, fake_kwargs = fake_inputs(mode, (args, dict(kwargs)))
         try:
-            with mode, watch, torch.no_grad(), author_code():
+            with mode.surroundings.watched(), mode, watch, torch.no_grad(), author_code():
                 watched(*fake_args, **fake_kwargs)
         except AuthorError as error:
             raise _refusal(model, error) from error

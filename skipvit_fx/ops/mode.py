@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.errors import GuardError
+
 
 class ByMode(nn.Module):
     """Returns one Python constant in train mode and another in eval mode.
@@ -53,11 +55,11 @@ class InTraining(nn.Module):
 class FixedSize(nn.Module):
     """Passes an input through after checking the shapes of its tensors (all but the batch axis).
 
-    Stands at an input when tracing had to fix a size, such as a branch on the image's height: another size would
-    silently take the wrong branch.
+    Stands at every input: which rows are patches, what a literal slice takes out and how a branch on the image's height
+    goes were found out for the sizes of the example, and may silently be wrong for others.
 
     Raises (from ``forward``):
-        ValueError: the shape differs.
+        GuardError: the shape differs.
     """
 
     def __init__(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
@@ -69,9 +71,10 @@ class FixedSize(nn.Module):
         tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
         for tensor, shape in zip(tensors, self.shapes, strict=True):
             if tuple(tensor.shape[1:]) != shape:
-                raise ValueError(
+                raise GuardError(
                     f"input {self.name!r} has shape {tuple(tensor.shape)}, but the model was rewritten for "
-                    f"{_batch_of(shape)}; rewrite it again with such an example input"
+                    f"{_batch_of(shape)}",
+                    hint="rewrite it again with example_inputs of that shape",
                 )
         return given
 

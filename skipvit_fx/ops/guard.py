@@ -1,0 +1,52 @@
+"""What a graph assumes of the calls that it is made for, checked at each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.errors import GuardError
+
+
+def kind_of(value: Any) -> type:
+    """The class that a value has for its reader: every tensor is one, or a parameter, whatever traces it."""
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter
+    return Tensor if isinstance(value, Tensor) else type(value)
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "bool": lambda value: True if value else False,  # noqa: SIM210 - torch.compile decides here
+    "int": int,
+    "float": float,
+    "len": len,
+    "keys": lambda value: tuple(value.keys()),
+    "value": lambda value: value,
+    "class": lambda value: kind_of(value).__name__,
+    "nothing": lambda value: [leaf is None for leaf in pytree.tree_leaves(value)],
+}
+"""How Python reads a value, and so decides something, while a forward is followed."""
+
+
+@fx.has_side_effect
+def guard(value: Any, read: str, assumed: Any, place: str) -> None:
+    """Check that a value is what it was when the graph was made, where a branch may have hung on it.
+
+    Args:
+        value: of a node.
+        read: how the author's code read it, a key of :data:`READS`.
+        assumed: what it read.
+        place: where, for a person.
+
+    Raises:
+        GuardError: the value differs, so the author's code might take another way.
+    """
+    found = READS[read](value)
+    if found != assumed:
+        raise GuardError(
+            f"the model was rewritten for a call in which {place} finds {assumed!r}; here it is {found!r}",
+            hint="call it as its example_inputs were, or rewrite it with such a call as example_inputs",
+        )

@@ -1,0 +1,313 @@
+"""What tracing decides in silence: right at every call, checked at every call, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import skipvit_fx
+from branching_models import BATCH, KIND, MODES, PLACES, Condition, branching
+from models import scramble
+from odd_models import Block, Odd, image
+from reference import masked_reference
+from skipvit_fx.errors import GuardError, TraceError, UnsupportedModelError
+
+FRONTENDS = ["symbolic", "export"]
+PLAN = "1(40%)+3"
+STAGES: Any = {"stages": [(1, "0.4")], "return_layer": 3}
+BATCHES = (1, 2, 5, 120)
+
+
+_REFUSED = [("even", "symbolic"), ("looked-up", "symbolic"), ("looked-up", "export")]
+"""Where one graph cannot tell which way the branch goes."""
+
+
+def rewrite(model: nn.Module, frontend: Any, plan: str = PLAN) -> Any:
+    return skipvit_fx.rewrite(model, plan, example_inputs=image(), frontend=frontend)
+
+
+def assert_right_or_guarded(fast: Any, model: Odd, condition: Condition, place: str) -> list[int]:
+    """Right wherever the branch goes as in the example, stopped at every other batch; in a leaf, right anyway.
+
+    Returns:
+        The batches at which it was stopped.
+    """
+    stopped = {}
+    for batch in BATCHES:
+        x = image(batch)
+        with torch.no_grad():
+            try:
+                got = fast(x)
+            except GuardError as error:
+                stopped[batch] = error
+                continue
+            wanted = masked_reference(model, x, model.layout(), **STAGES).output
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            skipvit_fx.set_skipping(fast, False)
+            assert torch.equal(fast(x), model(x))
+            skipvit_fx.set_skipping(fast, True)
+    assert all(error.hint for error in stopped.values())
+    return list(stopped)
+
+
+def check_batch(name: str, place: str, frontend: str) -> None:
+    condition = BATCH[name]
+    model = branching(condition, place)
+    try:
+        fast = rewrite(model, frontend)
+    except (TraceError, UnsupportedModelError) as error:
+        fast, refused = None, error
+    if fast is None:
+        assert refused.hint
+        assert (name, frontend) in _REFUSED or place == "leaf"
+        return
+    stopped = assert_right_or_guarded(fast, model, condition, place)
+    here = bool(condition(torch.empty(2, 21, 32)))
+    other = [b for b in BATCHES if bool(condition(torch.empty(b, 21, 32))) != here]
+    if place == "leaf" and frontend == "symbolic":
+        assert not stopped
+    else:
+        assert stopped == other or (place == "leaf" and set(stopped) <= set(other))
+
+
+def check_kind(name: str, place: str, frontend: str) -> None:
+    model = branching(KIND[name], place)
+    fast = rewrite(model, frontend)
+    assert not assert_right_or_guarded(fast, model, KIND[name], place)
+
+
+QUICK = list(itertools.islice(itertools.cycle(PLACES), len(BATCH) + len(KIND)))
+BATCH_CASES = list(zip(BATCH, QUICK, strict=False))
+KIND_CASES = list(zip(KIND, QUICK[3:], itertools.cycle(FRONTENDS), strict=False))
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize(("name", "place"), BATCH_CASES)
+def test_branches_on_the_batch_size(name: str, place: str, frontend: str) -> None:
+    check_batch(name, place, frontend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", BATCH)
+def test_branches_on_the_batch_size_everywhere(name: str, place: str, frontend: str) -> None:
+    check_batch(name, place, frontend)
+
+
+@pytest.mark.parametrize(("name", "place", "frontend"), KIND_CASES)
+def test_questions_of_kind(name: str, place: str, frontend: str) -> None:
+    check_kind(name, place, frontend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", KIND)
+def test_questions_of_kind_everywhere(name: str, place: str, frontend: str) -> None:
+    check_kind(name, place, frontend)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("place", ["every-block", "leaf"])
+def test_the_class_of_a_fake_tensor(place: str, frontend: str) -> None:
+    model = branching(lambda x: x.__class__ is Tensor, place)
+    with pytest.raises(TraceError, match="compares the __class__ of a value") as caught:
+        rewrite(model, frontend)
+    assert "isinstance" in caught.value.hint
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("name", MODES)
+def test_modes_of_torch(name: str, frontend: str) -> None:
+    condition, asked = MODES[name]
+    with pytest.raises(
+        TraceError, match=rf"asks torch\.{asked}\(\) around attention, in `"
+    ) as caught:
+        rewrite(branching(condition, "block-under-drop"), frontend)
+    assert caught.value.hint
+    model = branching(condition, "leaf")
+    assert not assert_right_or_guarded(rewrite(model, frontend), model, condition, "leaf")
+
+
+def test_a_mode_under_another_name() -> None:
+    from torch import is_grad_enabled as asks
+
+    globals()["asks"] = asks
+    try:
+        with pytest.raises(TraceError, match=r"asks torch\.is_grad_enabled"):
+            rewrite(branching(_by_another_name, "every-block"), "symbolic")
+        assert globals()["asks"] is asks
+    finally:
+        del globals()["asks"]
+
+
+def _by_another_name(x: Tensor) -> bool:
+    return asks()  # type: ignore[name-defined,no-any-return] # noqa: F821
+
+
+@pytest.mark.parametrize("asks", ["requires_grad", "is_leaf", "is_inference"])
+def test_gradients(asks: str) -> None:
+    def condition(x: Tensor) -> Any:
+        found = getattr(x, asks)
+        return found() if callable(found) and asks == "is_inference" else found
+
+    with pytest.raises(TraceError, match=f"asks for '{asks}' of a tensor"):
+        rewrite(branching(condition, "every-block"), "symbolic")
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize(
+    "name", ["dtype", "dtype-is", "dtype-in-set", "floating", "on-cpu", "cuda"]
+)
+def test_another_dtype(name: str, frontend: str) -> None:
+    """Where a branch may go another way, the call is stopped; where none can, it is right."""
+    condition = KIND[name]
+    model = branching(condition, "every-block")
+    fast = rewrite(model, frontend)
+    model.double()  # and with it what shares its parameters
+    x = image(3).double()
+    with torch.no_grad():
+        try:
+            got = fast(x)
+        except GuardError:
+            assert name.startswith("dtype") or (name, frontend) == ("floating", "export")
+            return
+        wanted = masked_reference(model, x, model.layout(), **STAGES).output
+    assert not name.startswith("dtype")
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+
+
+# -- what else a guard must survive ------------------------------------------------------------------------------
+
+
+def guarded(frontend: str = "symbolic") -> tuple[Odd, Any]:
+    model = branching(BATCH["below"], "every-block")
+    return model, rewrite(model, frontend)
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_guard_says_what_and_where(frontend: str) -> None:
+    _, fast = guarded(frontend)
+    with pytest.raises(
+        GuardError, match=r"`.*(condition\(x\)|x\.shape\[0\] < 100).*` in .* finds True"
+    ) as caught:
+        fast(image(100))
+    assert isinstance(caught.value, ValueError)
+    assert "example_inputs" in caught.value.hint
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_guards_last(frontend: str) -> None:
+    """Through a copy, train mode, another mode and back, and switching off, in which the author's forward runs."""
+    model, fast = guarded(frontend)
+    for module in (fast, copy.deepcopy(fast), fast.train(), fast.eval()):
+        with pytest.raises(GuardError):
+            module(image(100))
+    skipvit_fx.set_skipping(fast, False)
+    with torch.no_grad():
+        assert torch.equal(fast(image(100)), model(image(100)))
+
+
+def test_a_guard_in_train_mode_only() -> None:
+    class Warms(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and x.shape[0] > 50:
+                x = x * 2.0
+            return super().forward(x)
+
+    fast = rewrite(scramble(Odd([Warms() for _ in range(4)])).eval(), "symbolic")
+    fast(image(60))
+    with pytest.raises(GuardError):
+        fast.train()(image(60))
+
+
+def test_guards_when_compiled() -> None:
+    _, fast = guarded()
+    compiled = torch.compile(fast, backend="eager", dynamic=True)
+    with torch.no_grad():
+        for batch in (2, 5, 7):
+            torch.testing.assert_close(compiled(image(batch)), fast(image(batch)))
+        with pytest.raises(GuardError):
+            compiled(image(100))
+
+
+def test_counting_takes_one_sample_for_any() -> None:
+    model = branching(BATCH["not-one"], "every-block")
+    fast = rewrite(model, "symbolic")
+    plain = rewrite(scramble(Odd([Block() for _ in range(4)])).eval(), "symbolic")
+    assert skipvit_fx.inspect(fast).macs == skipvit_fx.inspect(plain).macs
+
+
+def test_what_cannot_change_is_not_guarded() -> None:
+    def condition(x: Tensor) -> bool:
+        return x.ndim == 3 and x.dim() < 4 and not x.is_nested
+
+    fast = rewrite(branching(condition, "every-block"), "symbolic")
+    assert not [node for node in fast.graph.nodes if "guard" in node.name]
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------
+
+
+class ClassTokenAtTheEnd(Odd):
+    """Found by a literal slice."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.embed(image).flatten(2).transpose(1, 2)
+        x = torch.cat([x, self.cls_token.expand(x.shape[0], -1, -1)], dim=1)
+        return self.head(self.norm(self.layers(x))[:, 20])
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("size", [(32, 48), (24, 40), (40, 32), (64, 80)])
+def test_another_image_size(size: tuple[int, int], frontend: str) -> None:
+    model = ClassTokenAtTheEnd([Block() for _ in range(4)])
+    fast = rewrite(scramble(model).eval(), frontend)
+    with pytest.raises(GuardError, match=r"rewritten for \[batch, 3, 32, 40\]"):
+        fast(torch.zeros(2, 3, *size))
+    with torch.no_grad():
+        fast(image(7))
+
+
+# -- what is none -------------------------------------------------------------------------------------------------
+
+
+class Optional(nn.Module):
+    """Returns a mask, or none."""
+
+    def __init__(self, few: int) -> None:
+        super().__init__()
+        self.few = few
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return x, (x[:1] * 0.1 if x.shape[0] > self.few else None)
+
+
+class AddsWhatThereIs(Block):
+    def __init__(self, few: int) -> None:
+        super().__init__()
+        self.optional = Optional(few)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, more = self.optional(self.norm1(x))
+        if more is not None:
+            y = y + more.mean() * 0.1
+        return super().forward(x) + y * 0.1
+
+
+def test_none_from_a_module() -> None:
+    model = scramble(Odd([AddsWhatThereIs(50) for _ in range(4)])).eval()
+    fast = rewrite(model, "symbolic")
+    with torch.no_grad():
+        for batch in (1, 5):
+            torch.testing.assert_close(
+                fast.graph_forward(image(batch)).shape, model(image(batch)).shape
+            )
+        with pytest.raises(GuardError):
+            fast(image(60))
