@@ -192,10 +192,11 @@ class _Rewritten(Run):
             value = super().step(step)  # as if no score had drawn: the captured graph draws none
         inserted = INSERTED_BY in node.meta
         self._edited |= inserted
+        # copies: an operator in place may change the value later
         if inserted and isinstance(part, Merge):
-            self.filled[_filled_at(node)] = value
+            self.filled[_filled_at(node)] = value.clone()
         elif self._edited and _place(self.rewriting, node) is not None:
-            self.noted[node] = value.clone()  # an operator in place may change it later
+            self.noted[node] = value.clone()
         return value
 
     def _select(self, step: Step, part: Select) -> Any:

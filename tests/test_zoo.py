@@ -40,7 +40,7 @@ def test_two_references_agree(name: str) -> None:
     check = reference.check(fast, x)
     assert check.exact
     assert reference.depth == 4
-    got, _ = reference.run(record_of(fast), check.traces, x)
+    got, _ = reference.run(record_of(fast), check.selections, x)
     plan: dict[str, Any] = {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": 4}
     with torch.no_grad():
         wanted = masked_reference(model, x, layout_of(model), score="mean", **plan)
@@ -87,13 +87,25 @@ def test_the_reference_is_not_the_model() -> None:
         assert relative_error(fast(x), model(x)) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "plan", ["1,3(30%,40%)", "1,2,3(50%,50%,50%)+4+fused", "1,2(50%,50%)+fused"]
+)
+def test_tokens_that_never_return_or_are_fused(plan: str) -> None:
+    family = BY_NAME["reg4-gap"]
+    model, x = family.build(), family.input()
+    fast = skipvit_fx.rewrite(model, plan, example_inputs=x)
+    assert check_rewrite(model, fast, x).exact
+    _keep_others(fast)
+    assert not check_rewrite(model, fast, x).exact
+
+
 def test_where_it_does_not_apply() -> None:
     family = BY_NAME["vit"]
     model, x = family.build(), family.input()
-    for plan, reason in (("2(50%)", "never return"), ("2(50%)+4+fused", "fused token")):
-        fast = skipvit_fx.rewrite(model, plan, example_inputs=x)
-        with pytest.raises(ValueError, match=reason):
-            check_rewrite(model, fast, x)
+    fast = skipvit_fx.rewrite(model, PLAN, example_inputs=x)
+    skipvit_fx.set_skipping(fast, False)
+    with pytest.raises(skipvit_fx.SkipViTError, match="switched off"):
+        check_rewrite(model, fast, x)
     with pytest.raises(ValueError, match="eval mode"):
         check_rewrite(model, skipvit_fx.rewrite(model, PLAN, example_inputs=x).train(), x)
     with pytest.raises(ValueError, match="eval mode"):
