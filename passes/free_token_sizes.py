@@ -14,6 +14,7 @@ from skipvit_fx.analysis.axes import Axes, Batch, Dim, axes_of, size, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sizes import PICKS, RESHAPES, SIZE_FREE, SPLITS, dimension_of, sizes_of
+from skipvit_fx.ops.guard import OF_KIND, guard
 from skipvit_fx.pipeline.rewriting import Rewriting
 
 
@@ -225,6 +226,8 @@ def _fix_to_full(rewriting: Rewriting, node: fx.Node) -> None:
     """Let users of a size read under a drop see the full count instead, unless they follow their input."""
     value = rewriting.analysis[node].value
     if isinstance(value, Tensor) or node.op == "output":
+        return
+    if node.target is guard and node.args[1] in OF_KIND:
         return
     source = node.args[0] if node.args else None
     facts = rewriting.analysis.facts

@@ -37,9 +37,9 @@ def author_frame() -> FrameType:
     return frame
 
 
-def asked_by_a_library(frame: FrameType | None) -> bool:
-    """Whether a frame runs torch's code, or ours."""
-    return frame is None or _of_a_library(frame)
+def asked_by_a_library(frame: FrameType, *, but: tuple[str, ...] = ()) -> bool:
+    """Whether a frame runs torch's code, or ours, except for some modules."""
+    return _of_a_library(frame) and frame.f_globals["__name__"] not in but
 
 
 def _of_a_library(frame: FrameType) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,18 +54,14 @@ def refuse_calls_that_remember(
         kept = _numbers_kept(calls.model, opened)
         try:
             with mode.surroundings.watched() if training else contextlib.nullcontext():
-                first = calls.run(calls.batch)
+                first = calls.try_run(calls.batch)
             calls.try_run(calls.batch + 1)
             meanwhile = _numbers_kept(calls.model, opened)
-            again = calls.run(calls.batch)
+            again = calls.try_run(calls.batch)
         except _StaleError as error:
             raise _remembers(calls.model, error) from error
-        except AuthorError as error:
-            raise TraceError(
-                f"{type(model).__name__} does not run on the example inputs in "
-                f"{'train' if training else 'eval'} mode: {error.args[0]}",
-                hint="pass example_inputs=(...) of the shape and dtype that the model takes",
-            ) from error
+        if first is None or again is None:
+            continue  # tracing fails as well, and says why
         if step := _first_difference(first, again):
             changed = [name for name, numbers in meanwhile.items() if numbers != kept.get(name)]
             raise TraceError(
@@ -239,8 +236,9 @@ class _Calls:
         """What is computed in a call of so many samples."""
         args, kwargs = fake_inputs(self._mode, self._arguments, more_batch=batch - 1)
         self.recorder.begin((args, kwargs))
-        with self._mode, torch.no_grad(), self.recorder, author_code():
-            out = self.model(*args, **kwargs)
+        with warnings.catch_warnings(action="ignore"):  # it warns again when it is traced
+            with self._mode, torch.no_grad(), self.recorder, author_code():
+                out = self.model(*args, **kwargs)
         self.recorder.see(out)
         return self.recorder.steps
 

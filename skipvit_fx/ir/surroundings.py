@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import cProfile
 import dis
 import gc
 import operator
@@ -81,7 +82,10 @@ class Surroundings:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            if isinstance(before, cProfile.Profile):  # cannot be called, as other profilers are
+                before.enable()
+            else:
+                sys.setprofile(before)
 
     def refuse_unanswered(self) -> None:
         """Check what the author's code asked.

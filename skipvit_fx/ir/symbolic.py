@@ -40,6 +40,9 @@ _OF_GRADIENTS = ("grad", "grad_fn", "is_inference", "is_leaf", "requires_grad")
 _OF_IDENTITY = ("device", "dtype", "layout")
 """Attributes of a tensor whose values Python may compare with ``is``."""
 
+_ASK_FOR_OTHERS = ("skipvit_fx.ir.questions", "torch", "torch.nn.parameter")
+"""Modules that ask ``isinstance`` for the author's code, where it calls ``torch.is_tensor`` or asks for a parameter."""
+
 _RANK = ("dim", "ndim", "ndimension", "is_nested")
 """What a graph that runs at all finds the same in every call."""
 
@@ -86,8 +89,10 @@ class _Witnessed:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What ``isinstance`` goes by for a proxy, beside its type."""
-        if self.node.op == "call_module" and not asked_by_a_library(sys._getframe(1)):
+        """What ``isinstance`` goes by, beside the type. Not in torch's own code, which hands tensors on to C++."""
+        if asked_by_a_library(sys._getframe(1), but=_ASK_FOR_OTHERS):
+            return type(self)
+        if self.node.op == "call_module":
             self.tracer.concrete(self.node, "class")
         return self.tracer.kind(self.node)
 

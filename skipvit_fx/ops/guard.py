@@ -30,6 +30,9 @@ READS: dict[str, Callable[[Any], Any]] = {
 }
 """How Python reads a value, and so decides something, while a forward is followed."""
 
+OF_KIND = ("class", "nothing")
+"""Those that do not depend on any size."""
+
 
 @fx.has_side_effect
 def guard(value: Any, read: str, assumed: Any, place: str) -> None:
