@@ -82,12 +82,7 @@ CASES: dict[str, Case] = {
         _hugging_face("segformer", **FOUR), IMAGES, ("pooled", "shrinks from 256 x 16 to 64 x 16")
     ),
     "hiera": Case(OLD["hiera"], IMAGES, (r"sees 64 keys", "shrinks from 256 x 32 to 64 x 64")),
-    "mvitv2": Case(
-        _timm("mvitv2_tiny", img_size=64, depths=(1, 1, 1, 1)),
-        IMAGES,
-        (r"writes into a part of a tensor",),
-        r"torch\.cat",
-    ),
+    "mvitv2": Case(OLD["mvitv2"], IMAGES, (r"writes into a part of a tensor",), r"torch\.cat"),
     "convit": Case(
         OLD["convit"], IMAGES, (r"'blocks\.0\.attn' writes into a part",), r"torch\.cat"
     ),
@@ -144,7 +139,12 @@ def assert_plain(error: SkipViTError) -> None:
     assert error.hint
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("mvitv2",)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_the_reason_is_true_and_the_hint_helps(name: str) -> None:
     case = CASES[name]
     error = refusal_of(case.build, torch.randn(*case.shape))
