@@ -30,6 +30,7 @@ from skipvit_fx.ir.cloning import scratch_copy
 from skipvit_fx.ir.editor import INSERTED_BY
 from skipvit_fx.ir.generators import GeneratorStates, generators_kept
 from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ir.module import OWN_CHILD
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
@@ -146,6 +147,14 @@ class _Finding:
     filled: bool = False
 
 
+def _apart(got: Any, wanted: Any) -> float:
+    """The relative error; infinite between values of other shapes."""
+    try:
+        return relative_error(got, wanted)
+    except ValueError:
+        return math.inf
+
+
 class _Captured(Run):
     """The captured graph as it is, beside what the author's modules returned, in the order of their calls."""
 
@@ -159,8 +168,7 @@ class _Captured(Run):
     def step(self, step: Step) -> Any:
         value = super().step(step)
         if step.node.op == "call_module" and (calls := self.returned.get(str(step.node.target))):
-            error = relative_error(value, calls.pop(0))
-            self.findings.append(_Finding(step.node, error))
+            self.findings.append(_Finding(step.node, _apart(value, calls.pop(0))))
         return value
 
 
@@ -224,7 +232,7 @@ class _Compared(Masked):
         parts: Mapping[str, nn.Module],
         rewritten: _Rewritten,
     ) -> None:
-        selections = [rewritten.selections[f"skipvit.{s.name}"] for s in rewriting.stages]
+        selections = [rewritten.selections[f"{OWN_CHILD}.{s.name}"] for s in rewriting.stages]
         super().__init__(steps, parts[""], parts, rewriting, selections)
         self.rewritten = rewritten
         self.findings: list[_Finding] = []
@@ -241,13 +249,13 @@ class _Compared(Masked):
                 value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
             # rows behind the last that is read may be missing
             value = value.narrow(dim, 0, min(got.shape[dim], value.shape[dim]))
-            error = relative_error(got, value) if got.shape == value.shape else error
+            error = _apart(got, value)
         self.findings.append(_Finding(node, error))
 
     def see_filled(self, node: fx.Node, state: Tensor) -> None:
         got = self.rewritten.filled.pop(node, None)
         if got is not None:
-            self.findings.append(_Finding(node, relative_error(got, state), filled=True))
+            self.findings.append(_Finding(node, _apart(got, state), filled=True))
 
 
 def _place(rewriting: Rewriting, node: fx.Node) -> tuple[int, int, Tokens] | None:
@@ -290,7 +298,9 @@ def _check_selection(rewriting: Rewriting, path: str, selection: Selection) -> N
         lowest, highest = scores.gather(1, kept).amin(1), scores.gather(1, dropped).amax(1)
         ordered = bool((lowest >= highest).all())
     if not partition or not ordered:
-        layer = next(s.layer.index for s in rewriting.stages if path == f"skipvit.{s.name}.select")
+        layer = next(
+            s.layer.index for s in rewriting.stages if path == f"{OWN_CHILD}.{s.name}.select"
+        )
         raise ValidationError(
             f"the choice in layer {layer} does not keep the patches with the highest scores, in their order",
             layer=layer,
@@ -392,8 +402,10 @@ class _Validation:
         modules = tuple(dict.fromkeys(path for node in between if (path := module_path(node))))
         layers = self.rewriting.stream.layers
         layer = sum(order[layer.input] < stop for layer in layers)
-        if bad < len(findings) and findings[bad].filled:
-            layer = self.rewriting.plan.return_layer or layer
+        returns = self.rewriting.plan.return_layer
+        at_return = bad < len(findings) and findings[bad].node is self.rewriting.return_node
+        if at_return and findings[bad].filled and returns is not None:
+            layer = returns
         elif order[layers[-1].end] < stop:
             layer = len(layers) + 1
         place = f"in layer {layer}" if 0 < layer <= len(layers) else "behind the last layer"
@@ -404,9 +416,7 @@ class _Validation:
         if modules:
             text += f", at {', '.join(modules)}"
         if self.draws:
-            text += (
-                "; the model draws random numbers in eval mode, and draws others on fewer tokens"
-            )
+            text += "; the model draws random numbers in eval mode, not the same in both"
         return ValidationError(text, difference=largest, layer=layer, modules=modules, hint=_HINT)
 
 
