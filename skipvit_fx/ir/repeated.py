@@ -236,9 +236,9 @@ class _Calls:
         """What is computed in a call of so many samples."""
         args, kwargs = fake_inputs(self._mode, self._arguments, more_batch=batch - 1)
         self.recorder.begin((args, kwargs))
-        with warnings.catch_warnings(action="ignore"):  # it warns again when it is traced
-            with self._mode, torch.no_grad(), self.recorder, author_code():
-                out = self.model(*args, **kwargs)
+        quiet = warnings.catch_warnings(action="ignore")  # it warns again when it is traced
+        with quiet, self._mode, torch.no_grad(), self.recorder, author_code():
+            out = self.model(*args, **kwargs)
         self.recorder.see(out)
         return self.recorder.steps
 

@@ -77,7 +77,7 @@ class Surroundings:
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """While an author's code runs: note what it can reach before it does, and answer what it asks of types."""
-        before = sys.getprofile()
+        before: Any = sys.getprofile()
         sys.setprofile(self._enter)
         try:
             yield
