@@ -73,14 +73,21 @@ def _tensor_error(got: Tensor, wanted: Tensor) -> float:
         return 0.0
     if wanted.dtype in (torch.float16, torch.bfloat16) or not wanted.dtype.is_floating_point:
         got, wanted = got.float(), wanted.float()
-    difference, scale = (got - wanted).abs().amax(), wanted.abs().amax()
+    difference, scale = _largest(got - wanted), _largest(wanted)
     if not math.isfinite(float(difference)):
         finite = wanted.isfinite()
         if not torch.equal(finite, got.isfinite()):
             return math.nan
-        difference = (got - wanted)[finite].abs().amax() if finite.any() else wanted.new_zeros(())
-        scale = wanted[finite].abs().amax() if finite.any() else wanted.new_ones(())
+        if not finite.any():
+            return 0.0
+        difference, scale = _largest((got - wanted)[finite]), _largest(wanted[finite])
     return float(difference / scale.clamp_min(1e-30))
+
+
+def _largest(values: Tensor) -> Tensor:
+    """The largest absolute value; NaN if there is one."""
+    low, high = values.aminmax()
+    return torch.maximum(-low, high)
 
 
 def _outline(value: Any) -> str:

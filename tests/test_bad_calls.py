@@ -38,6 +38,8 @@ from skipvit_fx.errors import (
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.plan import Plan, Stage
 
+pytestmark = pytest.mark.every_case
+
 PLAN = "1(50%)+3"
 Call = Callable[["World"], Any]
 Bad = tuple[str, Call, type[Exception], tuple[str, ...]]

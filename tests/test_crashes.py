@@ -23,7 +23,7 @@ from transformers import (
 import skipvit_fx
 from models import scramble
 from odd_models import DIM, Block, Odd, image
-from skipvit_fx.analysis import layers, tokens
+from skipvit_fx.analysis import layers, leaves
 from skipvit_fx.analysis.tokens import AxisMode, TokenAnalysis
 from skipvit_fx.cost import macs
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
@@ -92,8 +92,8 @@ PLACES: dict[str, tuple[Any, str, list[str]]] = {
     "memory": (attributes, "_leaves", FRONTENDS),
     "both modes": (modes._Union, "take_in", FRONTENDS),
     "axes": (AxisMode, "_apply", FRONTENDS),
-    "recording": (tokens._Recorder, "__torch_dispatch__", ["symbolic"]),
-    "facts": (TokenAnalysis, "_run", ["symbolic"]),
+    "counting": (leaves._Counts, "__torch_dispatch__", ["symbolic"]),
+    "facts": (TokenAnalysis, "execute", ["symbolic"]),
     "layers": (layers, "_layers", ["symbolic"]),
     "dropping": (Keep, "forward", ["symbolic"]),
 }

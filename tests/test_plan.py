@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from skipvit_fx.errors import PlanError, SkipViTError
 from skipvit_fx.plan import Plan, Stage
 
+pytestmark = pytest.mark.every_case
+
 RATIOS = st.fractions(min_value=0, max_value=1).filter(lambda ratio: ratio < 1)
 
 

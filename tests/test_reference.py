@@ -22,6 +22,8 @@ from reference import (
     relative_error,
 )
 
+pytestmark = pytest.mark.every_case
+
 PLANS: dict[str, dict[str, Any]] = {
     "one": {"stages": [(2, "0.55")], "return_layer": 4},
     "two": {"stages": [(1, "0.3"), (3, "0.3")], "return_layer": 4},

@@ -56,6 +56,8 @@ from skipvit_fx.analysis.tokens import AxisMode, NodeFacts
 from skipvit_fx.ir.sdpa import AttentionArguments
 from skipvit_fx.ops.positions import GatherPositions
 
+pytestmark = pytest.mark.every_case
+
 INVALID = (RuntimeError, IndexError, ValueError, TypeError)
 """What an operator raises on arguments that it does not take."""
 NOT_FILLED = (torch.ops.aten.empty_like, torch.ops.aten.new_empty)
