@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ class Remembers(Block):
     """Subclasses say what is kept, and how it is read."""
 
     last: Tensor | None = None
-    shared: list[Tensor] = []
+    shared: ClassVar[list[Tensor]] = []
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,9 @@ class Scales(Block):
         return x + self.mlp(self.norm2(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*of every call:UserWarning", "ignore:.*during export:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*of every call:UserWarning", "ignore:.*during export:UserWarning"
+)
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("calls", [0, 2])
 def test_what_is_read_in_the_same_call_alone(calls: int, frontend: str) -> None:
@@ -193,7 +195,9 @@ def test_a_leaf_may_remember() -> None:
             self.last = x
             return z
 
-    with contextlib.suppress(UnsupportedModelError):  # under the drop it may be refused, but not for its memory
+    with contextlib.suppress(
+        UnsupportedModelError
+    ):  # under the drop it may be refused, but not for its memory
         rewrite(odd(lambda: Block(mlp=Forgetful())), "symbolic")
 
 
@@ -280,9 +284,13 @@ def test_caches_are_as_before_everywhere(
     check_cache(keep, frontend, leaf=leaf, mixes=mixes, filled=filled)
 
 
-@pytest.mark.parametrize("look", [skipvit_fx.find_attention, lambda m, x: skipvit_fx.inspect(rewrite(m))])
+@pytest.mark.parametrize(
+    "look", [skipvit_fx.find_attention, lambda m, x: skipvit_fx.inspect(rewrite(m))]
+)
 def test_looking_leaves_no_cache_behind(look: Callable[..., Any]) -> None:
     caching.clear()
     model = cached(caching.in_a_dict, leaf=False, mixes=False)
-    look(model, image()) if look is not skipvit_fx.find_attention else look(model, example_inputs=image())
+    look(model, image()) if look is not skipvit_fx.find_attention else look(
+        model, example_inputs=image()
+    )
     assert not caching.tables()

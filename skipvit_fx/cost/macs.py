@@ -91,7 +91,15 @@ def count_macs(
     traffic = _Traffic(frozenset(flops.flop_registry))
     try:
         around = mode.surroundings
-        with around.kept(), around.watched(), slow_attention(), mode, torch.no_grad(), flops, traffic:
+        with (
+            around.kept(),
+            around.watched(),
+            slow_attention(),
+            mode,
+            torch.no_grad(),
+            flops,
+            traffic,
+        ):
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs or {}))
             if not isinstance(module, fx.GraphModule):
                 faked(*fake_args, **fake_kwargs)

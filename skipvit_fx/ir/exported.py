@@ -263,7 +263,9 @@ class _Translation:
         for name in ("dtype", "device"):
             if alone.asked & _ASKED[name]:
                 found = getattr(fx.Proxy(node, self._tracer), name)
-                self._guard(found, getattr(value, name), f"the model, which asks for a {name},", "value")
+                self._guard(
+                    found, getattr(value, name), f"the model, which asks for a {name},", "value"
+                )
 
     def _guard(self, found: Any, assumed: Any, place: str, read: str = "bool") -> None:
         if isinstance(found, fx.Proxy):

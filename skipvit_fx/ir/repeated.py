@@ -22,7 +22,6 @@ from skipvit_fx.ir.nested import nested
 from skipvit_fx.ir.questions import author_frame, spelled_place
 from skipvit_fx.ir.symbolic import FORWARD_FAILURES
 
-
 _PLAIN = (bool, int, float, str)
 
 Place = tuple[str, int, str]
@@ -79,9 +78,7 @@ def call_alone(
     """Compare a batch of one with larger ones, in eval mode."""
     calls = _Calls(model, mode, inputs, opened)
     runs = [calls.try_run(batch) for batch in (1, 2, 3)]
-    alike = None not in runs and all(
-        len(run or ()) == len(runs[1] or ()) for run in runs
-    )
+    alike = None not in runs and all(len(run or ()) == len(runs[1] or ()) for run in runs)
     differs = not alike or not all(map(_alike, *(run or () for run in runs)))
     return Alone(differs, frozenset(calls.recorder.asked))
 
@@ -96,6 +93,7 @@ class _StaleError(Exception):
 
 
 # -- one call ---------------------------------------------------------------------------------------------------------
+
 
 class _Step(NamedTuple):
     """A function of torch that worked on what came from the inputs, or a leaf module.
@@ -221,7 +219,9 @@ class _Calls:
     ) -> None:
         self.recorder = _Recorder()
         self.model = fake_structure(model, mode).eval()
-        self.batch = max((t.shape[0] for t in _tensors(inputs.by_parameter(_same)) if t.ndim), default=1)
+        self.batch = max(
+            (t.shape[0] for t in _tensors(inputs.by_parameter(_same)) if t.ndim), default=1
+        )
         self._mode = mode
         self._arguments = pytree.tree_map(_first_sample, (inputs.args, inputs.kwargs))
         for path, module in self.model.named_modules():
@@ -237,9 +237,9 @@ class _Calls:
         """What is computed in a call of so many samples."""
         args, kwargs = fake_inputs(self._mode, self._arguments, more_batch=batch - 1)
         self.recorder.begin((args, kwargs))
-        with warnings.catch_warnings(action="ignore"):  # it warns again when it is traced
-            with self._mode, torch.no_grad(), slow_attention(), self.recorder:
-                out = self.model(*args, **kwargs)
+        quiet = warnings.catch_warnings(action="ignore")  # tracing warns again
+        with quiet, self._mode, torch.no_grad(), slow_attention(), self.recorder:
+            out = self.model(*args, **kwargs)
         self.recorder.see(out)
         return self.recorder.steps
 

@@ -70,8 +70,9 @@ class Surroundings:
         finally:
             for names, name, value in reversed(self._put):
                 _assign(names, name, value)
-            self._put.clear()
             self.restore()
+            for noted in (self._put, self._kept, self._names, self._seen, self._of_class):
+                noted.clear()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -91,7 +92,7 @@ class Surroundings:
         """
         if self._of_class:
             raise TraceError(
-                f"{self._of_class[0]} compares the __class__ of a value, which is another one while the model is looked at",
+                f"{self._of_class[0]} compares the __class__ of a value, which only a real tensor could tell",
                 hint="write isinstance(x, torch.Tensor), or type(x) is torch.Tensor",
             )
 
@@ -174,7 +175,9 @@ class Surroundings:
             return tuple(thing)
         if kind is CellType:
             return _values(self._keep(thing, _cell, _put_cell))
-        if _is_spared(getattr(thing, "__module__", None) if issubclass(kind, type) else kind.__module__):
+        if _is_spared(
+            getattr(thing, "__module__", None) if issubclass(kind, type) else kind.__module__
+        ):
             return (vars(thing),) if kind is FunctionType else ()
         if issubclass(kind, type):
             return _values(self._keep(thing, _named_in_class, _put_in_class))

@@ -114,7 +114,7 @@ class _Witnessed:
             return self.tracer.concrete(attribute.node, "value")
         return attribute
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What ``isinstance`` goes by, beside the type. Not in torch's own code, which hands tensors on to C++."""
         if asked_by_a_library(sys._getframe(1), but=_ASK_FOR_OTHERS):
@@ -269,9 +269,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return out
         self.concrete(out.node, "nothing")
         some = torch.empty(0)
-        return parts_of(
-            pytree.tree_map(lambda leaf: None if leaf is None else some, value), out
-        )
+        return parts_of(pytree.tree_map(lambda leaf: None if leaf is None else some, value), out)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers become ``get_attr`` nodes, one a tensor."""
@@ -289,6 +287,11 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return a.node
         if isinstance(a, torch.Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
+        if isinstance(a, FakeTensor):
+            raise TraceError(
+                "the model keeps a tensor of an earlier call where it could not be put back as it was",
+                hint="keep tables in a buffer, or in a dict or list of the module that uses them",
+            )
         if isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
             raise TraceError(
                 "the model computes with a parameter that tracing cannot see, so it would be frozen at its value",
@@ -335,7 +338,9 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             )
         if (node, read) not in self._guarded and self._varies(node):
             self._guarded.add((node, read))
-            self.create_node("call_function", guard, (node, read, first, place_of(author_frame())), {})
+            self.create_node(
+                "call_function", guard, (node, read, first, place_of(author_frame())), {}
+            )
         return first
 
     def _varies(self, node: fx.Node) -> bool:
