@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.arguments import check_model
-from skipvit_fx.errors import ExportError, first_line
+from skipvit_fx.errors import ExportError, GuardError, first_line
 from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.export.aten import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
@@ -112,6 +112,8 @@ def export_onnx(
     if expose_kept:
         _expose_kept(clone)
     _try(clone, args, kwargs)
+    if fixed is None:
+        _try_alone(clone, args, kwargs)
     program = _program(clone, args, kwargs, dynamic=fixed is None)
     graph = _to_ir(program, opset, profile)
     _name_outputs(graph, program, expose_kept)
@@ -163,6 +165,25 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         raise ExportError(
             f"the model does not run on the example inputs: {first_line(error)}",
             hint="pass example_inputs of the shape that it was rewritten for",
+        ) from error
+
+
+def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run one sample, which ``torch.export`` takes to be computed as several are."""
+    size = batch_of((args, kwargs))
+
+    def first(leaf: Any) -> Any:
+        has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
+        return leaf[:1] if has else leaf
+
+    args, kwargs = pytree.tree_map(first, (args, kwargs))
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    except GuardError as error:
+        raise ExportError(
+            f"a file of free batch size would take one sample, too, and this graph is not for one: {first_line(error)}",
+            hint="give a fixed batch size, batch=2",
         ) from error
 
 

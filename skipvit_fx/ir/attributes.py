@@ -1,13 +1,12 @@
-"""Plain attributes that a forward changes: a graph reads them once, when it is traced."""
+"""Plain attributes that a forward changes: a graph does not."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
@@ -20,20 +19,11 @@ CONSTANT = "_tensor_constant"
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 _COMPARED = (bool, int, float, str)
 
-_MISSING = object()
-
 Place = tuple[str, str]
 """The path of a module and the name of an attribute."""
 
 
-class Change(NamedTuple):
-    """An attribute before and after a call."""
-
-    before: Any
-    now: Any
-
-
-def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Change]:
+def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]:
     """Replace the forward of ``root``. Calling it fills what is returned.
 
     Args:
@@ -41,18 +31,18 @@ def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Chan
         paths: of the modules to watch.
 
     Returns:
-        The plain attributes that the last call changed.
+        The plain attributes that the last call changed, as they are now.
 
     Raises:
         TraceError: in the call, if it assigns another tensor to a parameter or buffer.
     """
-    changes: dict[Place, Change] = {}
+    changes: dict[Place, Any] = {}
     forward = root.forward
 
     @functools.wraps(forward)
     def watched(*args: Any, **kwargs: Any) -> Any:
         changes.clear()
-        before, leaves = dict(_attributes(root, paths)), dict(_leaves(root, paths))
+        leaves = dict(_leaves(root, paths))
         state = dict(_state(root, paths))
         result = forward(*args, **kwargs)
         for place, tensor in _state(root, paths):
@@ -64,20 +54,11 @@ def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Chan
         after = dict(_attributes(root, paths))
         for place, now in _leaves(root, paths):
             if not _same(leaves.get(place), now):
-                changes[place] = Change(before.get(place, _MISSING), after[place])
+                changes[place] = after[place]
         return result
 
     root.forward = watched
     return changes
-
-
-def keep_what_is_known(root: nn.Module, changes: Mapping[Place, Change]) -> None:
-    """Leave ``root`` as after a call, but for what was seen while tracing, and means nothing afterwards."""
-    for (path, name), change in changes.items():
-        attributes = vars(root.get_submodule(path))
-        attributes[name] = change.before if _of_one_call(change.now) else change.now
-        if attributes[name] is _MISSING:
-            del attributes[name]
 
 
 def _attributes(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
@@ -109,17 +90,10 @@ def _same(before: Any, now: Any) -> bool:
     )
 
 
-def _of_one_call(value: Any) -> bool:
-    traced = (fx.Proxy, FakeTensor, torch.SymInt)
-    return any(isinstance(leaf, traced) for leaf in pytree.tree_leaves(value))
-
-
-def warn_of_kept(changes: Mapping[Place, Change]) -> None:
+def warn_of_kept(changes: Mapping[Place, Any]) -> None:
     """Say that modules keep tensors of every call."""
     places = [
-        place
-        for place, change in changes.items()
-        if any(map(_is_activation, pytree.tree_leaves(change.now)))
+        place for place, now in changes.items() if any(map(_is_activation, pytree.tree_leaves(now)))
     ]
     if places:
         warnings.warn(
@@ -133,14 +107,6 @@ def _is_activation(leaf: Any) -> bool:
         return False  # torch.export warns of what it sees itself
     tracer: Any = leaf.tracer
     return isinstance(tracer.example(leaf.node), FakeTensor)
-
-
-def refuse_memory(places: list[Place]) -> TraceError:
-    """For a model whose second call differs from its first."""
-    return TraceError(
-        f"the model computes another thing in its second call than in its first, by what it keeps: {_spelled(places)}",
-        hint="a graph reads plain attributes once; keep what changes in a module that runs no attention",
-    )
 
 
 def _spelled(places: list[Place]) -> str:

@@ -14,13 +14,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.attributes import (
-    CONSTANT,
-    keep_what_is_known,
-    refuse_memory,
-    warn_of_kept,
-    watch_attributes,
-)
+from skipvit_fx.ir.attributes import CONSTANT, warn_of_kept, watch_attributes
 from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.exported import export_graph
@@ -98,14 +92,8 @@ def capture(
         traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
         graph = _follow(traced, alone, opened, mode, inputs, constants)
-        if changes:
-            if not training:
-                warn_of_kept(changes)
-            places = list(changes)
-            keep_what_is_known(traced, changes)
-            second = _follow(traced, alone, opened, mode, inputs, constants)
-            if str(graph) != str(second):
-                raise refuse_memory(places)
+        if changes and not training:
+            warn_of_kept(changes)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
     module = own(clone_structure(model), graphs[0], inputs)

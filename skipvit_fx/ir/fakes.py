@@ -7,7 +7,7 @@ import gc
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
                 self._caches[cache] = cache.cache_info().misses
 
 
-def _has_gradient(arg: object) -> bool:
+def _has_gradient(arg: object) -> TypeGuard[torch.Tensor]:
     """Whether this is a parameter, or a real tensor that an earlier call left somewhere."""
     return type(arg) is nn.Parameter or (type(arg) is torch.Tensor and not arg.is_leaf)
 

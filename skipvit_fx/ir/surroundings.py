@@ -71,8 +71,9 @@ class Surroundings:
         finally:
             for names, name, value in reversed(self._put):
                 _assign(names, name, value)
-            self._put.clear()
             self.restore()
+            for noted in (self._put, self._kept, self._names, self._seen, self._of_class):
+                noted.clear()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -95,8 +96,7 @@ class Surroundings:
         """
         if self._of_class:
             raise TraceError(
-                f"{self._of_class[0]} compares the __class__ of a value, which is another one while "
-                "the model is looked at",
+                f"{self._of_class[0]} compares the __class__ of a value, which only a real tensor could tell",
                 hint="write isinstance(x, torch.Tensor), or type(x) is torch.Tensor",
             )
 

@@ -238,6 +238,11 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             return a.node
         if isinstance(a, torch.Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
+        if isinstance(a, FakeTensor):
+            raise TraceError(
+                "the model keeps a tensor of an earlier call where it could not be put back as it was",
+                hint="keep tables in a buffer, or in a dict or list of the module that uses them",
+            )
         if isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
             raise TraceError(
                 "the model computes with a parameter that tracing cannot see, so it would be frozen at its value",
