@@ -43,7 +43,7 @@ class InsertSkip:
             stage.shorter = editor.insert_module(
                 f"{stage.name}.keep", Keep(*place), (cut, kept), after=dropped
             )
-            if rewriting.return_node is not None or rewriting.plan.fused:
+            if rewriting.return_node is not None or rewriting.plan.fused or rewriting.taps:
                 stage.around = editor.insert_module(
                     f"{stage.name}.around", PassAround(*place), (cut, dropped), after=stage.shorter
                 )

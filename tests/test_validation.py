@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 import skipvit_fx
 from models import BY_NAME, scramble
@@ -36,6 +37,7 @@ from outside import HUGGING_FACE, pixels
 from skipvit_fx import ValidationError, api, reference, validation
 from skipvit_fx.analysis import tokens
 from skipvit_fx.analysis.axes import axes_of, set_axes
+from skipvit_fx.cli.app import app
 from skipvit_fx.differences import TOLERANCE, relative_error, short, tolerance
 from skipvit_fx.ir import opening
 from skipvit_fx.ops.dead_tokens import Narrow
@@ -559,6 +561,17 @@ def test_it_is_said_whether_it_was_done(tmp_path: Path) -> None:
     assert found(again) < 1e-5
     again = skipvit_fx.load(tmp_path / "fast.safetensors", odd(), validate=False)
     assert skipvit_fx.inspect(again).validated == "not validated (validate=False)"
+
+
+def test_the_command_line_leaves_it_out_on_request() -> None:
+    command = ["inspect", "vit_tiny_patch16_224", "1(50%)+2", "--img-size", "32", "--depth", "2"]
+    for option, said in (
+        ([], "validated: largest"),
+        (["--no-validate"], "not validated (validate"),
+    ):
+        result = CliRunner().invoke(app, [*command, *option])
+        assert result.exit_code == 0, result.output
+        assert said in result.output
 
 
 def test_nothing_is_run_on_the_meta_device() -> None:

@@ -15,6 +15,7 @@ from skipvit_fx.analysis.axes import Batch, is_lost, size, tensors_in, tokens_of
 from skipvit_fx.analysis.layers import Stream, find_stream
 from skipvit_fx.analysis.residual import is_softmax, keys_of
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.arguments import check_model, check_prefix_tokens
 from skipvit_fx.columns import columns
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
@@ -103,8 +104,12 @@ def find_attention(
         What was found. A model that the compiler refuses has a report, too: its ``refusal`` is the error.
 
     Raises:
+        PlanError: ``prefix_tokens`` is not a number of tokens.
         TraceError: there are no example inputs, or the model does not run on them.
+        TypeError: ``model`` is not a module.
     """
+    check_model(model)
+    check_prefix_tokens(prefix_tokens)
     args, kwargs = example_of(model, example_inputs)
     mode = TracelessFakeMode()
     with mode.surroundings.kept():

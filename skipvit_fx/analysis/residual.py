@@ -85,7 +85,10 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
     output = next(reversed(graph.nodes))
     last = _last_computed(analysis, flow, output)
     if not last:
-        raise UnsupportedModelError("the model's output does not depend on its image input")
+        raise UnsupportedModelError(
+            "the model's output does not depend on its image input",
+            hint="pass example_inputs as the model is called; its image is the largest floating-point tensor",
+        )
     way: set[fx.Node] = set()
     for node in last:
         way |= {node, *nx.ancestors(flow, node)}
