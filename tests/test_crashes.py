@@ -251,8 +251,6 @@ def test_an_author_may_handle_what_he_raises() -> None:
 def test_models_of_torch_alone(model: nn.Module) -> None:
     with pytest.raises(TraceError, match=f"^{type(model).__name__} does not run on the example"):
         rewrite(model.eval(), example=torch.ones(2, 3, 7))
-    with pytest.raises(TraceError, match="does not run on the example inputs: TypeError"):
-        rewrite(model, example=())
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -266,7 +264,6 @@ class NoCopy:
 THINGS: dict[str, Callable[[], Any]] = {
     "a lock": threading.Lock,
     "a generator": lambda: (i for i in range(3)),
-    "an activation": lambda: torch.ones(3, requires_grad=True) * 2,
     "an object": NoCopy,
     "in a list": lambda: [1, {"x": NoCopy()}],
 }
@@ -384,7 +381,7 @@ def test_the_front_end_is_told(frontend: str, used: str, reason: str) -> None:
 def test_why_a_model_was_exported_is_told() -> None:
     class NeedsTensor(Block):
         def forward(self, x: Tensor) -> Tensor:
-            if not isinstance(x, Tensor):
+            if isinstance(x, fx.Proxy):
                 raise TypeError("a tensor, please")
             return super().forward(x)
 
@@ -397,7 +394,7 @@ def test_why_a_model_was_exported_is_told() -> None:
 def test_a_plan_that_does_not_fit_an_exported_model() -> None:
     class Flips(Block):
         def forward(self, x: Tensor) -> Tensor:
-            if not isinstance(x, Tensor):
+            if isinstance(x, fx.Proxy):
                 raise TypeError("a tensor, please")
             return super().forward(x.flip(1))
 

@@ -212,7 +212,7 @@ class TestExplainFailures:
         report = find_attention(mixing("roll", "leaf", layer=2), example_inputs=image())
         (node, reason), *rest = report.obstacles.items()
         assert not rest
-        assert reason == "aten.roll runs over the token axis"
+        assert reason == "roll runs over the token axis"
         assert f"{node}: {reason}" in str(report)
         said = report.explain("blocks.1.mlp")
         assert "was looked into" in said

@@ -62,8 +62,10 @@ def no_stream(
 
 
 def _on_a_sequence(analysis: TokenAnalysis, span: Span, tried: Tried) -> str:
-    _, tokens, channels = analysis[span.start].value.shape
+    samples, tokens, channels = analysis[span.start].value.shape
     keys, rows = _matrix(analysis, span.softmaxes[0])
+    if keys == samples:
+        return "its first attention runs over the samples of a batch, and not over tokens"
     if SUMS_TOKENS in tried.mixing or (keys < tokens and rows == channels):
         return "its first attention weighs channels, and not tokens"
     if keys < tokens:

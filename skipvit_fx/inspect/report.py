@@ -207,9 +207,9 @@ def _header(report: Inspection) -> Iterator[str]:
         sequence += f" + {report.tail} trailing"
     dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
     yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
+    yield f"class token: {report.class_token}"
     yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
     yield report.validated
-    yield f"class token: {report.class_token}"
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
 

@@ -22,6 +22,7 @@ _HANDED_ON = frozenset(
         "create_node",
         "create_proxy",
         "run_node",
+        "stand_in",
     }
 )
 """Methods that torch calls in the middle of an author's code, and that call torch again on its behalf."""

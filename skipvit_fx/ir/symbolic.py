@@ -280,8 +280,9 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             )
         try:
             values = [self._value(node, witness) for witness in self._witnesses]
+            reader = bool if read == "bool" else READS[read]  # whose frame would be ours
             with author_code():
-                first, second = map(READS[read], values)
+                first, second = map(reader, values)
         except AuthorError as error:
             raise _needs_value(node, error) from error
         if first != second:

@@ -74,11 +74,11 @@ def only_here(
     """``original``, but where this thread is in the phase of that name ``followed`` and ``stay``, if there are any."""
 
     @functools.wraps(original, updated=())
-    def function(*args: Any, **kwargs: Any) -> Any:
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
         other = {"followed": followed, "stay": stay}.get(here.phase)
         return (other or original)(*args, **kwargs)
 
-    return function
+    return stand_in
 
 
 @contextlib.contextmanager
