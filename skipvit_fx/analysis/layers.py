@@ -195,6 +195,7 @@ def _first_layer(
         if known is not None and prefix_tokens is None:
             if _reads_any(analysis, span):
                 return start
+            tried = try_tokens(analysis, span) if span is spans[0] else tried
             continue
         lead = prefix_tokens or 0
         for dim in [token_dim(known)] if known is not None else [1, 0]:
