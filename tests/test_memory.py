@@ -27,7 +27,10 @@ def odd(block: Callable[[], nn.Module]) -> Odd:
 
 
 def rewrite(model: nn.Module, frontend: Any = "auto") -> Any:
-    return skipvit_fx.rewrite(model, PLAN, example_inputs=image(), frontend=frontend)
+    """Without validation, which calls the model for real: that fills its caches."""
+    return skipvit_fx.rewrite(
+        model, PLAN, example_inputs=image(), frontend=frontend, validate=False
+    )
 
 
 # -- what is read ------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ CASES: dict[str, Case] = {
             ffn_dim=32,
         ),
         (2, 32, 3),
-        (r"in front of its first attention tokens are mixed", "batch_norm"),
+        (r"no plain one over the tokens of a sequence", "batch_norm"),
     ),
     "pit": Case(
         _timm("pit_ti_224", img_size=64, depth=(1, 1, 1)),
@@ -282,9 +282,18 @@ class Shrinks(Odd):
         return x
 
 
+class Causal(Sdpa):
+    """Each token sees those before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.split(p(x)) for p in (self.to_q, self.to_k, self.to_v))
+        return self.out(self.join(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+
 SHAPES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "several": (SideBySide, "several sequences of tokens"),
     "channels": (lambda: Odd(Block(ThroughChannels()) for _ in range(2)), "weighs channels"),
+    "causal": (lambda: Odd(Block(Causal()) for _ in range(2)), "causal attention depends on"),
     "shrinks": (lambda: Shrinks(Block(mlp=Mlp(DIM)) for _ in range(4)), "11 x 32"),
 }
 

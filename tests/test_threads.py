@@ -431,7 +431,7 @@ def test_the_probes_can_fail() -> None:
             return super().layers(x)
 
     with contextlib.suppress(SkipViTError):
-        rewrite(odd(kind=Probes), "symbolic")
+        rewrite(odd(kind=Probes), "symbolic", validate=False)
     assert sum(not right for right in found.values()) > 12
 
 

@@ -288,8 +288,8 @@ def test_what_a_model_keeps_of_a_call_is_told() -> None:
 # -- random numbers -----------------------------------------------------------------------------------------------
 
 DRAWS: dict[str, Callable[[], Any]] = {
-    "random": random.random,
-    "numpy.random": np.random.rand,
+    "random": lambda: random.random(),
+    "numpy.random": lambda: np.random.rand(),
     "torch": lambda: torch.rand(1).item(),
 }
 

@@ -44,7 +44,7 @@ from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
-from skipvit_fx.passes import check_shapes, check_span, free_token_sizes
+from skipvit_fx.passes import check_shapes, check_span
 from skipvit_fx.validation import two_images
 
 EXAMPLE = torch.zeros(2, 3, 32, 40)
@@ -95,7 +95,6 @@ BATCH_MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
 def _accept_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules and checks let everything pass; what they do not know keeps the axes that it came with."""
     monkeypatch.setattr(check_span, "why_unsound", lambda *_: "")
-    monkeypatch.setattr(free_token_sizes, "_refuse_arithmetic", lambda *_: None)
     monkeypatch.setattr(check_shapes.CheckShapes, "run", lambda *_: None)
     apply = tokens.AxisMode._apply
 

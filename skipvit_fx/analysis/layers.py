@@ -195,8 +195,7 @@ def _first_layer(
         if known is not None and prefix_tokens is None:
             if _reads_any(analysis, span):
                 return start
-            if span is spans[0]:
-                tried = try_tokens(analysis, span)
+            tried = try_tokens(analysis, span) if span is spans[0] else tried
             continue
         lead = prefix_tokens or 0
         batch = analysis.batch_dim(start)

@@ -74,7 +74,7 @@ def _on_a_sequence(analysis: TokenAnalysis, span: Span, tried: Tried) -> str:
             "or over tokens that were pooled"
         )
     if tried.mixing:
-        return f"in front of its first attention tokens are mixed: {tried.mixing}"
+        return f"its first attention is no plain one over the tokens of a sequence: {tried.mixing}"
     if tried.over_tokens:
         return "its first softmax over tokens has no query for each token"
     return "its first attention does not run over the tokens of a residual stream"

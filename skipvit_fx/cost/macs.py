@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from skipvit_fx.errors import TraceError
+from skipvit_fx.errors import GuardError, TraceError
 from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode
@@ -108,7 +108,7 @@ def _count(
             values = list(placeholder_values(module.graph, fake_args, fake_kwargs))
             with author_code():
                 counter.run(*values)
-    except AuthorError as error:
+    except (AuthorError, GuardError) as error:
         raise TraceError(
             f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
             f"{error.args[0]}",

@@ -80,7 +80,6 @@ def capture(
     refuse_taken_names(model)
     opened = frozenset(watch_calls(model, mode, args, kwargs).around_attention) | also_open
     inputs = Inputs(model.forward, args, kwargs)
-    refuse_calls_that_remember(model, mode, inputs, opened)
     mode.surroundings.refuse_unanswered()
     _refuse_hooks(model, opened)
     constants: dict[str, torch.Tensor] = {}
@@ -96,6 +95,8 @@ def capture(
             warn_of_kept(changes)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
+    refuse_calls_that_remember(model, mode, inputs, opened)
+    mode.forget()
     module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
