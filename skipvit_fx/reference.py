@@ -121,7 +121,7 @@ class Run:
             raise ValidationError(
                 f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run: {error.args[0]}",
                 hint="pass example_inputs that hold values which the model accepts",
-            ) from error
+            ) from error.__cause__
 
 
 @dataclass(frozen=True)

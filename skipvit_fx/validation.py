@@ -361,7 +361,7 @@ class _Validation:
                 raise ValidationError(
                     f"{type(author).__name__} does not run on one image: {error.args[0]}",
                     hint="pass example_inputs that hold values which the model accepts",
-                ) from error
+                ) from error.__cause__
         self.draws = not self.states.are_unchanged()
         run = _Captured(self.captured, self.parts, returned)
         got = self._run(run, image)

@@ -187,6 +187,7 @@ def test_what_is_read_in_the_same_call_alone(calls: int, frontend: str) -> None:
         torch.testing.assert_close(fast(image(3)), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*of every call:UserWarning")
 def test_a_leaf_may_remember() -> None:
     class Forgetful(Mlp):
         calls = 0

@@ -36,7 +36,7 @@ from odd_models import (
 from outside import HUGGING_FACE, pixels
 from skipvit_fx import ValidationError, api, reference, validation
 from skipvit_fx.analysis import tokens
-from skipvit_fx.analysis.axes import axes_of, set_axes
+from skipvit_fx.analysis.axes import axes_of, set_axes, tensors_in
 from skipvit_fx.cli.app import app
 from skipvit_fx.differences import TOLERANCE, relative_error, short, tolerance
 from skipvit_fx.ir import opening
@@ -98,9 +98,10 @@ def _accept_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_shapes.CheckShapes, "run", lambda *_: None)
     apply = tokens.AxisMode._apply
 
-    def lenient(self: Any, call: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def lenient(self: Any, call: Any, outputs: list[Tensor]) -> None:
+        inputs = tensors_in((call.args, call.kwargs))
         known = [(t.shape, axes_of(t)) for t in inputs if axes_of(t) is not None]
-        apply(self, call, inputs, outputs)
+        apply(self, call, outputs)
         if not self.facts.mixing:
             return
         self.facts.mixing, self.facts.pools = "", False
@@ -528,7 +529,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch, model: nn.Module, plan: str) -> tu
         flops.append(counter.get_total_flops())
         return text
 
-    model.blocks[0].mlp.register_forward_hook(lambda m, given, out: samples.append(len(out)))  # type: ignore[index, union-attr]
+    model.blocks[0].mlp.register_forward_hook(lambda m, given, out: samples.append(out.shape[0]))  # type: ignore[index, union-attr]
     monkeypatch.setattr(validation, "validate", counted)
     rewrite(model, plan)
     return flops[-1], samples

@@ -86,16 +86,17 @@ def capture(
     graphs = []
     alone = call_alone(model, mode, inputs, opened) if frontend == "export" else None
     mode.forget()
+    left: dict[Any, Any] = {}
     for training in (False, True):
         traced = clone_structure(model).train(training)
         traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
         graph = _follow(traced, alone, opened, mode, inputs, constants)
-        if changes and not training:
-            warn_of_kept(changes)
+        left = left if training else changes
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
     refuse_calls_that_remember(model, mode, inputs, opened)
+    warn_of_kept(left)
     mode.forget()
     module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():
