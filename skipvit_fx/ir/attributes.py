@@ -90,11 +90,15 @@ def _same(before: Any, now: Any) -> bool:
     )
 
 
-def warn_of_kept(changes: Mapping[Place, Any]) -> None:
-    """Say that modules keep tensors of every call."""
-    places = [
+def kept_of_a_call(changes: Mapping[Place, Any]) -> list[Place]:
+    """Where modules keep tensors of the call that was just traced."""
+    return [
         place for place, now in changes.items() if any(map(_is_activation, pytree.tree_leaves(now)))
     ]
+
+
+def warn_of_kept(places: list[Place]) -> None:
+    """Say that modules keep tensors of every call."""
     if places:
         warnings.warn(
             f"the model keeps {_spelled(places)} of every call; the rewritten model does not, while it skips",

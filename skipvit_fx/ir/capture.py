@@ -14,7 +14,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.attributes import CONSTANT, warn_of_kept, watch_attributes
+from skipvit_fx.ir.attributes import (
+    CONSTANT,
+    kept_of_a_call,
+    warn_of_kept,
+    watch_attributes,
+)
 from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ir.exported import export_graph
@@ -86,17 +91,17 @@ def capture(
     graphs = []
     alone = call_alone(model, mode, inputs, opened) if frontend == "export" else None
     mode.forget()
-    left: dict[Any, Any] = {}
+    kept: list[tuple[str, str]] = []
     for training in (False, True):
         traced = clone_structure(model).train(training)
         traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
         graph = _follow(traced, alone, opened, mode, inputs, constants)
-        left = left if training else changes
+        kept += [] if training else kept_of_a_call(changes)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
     refuse_calls_that_remember(model, mode, inputs, opened)
-    warn_of_kept(left)
+    warn_of_kept(kept)
     mode.forget()
     module = own(clone_structure(model), graphs[0], inputs)
     for name, constant in constants.items():

@@ -74,9 +74,16 @@ def refuse_calls_that_remember(
 def call_alone(
     model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
 ) -> Alone:
-    """Compare a batch of one with larger ones, in eval mode."""
+    """Compare a batch of one with larger ones, in eval mode.
+
+    Raises:
+        TraceError: around attention, a call reads what another one left.
+    """
     calls = _Calls(model, mode, inputs, opened)
-    runs = [calls.try_run(batch) for batch in (1, 2, 3)]
+    try:
+        runs = [calls.try_run(batch) for batch in (1, 2, 3)]
+    except _StaleError as error:
+        raise _remembers(calls.model, error) from error
     alike = None not in runs and all(len(run or ()) == len(runs[1] or ()) for run in runs)
     differs = not alike or not all(map(_alike, *(run or () for run in runs)))
     return Alone(differs, frozenset(calls.recorder.asked))
