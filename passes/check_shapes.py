@@ -40,13 +40,11 @@ class CheckShapes:
         values: dict[fx.Node, Any] = {}
         for node in rewriting.editor.graph.nodes:
             arguments = node.all_input_nodes
-            if node in known and not any(a in values for a in arguments):
+            authors = node in known and INSERTED_BY not in node.meta
+            if node.op == "output" or (authors and not any(a in values for a in arguments)):
                 continue
-            if node.op == "output":
-                continue
-            value = _run(rewriting, node, values)
-            values[node] = value
-            if node in known and INSERTED_BY not in node.meta:
+            values[node] = value = _run(rewriting, node, values)
+            if authors:
                 _compare(rewriting, node, value)
 
 

@@ -202,6 +202,17 @@ def test_nothing_dropped_is_the_model(name: str, eliminate: bool) -> None:
     assert_is_the_model(fast, model, x, train=True)
 
 
+@pytest.mark.parametrize(("name", "read"), [("deit-distilled", 2), ("vit", 1), ("dinov2-reg4", 1)])
+def test_a_plan_without_stages_leaves_out_what_nobody_reads(name: str, read: int) -> None:
+    model, x = BY_NAME[name].build(), BY_NAME[name].input()
+    fast = skipvit_fx.rewrite(model, skipvit_fx.Plan(), example_inputs=(x,))
+    inspection = skipvit_fx.inspect(fast)
+    assert inspection.macs < inspection.baseline_macs
+    assert inspection.layers[-1].ffn_tokens == read
+    with torch.no_grad():
+        assert relative_error(fast(x), model(x)) < TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["vit", "reg4-gap", "beit", "rope-axial", "cait"])
 def test_gradients(name: str) -> None:
     """Through the frozen states as through the rest, and not through the choice."""

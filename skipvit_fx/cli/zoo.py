@@ -82,6 +82,8 @@ ELSEWHERE = (
 DEPTHS = (24, 16, 12, 8, 6, 4, 3, 2)
 """How shallow a model that does not fit may be made: as deep of these as fits."""
 
+_TOO_LARGE = "raise --limit, on a machine with the memory for it"
+
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -184,10 +186,15 @@ def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, An
         try:
             smaller = parameter_bytes(parse_spec(name, **shallow))
         except SpecError as error:
-            raise SpecError(f"{size / 2**30:.1f} GiB of parameters, and takes no depth") from error
+            raise SpecError(
+                f"{size / 2**30:.1f} GiB of parameters, and takes no depth", hint=_TOO_LARGE
+            ) from error
         if smaller <= limit:
             return shallow, f"made {depth} layers deep ({size / 2**30:.1f} GiB of parameters)"
-    raise SpecError(f"{size / 2**30:.1f} GiB of parameters, and too large with {DEPTHS[-1]} layers")
+    raise SpecError(
+        f"{size / 2**30:.1f} GiB of parameters, and too large with {DEPTHS[-1]} layers",
+        hint=_TOO_LARGE,
+    )
 
 
 def _check(name: str, model: nn.Module, seed: int, note: str) -> Row:

@@ -287,8 +287,10 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             raise _needs_value(node, error) from error
         if first != second:
             raise TraceError(
-                f"the model's Python code branches on {node.name}, which differs with the batch size",
-                hint="rewrite a model whose control flow does not depend on the batch size",
+                f"the model's Python code {'branches on' if read == 'bool' else 'takes as a number'} {node.name}, "
+                "which differs with the batch size",
+                hint="rewrite a model whose Python code does not depend on the batch size; x.shape[0] is no number "
+                "while it is traced, len(x) is",
             )
         if (node, read) not in self._guarded and self._varies(node):
             self._guarded.add((node, read))
