@@ -75,7 +75,7 @@ def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:
         return ""
     if reason := _in_other_mode(analysis, node, callee):
         return reason
-    with _other_mode(callee):
+    with _other_mode(callee, analysis.inputs(node)):
         return _counting(analysis, node)
 
 
@@ -85,7 +85,7 @@ def _is_torchs_own(module: nn.Module) -> bool:
 
 
 def _in_other_mode(analysis: TokenAnalysis, node: fx.Node, module: nn.Module) -> str:
-    with _other_mode(module):
+    with _other_mode(module, analysis.inputs(node)):
         reason = _otherwise(analysis, node, analysis.inputs(node))
     return f"a module behaves otherwise in train than in eval mode: {reason}" if reason else ""
 
@@ -118,9 +118,12 @@ def _counting(analysis: TokenAnalysis, node: fx.Node) -> str:
 
 
 @contextlib.contextmanager
-def _other_mode(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.train(not module.training)
+def _other_mode(module: nn.Module, inputs: Any) -> Iterator[None]:
+    """With a module in its other mode, and those that it is handed to tell it the mode."""
+    owners = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, nn.Module)]
+    modes = {part: part.training for whole in (module, *owners) for part in whole.modules()}
+    for whole in (module, *owners):
+        whole.train(not module.training)
     try:
         yield
     finally:

@@ -8,17 +8,17 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.recompute import CHECKPOINT
 from skipvit_fx.ops.guard import guard
-from skipvit_fx.ops.mode import ByMode, InTraining
+from skipvit_fx.ops.mode import InTraining, by_mode
 
 
 def keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Graph) -> None:
     """Turn the graph of eval mode into one for both.
 
-    Constants that differ become a :class:`ByMode`; functions that train mode calls besides, an :class:`InTraining`.
+    Constants that differ become a :func:`by_mode`; functions that train mode calls besides, an :class:`InTraining`.
 
     Before::
 
@@ -27,8 +27,8 @@ def keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Graph
 
     After::
 
-        p = by_mode()
-        y = sdpa(q, k, v, dropout_p=p); n = in_training(y); z = norm(n)
+        p = by_mode(self.attn, 0.1, 0.0)
+        y = sdpa(q, k, v, dropout_p=p); n = in_training(self, y); z = norm(n)
 
     Raises:
         TraceError: the two differ in any other way.
@@ -52,6 +52,7 @@ class _Union:
         self.twins: dict[fx.Node, fx.Node] = {}
         self.only_in_train: dict[fx.Node, fx.Node] = {}
         self.constants: dict[tuple[nn.Module, Any, Any], fx.Node] = {}
+        self.owners: dict[str, fx.Node] = {}
 
     def take_in(self, train: list[fx.Node]) -> None:
         waiting = list(reversed(self.graph.nodes))
@@ -103,9 +104,11 @@ class _Union:
         assert isinstance(passes, fx.Node)
         leaves, spec = _leaves(there)
         args, kwargs = _arguments([self._here(leaf) for leaf in leaves], spec)
-        path = self._add(_owner(there), InTraining(there.target, given[0]))
+        name = f"in_training_{len(self.only_in_train) + 1}"
+        self.module.own.add_module(name, InTraining(there.target, given[0]))
+        owner = self._module(_owner(there))
         with self.graph.inserting_before(here):
-            node = self.graph.call_module(path, args, kwargs)
+            node = self.graph.call_module(f"{OWN_CHILD}.{name}", (owner, *args), kwargs)
         node.meta = dict(there.meta)
         self.twins[there] = self.twins[passes]
         self.only_in_train[there] = node
@@ -118,17 +121,18 @@ class _Union:
     def _constant(self, owner: str, evaluation: Any, train: Any) -> fx.Node:
         key = (self.module.get_submodule(owner), train, evaluation)
         if key not in self.constants:
-            path = self._add(owner, ByMode(train, evaluation))
+            given = (self._module(owner), train, evaluation)
             with self.graph.inserting_before(self.first):
-                self.constants[key] = self.graph.call_module(path)
+                self.constants[key] = self.graph.call_function(by_mode, given)
         return self.constants[key]
 
-    def _add(self, owner: str, op: nn.Module) -> str:
-        """Keep ``op`` in the module whose mode it follows."""
-        parent = self.module.get_submodule(owner)
-        child = f"skipvit_by_mode_{len(self.constants) + len(self.only_in_train)}"
-        parent.add_module(child, op.train(parent.training))
-        return f"{owner}.{child}".removeprefix(".")
+    def _module(self, path: str) -> fx.Node:
+        """The module whose mode tells; in place of the model itself its child of ours, which is always in the same."""
+        path = path or OWN_CHILD
+        if path not in self.owners:
+            with self.graph.inserting_before(self.first):
+                self.owners[path] = self.graph.create_node("get_attr", path)
+        return self.owners[path]
 
 
 def _is_size_to_guard(node: fx.Node) -> bool:

@@ -1,33 +1,22 @@
-"""A constant that differs between training and evaluation."""
+"""What differs between training and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from skipvit_fx.errors import GuardError
+Constant: TypeAlias = bool | int | float
 
 
-class ByMode(nn.Module):
-    """Returns one Python constant in train mode and another in eval mode.
+def by_mode(owner: nn.Module, train: Constant, evaluation: Constant) -> Constant:
+    """One of two constants, by the mode that ``owner`` is in.
 
     Authors write ``dropout_p=self.attn_drop.p if self.training else 0.0``. A trace sees only one of the two;
-    this module keeps both alive in the graph.
+    this keeps both alive in the graph.
     """
-
-    def __init__(self, train: bool | int | float, evaluation: bool | int | float) -> None:
-        super().__init__()
-        self.train_value = train
-        self.eval_value = evaluation
-
-    def forward(self) -> bool | int | float:
-        return self.train_value if self.training else self.eval_value
-
-    def extra_repr(self) -> str:
-        return f"train={self.train_value}, eval={self.eval_value}"
+    return train if owner.training else evaluation
 
 
 class InTraining(nn.Module):
@@ -41,8 +30,9 @@ class InTraining(nn.Module):
         self.function = function
         self.passes = passes
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.training:
+    def forward(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns for the other arguments, if ``owner`` is in train mode."""
+        if not owner.training:
             return args[self.passes]
         if isinstance(self.function, str):
             return getattr(args[0], self.function)(*args[1:], **kwargs)
@@ -50,37 +40,3 @@ class InTraining(nn.Module):
 
     def extra_repr(self) -> str:
         return self.function if isinstance(self.function, str) else self.function.__name__
-
-
-class FixedSize(nn.Module):
-    """Passes an input through after checking the shapes of its tensors (all but the batch axis).
-
-    Stands at every input: which rows are patches, what a literal slice takes out and how a branch on the image's height
-    goes were found out for the sizes of the example, and may silently be wrong for others.
-
-    Raises (from ``forward``):
-        GuardError: the shape differs.
-    """
-
-    def __init__(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
-        super().__init__()
-        self.name = name
-        self.shapes = shapes
-
-    def forward(self, given):  # type: ignore[no-untyped-def]
-        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        for tensor, shape in zip(tensors, self.shapes, strict=True):
-            if tuple(tensor.shape[1:]) != shape:
-                raise GuardError(
-                    f"input {self.name!r} has shape {tuple(tensor.shape)}, but the model was rewritten for "
-                    f"{_batch_of(shape)}",
-                    hint="rewrite it again with example_inputs of that shape",
-                )
-        return given
-
-    def extra_repr(self) -> str:
-        return ", ".join(map(_batch_of, self.shapes))
-
-
-def _batch_of(shape: tuple[int, ...]) -> str:
-    return f"[{', '.join(['batch', *map(str, shape)])}]"
