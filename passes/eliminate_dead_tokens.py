@@ -158,7 +158,9 @@ class _Liveness:
             is_size = node.op == "call_method" and node.target == "size"
             return [] if is_size else [(a, ALL) for a in arguments]
         if facts.reads is not None and not carries_tokens(facts):
-            return [(a, facts.reads if self._apart(node) else ALL) for a in arguments]
+            return [
+                (a, self._up_to(a, facts.reads) if self._apart(node) else ALL) for a in arguments
+            ]
         if not tensors_in(facts.value):
             return [(a, ALL) for a in arguments if self._reads_token_size(node)]
         unread = need == NONE and carries_tokens(facts)
@@ -168,6 +170,11 @@ class _Liveness:
                 return [(a, need if a is query else ALL) for a in arguments]
             return [(a, need) for a in arguments]
         return [(a, ALL) for a in arguments]
+
+    def _up_to(self, argument: fx.Node, reads: float) -> float:
+        """So many rows of an argument; all of it, where these end behind the patches, which may be fewer."""
+        tokens = _single_tokens(self.analysis.axes(argument))
+        return ALL if tokens is None or reads > tokens.patches else reads
 
     def _reads_token_size(self, node: fx.Node) -> bool:
         """Whether a size of a token axis is taken, and not just handed on as part of ``x.shape``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,15 @@ class TestFailures:
         )
         assert done.returncode == 1
         assert done.stderr.strip() == "skipvit needs typer: pip install 'skipvit_fx[cli]'"
+
+
+def test_it_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["skipvit", "inspect", "--help"])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module("skipvit_fx", run_name="__main__")
+    assert left.value.code == 0
+    assert "inspect" in capsys.readouterr().out
 
 
 def test_every_command_has_help() -> None:

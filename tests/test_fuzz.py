@@ -108,7 +108,7 @@ def test_a_bug_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_bug_is_found_among_cases_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckSpan, "run", lambda self, rewriting: None)
-    assert any(run(draw_case(seed)).kind == "wrong" for seed in (2041,))
+    assert any(run(draw_case(seed)).kind == "wrong" for seed in (64, 111))
 
 
 @pytest.mark.parametrize(

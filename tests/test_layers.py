@@ -397,6 +397,11 @@ VARIANTS: dict[str, Variant] = {
     "between-plain": Variant(
         lambda: Blocks([Part(position=True) for _ in range(DEPTH)], {1: Mlp()}, residual=False)
     ),
+    "between-ffn-first": Variant(
+        lambda: Blocks(
+            [Part(before=True, ffn=False) for _ in range(DEPTH)], {0: Mlp()}, residual=False
+        )
+    ),
     "after-the-last": Variant(
         lambda: Blocks([Block() for _ in range(DEPTH)], {1: Mlp(), 3: Mlp()})
     ),
@@ -452,7 +457,7 @@ def assert_exact(model: Any, fast: nn.Module, plan: Plan) -> None:
 
 FAST = {
     "before-norm": "adapter-some no-ffn-last post-norm-last mixed outside-norm spelled-out-position",
-    "block": "between adapter-plain-some pairs spelled-out-adapters position-macaron-some",
+    "block": "between between-ffn-first adapter-plain-some pairs spelled-out-adapters position-macaron-some",
     "return": "between-plain position-some shared nested stem-inside parallel-attention-last",
     "last": "adapter-last halves macaron-last spelled-out spelled-out-last-post after-the-last",
     "block-before-norm": "ffn-beside-some two-each spelled-out-post spelled-out-last-pre",
@@ -524,6 +529,81 @@ def test_few_layers(depth: int, wrapped: bool) -> None:
     plan: Plan = {"stages": [(depth, "0.5")], "return_layer": depth + 1}
     fast = skipvit_fx.rewrite(model, f"{depth}(50%)+{depth + 1}", example_inputs=(image(),))
     assert_exact(model, fast, plan)
+
+
+# -- what else takes a softmax --------------------------------------------------------------------
+
+
+class Weighing(Sdpa):
+    """Attention whose queries, or whose weights, an operator mixes beyond recognition."""
+
+    def __init__(self, place: str, mix: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.place, self.mix = place, mix
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
+        q = self.mix(q) if self.place == "query" else q
+        weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)
+        weights = self.mix(weights) if self.place == "weights" else weights
+        return self.out(self.join(weights @ v))
+
+
+class Gate(Mlp):
+    """A feed-forward network with a softmax in it that is no attention."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.gate(x))
+
+
+MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "samples": lambda x: x - x.mean(0, keepdim=True),
+    "reversed": lambda x: x.flip(-2),
+    "running": lambda x: x.cumsum(-2),
+}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of-a-sample": lambda x: x.flatten(1).softmax(-1).view_as(x) * 50,
+    "of-channels-after-mixing": lambda x: x.flip(1).softmax(-1),
+    "of-tokens": lambda x: x.softmax(1) * x.shape[-1],
+}
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize(
+    ("place", "mixer"),
+    [("weights", mixer) for mixer in MIXERS] + [("query", "reversed"), ("query", "running")],
+)
+def test_an_attention_that_cannot_score_is_a_layer_all_the_same(
+    place: str, mixer: str, layer: int
+) -> None:
+    attention = Weighing(place, MIXERS[mixer])
+    model: Any = scramble(
+        Blocks([Block(attention if i == layer - 1 else None) for i in range(DEPTH)])
+    ).eval()
+    report = skipvit_fx.find_attention(model, example_inputs=(image(),))
+    assert len(report.layers) == DEPTH
+    with pytest.raises(UnsupportedModelError, match=rf"layer {layer} cannot score"):
+        skipvit_fx.rewrite(model, f"{layer}(50%)", example_inputs=(image(),))
+    plan: Plan = {"stages": [(2 if layer == 1 else 1, "0.5")], "return_layer": 3}
+    fast = skipvit_fx.rewrite(
+        model, plan_text(plan["stages"], 3), example_inputs=(image(),), prefix_tokens=1
+    )
+    assert_exact(model, fast, plan)
+    assert len(skipvit_fx.inspect(fast).layers) == DEPTH
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_another_softmax_is_no_layer(gate: str) -> None:
+    blocks = [Block(mlp=Gate(GATES[gate]) if i == 0 else None) for i in range(DEPTH)]
+    model: Any = scramble(Blocks(blocks)).eval()
+    plan: Plan = {"stages": [(2, "0.5")], "return_layer": 3}
+    fast = skipvit_fx.rewrite(model, "2(50%)+3", example_inputs=(image(),), prefix_tokens=1)
+    assert_exact(model, fast, plan)
+    assert len(skipvit_fx.inspect(fast).layers) == DEPTH
 
 
 # -- what `inspect` says --------------------------------------------------------------------------

@@ -125,7 +125,9 @@ class Composition:
         model, twin = _run(source), _run(marked)
         scramble(model)
         twin.load_state_dict(model.state_dict())
-        return Built(model.eval(), twin.eval(), partial(self._layout, twin), source)
+        middle = any(placed.place == "middle" for placed in self.placed)
+        marks = ("fork", "sum") if middle else ("fork",)
+        return Built(model.eval(), twin.eval(), partial(self._layout, twin), source, marks)
 
     def image(self, batch: int, seed: int) -> Tensor:
         """A batch of images."""
@@ -201,12 +203,15 @@ class Built:
         twin: for the reference; the model itself, unless it has marks.
         layout: by the mark at which tokens leave.
         source: of the model, if it was composed.
+        marks: at which they may leave: the sum behind an attention, and what both the feed-forward network and the
+            connection past it read. An operator between the two may belong to either.
     """
 
     model: nn.Module
     twin: nn.Module
     layout: Any
     source: str = ""
+    marks: tuple[str, ...] = ("fork",)
 
 
 class Mark(nn.Module):
@@ -567,7 +572,10 @@ def _place(rng: random.Random, spec: Composition) -> Placed:
     if group == "frame":
         place = rng.choice(FRAME_PLACES)
         axes = axes if place == "embedded" else (1, 0)
-        operator = draw(rng, *tables, axes=axes)
+        named = place == "embedded" and (
+            spec.prefix or spec.suffix
+        )  # rows that must stay where they are
+        operator = draw(rng, *(tables[:1] if named else tables), axes=axes)
         if place == "patches":  # there is no prefix yet
             code, make = (re.sub(r"\bN\b", "P", text) for text in (operator.code, operator.make))
             operator = replace(operator, code=code, make=make)

@@ -247,7 +247,7 @@ TOGETHER: dict[str, list[tuple[str, str]]] = {
         ("F.instance_norm(x.transpose(1, 2)).transpose(1, 2)", ""),
         ("F.avg_pool1d(x.mT, 3, 1, 1).mT", ""),
         ("x @ (x.mT @ x) * 0.02", ""),
-        ("(x @ x.mT * 0.1).softmax(-1) @ x", ""),
+        ("(x @ x.mT * 0.1).tanh() @ x", ""),  # with a softmax it is an attention, and so a layer
         ("torch.einsum('bnc,bmc->bn', x, x).unsqueeze(-1) * 0.02 + x", ""),
         ("torch.einsum('bnc,bmc,bmd->bnd', x, x, x) * 0.02", ""),
         ("torch.cat([x[:, :1], x[:, 1:].flip(1)], 1)", ""),

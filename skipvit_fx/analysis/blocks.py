@@ -100,10 +100,10 @@ def _find_blocks(
 
 
 def _are_halves(blocks: Sequence[_Block | None], joined: Sequence[int]) -> bool:
-    """Whether these modules are attention and its residual, and what follows each is a module of its own."""
+    """Whether these modules are attention and its residual alone, and what follows each is a module of its own."""
     known = [(block, at) for block, at in zip(blocks, joined, strict=True) if block is not None]
     apart = any(a.end < b.input for (a, _), (b, _) in itertools.pairwise(known))
-    return apart and all(block.end == at for block, at in known)
+    return apart and all(block == (at - 1, at) for block, at in known)
 
 
 class _Segment(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ from skipvit_fx.analysis.no_stream import ONE_SEQUENCE, no_stream, try_tokens
 from skipvit_fx.analysis.residual import (
     Span,
     attention_spans,
+    keys_of,
     refuse_sequence,
     residual_chain,
 )
@@ -56,6 +58,7 @@ class Layer:
         input: the residual stream before the layer.
         cut: the residual stream after the layer's attention, before its feed-forward network.
         end: the residual stream after the layer. What the model does between two blocks follows it.
+        attention: the fused attention, or the softmax of one that is spelled out; the first, in a layer of several.
         sites: its attentions (two in a layer of parallel blocks).
         unclear: why it has none that can score, where its attention mixes tokens in some other way as well.
         unsure: why its end cannot be told, where that is so.
@@ -65,6 +68,7 @@ class Layer:
     input: fx.Node
     cut: fx.Node
     end: fx.Node
+    attention: fx.Node
     sites: tuple[AttentionSite, ...]
     unclear: str = ""
     unsure: str = ""
@@ -118,8 +122,8 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     spans = spans[_first_of_stream(analysis, spans, first, axes) :]
     for span in spans:
         _continue_stream(analysis, span.start, spans[0].start, axes, prefix_tokens)
-    found = [(span, *_sites(analysis, span)) for span in spans]
-    found = [(span, sites, unclear) for span, sites, unclear in found if sites or unclear]
+    attended = [(span, _attended(analysis, span)) for span in spans]
+    found = [(span, attention) for span, attention in attended if attention is not None]
     if not found:
         softmax = spans[0].softmaxes[0]
         raise UnsupportedModelError(
@@ -128,7 +132,7 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
             module_path=module_path(softmax),
             hint="skipvit_fx.find_attention(model) lists what was found",
         )
-    bounds = find_bounds(analysis, chain, [span for span, *_ in found])
+    bounds = find_bounds(analysis, chain, [span for span, _ in found])
     starts = [(chain.nodes[places.input], found[i][0].start) for i, places in enumerate(bounds)]
     if prefix_tokens is not None and starts[0][0] is not first:
         analysis.seed(starts[0][0], axes)
@@ -140,11 +144,12 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
             input=chain.nodes[places.input],
             cut=chain.nodes[places.cut],
             end=chain.nodes[places.end],
-            sites=sites,
-            unclear=unclear,
+            attention=attention.first,
+            sites=attention.sites,
+            unclear=attention.unclear,
             unsure=places.unsure,
         )
-        for i, ((_, sites, unclear), places) in enumerate(zip(found, bounds, strict=True), start=1)
+        for i, ((_, attention), places) in enumerate(zip(found, bounds, strict=True), start=1)
     )
     for layer in layers:
         if analysis.axes(layer.input) != axes:
@@ -246,7 +251,7 @@ def _first_of_stream(analysis: TokenAnalysis, spans: list[Span], first: fx.Node,
         if isinstance(value, Tensor) and value.shape == shape and known in (axes, None):
             if known is None:
                 analysis.seed(span.start, axes)
-            if any(_is_opaque(analysis, node) for node in span.softmaxes):
+            if any(_is_opaque(analysis, span, node) for node in span.softmaxes):
                 return i
     raise AssertionError("the first layer is not among the spans")
 
@@ -291,24 +296,21 @@ def _continue_stream(
 # -- layers -------------------------------------------------------------------------------------------------------
 
 
-def _is_opaque(analysis: TokenAnalysis, node: fx.Node) -> bool:
-    """Whether the token axis was lost before or at this softmax."""
-    return bool(analysis[node].mixing) or any(
-        is_lost(t) for a in node.all_input_nodes for t in tensors_in(analysis[a].value)
-    )
+class _Attended(NamedTuple):
+    """The attentions of a span: the first, and those with a query and a key per token; or why they cannot score."""
+
+    first: fx.Node
+    sites: tuple[AttentionSite, ...]
+    unclear: str
 
 
-def _sites(analysis: TokenAnalysis, span: Span) -> tuple[tuple[AttentionSite, ...], str]:
-    """The span's attentions with a query per token, or why there are none to be scored."""
+def _attended(analysis: TokenAnalysis, span: Span) -> _Attended | None:
+    """What a span attends to; ``None`` if it holds no attention over the tokens of the stream."""
     sites: list[AttentionSite] = []
     unclear = ""
     counted = []
     for node in span.softmaxes:
-        if _is_opaque(analysis, node):
-            mixing = analysis[node].mixing or "an operator before the attention mixes tokens"
-            unclear = unclear or mixing
-            counted.append(node)
-        elif _reads_tokens(analysis, node):
+        if _reads_tokens(analysis, node):
             keys = analysis[node].softmax_over
             assert keys is not None
             fused = node.target in SDPA
@@ -317,13 +319,42 @@ def _sites(analysis: TokenAnalysis, span: Span) -> tuple[tuple[AttentionSite, ..
                 counted.append(node)
                 unclear = unclear or mixing
                 sites.append(AttentionSite(node, fused, keys))
+        elif _is_opaque(analysis, span, node):
+            counted.append(node)
+            unclear = unclear or _mixing_before(analysis, span, node)
     if len(counted) > 1:
         refuse_sequence(span, counted)
-    return ((), unclear) if unclear else (tuple(sites), "")
+    return _Attended(counted[0], () if unclear else tuple(sites), unclear) if counted else None
+
+
+def _is_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> bool:
+    """Whether it has the shape of an attention, with as many queries as keys, and what mixed them hid the rest."""
+    value: Tensor = analysis[node].value
+    square = value.ndim > 2 and list(value.shape).count(keys_of(analysis, node)) > 1
+    return (node.target in SDPA or square) and bool(_mixing_before(analysis, span, node))
+
+
+def _mixing_before(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
+    """What mixes tokens before an attention, from the start of its span on, or in it; empty if nothing."""
+    leads = {node}
+    waiting = [node]
+    while waiting:
+        for argument in waiting.pop().all_input_nodes:
+            if span.start < argument and argument not in leads:
+                leads.add(argument)
+                waiting.append(argument)
+    lost = any(is_lost(t) for a in node.all_input_nodes for t in tensors_in(analysis[a].value))
+    return next(
+        (mixing for n in sorted(leads) if (mixing := analysis[n].mixing)),
+        "an operator before the attention mixes tokens" if lost else "",
+    )
 
 
 def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[bool, str]:
-    """Whether a softmax's weights are summed with values before the span ends, and what mixes tokens on the way."""
+    """Whether a softmax's weights are summed with values before the span ends, and what mixes tokens on the way.
+
+    Where something mixes them, no sum can be told from anything else behind it: an attention that cannot be scored.
+    """
     reached = {softmax}
     ends = []
     node = softmax
@@ -341,5 +372,6 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
             if argument in reached and argument not in before_values:
                 before_values.add(argument)
                 waiting.append(argument)
-    mixing = next((m for n in sorted(before_values) if (m := analysis[n].mixing)), "")
-    return bool(ends), mixing
+    suspects = before_values if ends else {n for n in reached if n < span.end}
+    mixing = next((m for n in sorted(suspects) if (m := analysis[n].mixing)), "")
+    return bool(ends or mixing), mixing

@@ -50,7 +50,7 @@ def inspect(fast: nn.Module) -> Inspection:
         return LayerReport(
             index=layer.index,
             module_path=layer.module_path,
-            attention_tokens=_keys(places[layer.sites[0]], now.shapes, fast),
+            attention_tokens=_keys(places[layer.attention], now.shapes, fast),
             queries=rows[0],
             ffn_tokens=rows[1],
             dropped=dropped.get(layer.index, 0),

@@ -27,7 +27,12 @@ from skipvit_fx.ir.author_code import author_code
 from skipvit_fx.ir.in_place import WatchWrites, refuse_lost_writes
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
-from skipvit_fx.ir.questions import modes_allowed, spelled_place
+from skipvit_fx.ir.questions import (
+    OF_GRADIENTS,
+    modes_allowed,
+    not_known_before_training,
+    spelled_place,
+)
 from skipvit_fx.ir.repeated import Alone
 from skipvit_fx.ir.side_effects import stays_as_it_is
 from skipvit_fx.ops.guard import guard
@@ -148,8 +153,11 @@ def export_graph(
         alone: what a batch of one shows, which ``torch.export`` never looks at.
 
     Raises:
-        TraceError: a part of the result cannot be told as a graph over the model's own modules.
+        TraceError: a part of the result cannot be told as a graph over the model's own modules, or the author's code
+            asks what only a call tells.
     """
+    for asked in sorted(alone.asked & OF_GRADIENTS):
+        raise not_known_before_training(asked)
     for path, module in model.named_modules():
         if path not in open_paths and path.rpartition(".")[0] in open_paths:
             forward = getattr(module.forward, _LEAF, module.forward)

@@ -26,6 +26,18 @@ from skipvit_fx.ops.guard import kind_of
 _LONGEST = 80
 """Characters of a line of source in a message."""
 
+OF_GRADIENTS = frozenset({"grad", "grad_fn", "is_inference", "is_leaf", "requires_grad"})
+"""Attributes and methods of a tensor that tell whether a call is recorded for gradients: not the same in all."""
+
+
+def not_known_before_training(asked: str | None) -> TraceError:
+    """For an author's code that asks for one of :data:`OF_GRADIENTS`."""
+    return TraceError(
+        f"the model's Python code asks for {asked!r} of a tensor, which is not known before training",
+        hint="move the branch into a module that runs no attention",
+    )
+
+
 # -- who asks ---------------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.nested import nested
-from skipvit_fx.ir.questions import author_frame, spelled_place
+from skipvit_fx.ir.questions import OF_GRADIENTS, asked_by_a_library, author_frame, spelled_place
 
 _PLAIN = (bool, int, float, str)
 
@@ -33,7 +34,8 @@ class Alone:
 
     Attributes:
         differs: whether another computation runs than for several samples.
-        asked: the attributes of tensors, such as ``dtype``, that the author's code around attention reads.
+        asked: the functions, methods and attributes of tensors, such as ``dtype``, that the code around attention uses;
+            of those that are about gradients, what the author's own code asks for.
     """
 
     differs: bool
@@ -74,7 +76,7 @@ def refuse_calls_that_remember(
 def call_alone(
     model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
 ) -> Alone:
-    """Compare a batch of one with larger ones, in eval mode.
+    """Compare a batch of one with larger ones, in eval mode. What is asked is noted in train mode as well.
 
     Raises:
         TraceError: around attention, a call reads what another one left.
@@ -82,6 +84,8 @@ def call_alone(
     calls = _Calls(model, mode, inputs, opened)
     try:
         runs = [calls.try_run(batch) for batch in (1, 2, 3)]
+        calls.model.train()
+        calls.try_run(2)
     except _StaleError as error:
         raise _remembers(calls.model, error) from error
     alike = None not in runs and all(len(run or ()) == len(runs[1] or ()) for run in runs)
@@ -167,8 +171,9 @@ class _Recorder(TorchFunctionMode):
         self.see((args, kwargs))
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", str(func))
-        if name == "__get__":
-            self.asked[func.__self__.__name__] = None
+        question = func.__self__.__name__ if name == "__get__" else name
+        if question not in OF_GRADIENTS or not asked_by_a_library(sys._getframe(1)):
+            self.asked[question] = None
         self.note(name, (args, kwargs), args[0] if name == "__setitem__" else out)
         return out
 

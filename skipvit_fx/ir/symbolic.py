@@ -24,10 +24,12 @@ from skipvit_fx.ir.in_place import AUGMENTED, WatchWrites, augmented, refuse_los
 from skipvit_fx.ir.inputs import Inputs, parts_of
 from skipvit_fx.ir.outputs import KeepsOutputClass
 from skipvit_fx.ir.questions import (
+    OF_GRADIENTS,
     asked_by_a_library,
     author_frame,
     compares_identity,
     modes_allowed,
+    not_known_before_training,
     place_of,
 )
 from skipvit_fx.ir.recompute import CHECKPOINT
@@ -36,7 +38,6 @@ from skipvit_fx.ir.sizes import dimension_of, sizes_of
 from skipvit_fx.ir.this_thread import Checkpoints
 from skipvit_fx.ops.guard import READS, guard, kind_of
 
-_OF_GRADIENTS = ("grad", "grad_fn", "is_inference", "is_leaf", "requires_grad")
 _OF_IDENTITY = ("device", "dtype", "layout")
 """Attributes of a tensor whose values Python may compare with ``is``."""
 
@@ -274,10 +275,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             TraceError: it is not, or it depends on what the tensors hold.
         """
         if _asks_for_gradients(node):
-            raise TraceError(
-                f"the model's Python code asks for {_asked(node)!r} of a tensor, which is not known before training",
-                hint="move the branch into a module that runs no attention",
-            )
+            raise not_known_before_training(_asked(node))
         try:
             values = [self._value(node, witness) for witness in self._witnesses]
             reader = bool if read == "bool" else READS[read]  # whose frame would be ours
@@ -407,7 +405,7 @@ def _asked(node: fx.Node) -> str | None:
 
 
 def _asks_for_gradients(node: fx.Node) -> bool:
-    return _asked(node) in _OF_GRADIENTS or node.target is torch.is_inference
+    return _asked(node) in OF_GRADIENTS or node.target is torch.is_inference
 
 
 def _needs_value(node: fx.Node, error: AuthorError) -> TraceError:

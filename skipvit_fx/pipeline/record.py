@@ -29,7 +29,7 @@ class LayerRecord:
     input: str
     cut: str
     end: str
-    sites: tuple[str, ...]
+    attention: str
     module_path: str
 
 
@@ -140,8 +140,8 @@ def make_record(
             layer.input.name,
             layer.cut.name,
             layer.end.name,
-            tuple(site.node.name for site in layer.sites),
-            module_path(layer.sites[0].node if layer.sites else layer.cut),
+            layer.attention.name,
+            module_path(layer.attention),
         )
         for layer in stream.layers
     )
