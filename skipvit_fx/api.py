@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from skipvit_fx.arguments import check_flag, check_model, check_prefix_tokens
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
-from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.ir.module import SkipViTModule, watch
 from skipvit_fx.ir.opening import with_capture
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.default import default_pipeline
@@ -104,17 +105,65 @@ def rewrite(
             hint="rewrite the original model with the plan that you want",
         )
     args, kwargs = example_of(model, example_inputs)
-    drops = any(stage.ratio for stage in plan.stages) or not plan.stages
-    elimination = eliminate_dead_tokens and drops
+    options = _Options(
+        plan,
+        cut,
+        score,
+        prefix_tokens,
+        fill_taps,
+        eliminate_dead_tokens,
+        multiple_of,
+        frontend,
+        validate,
+    )
+    fast = _rewritten(options, model, args, kwargs)
+    set_train_only(fast, train_only)
+    return fast
+
+
+class _Options(NamedTuple):
+    """What :func:`rewrite` was asked for, for the graphs of other calls too."""
+
+    plan: Plan
+    cut: Cut
+    score: Score
+    prefix_tokens: int | None
+    fill_taps: bool
+    eliminate_dead_tokens: bool
+    multiple_of: int
+    frontend: Literal["auto", "symbolic", "export"]
+    validate: bool
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is left out: tokens, or what a plan without stages leaves out, rows that nobody reads."""
+        return any(stage.ratio for stage in self.plan.stages) or not self.plan.stages
+
+
+def _rewritten(
+    options: _Options, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> SkipViTModule:
+    """``model`` rewritten for one call of its forward."""
+    elimination = options.eliminate_dead_tokens and options.drops
 
     def work(capture: Capture) -> SkipViTModule:
         before, captured = graph_lines(capture.module.graph), steps_of(capture.module.graph)
-        rewriting = Rewriting(capture, plan, cut, score, prefix_tokens, fill_taps, multiple_of)
+        rewriting = Rewriting(
+            capture,
+            options.plan,
+            options.cut,
+            options.score,
+            options.prefix_tokens,
+            options.fill_taps,
+            options.multiple_of,
+        )
         records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
         found = (
-            validation.validate(model, rewriting, captured) if validate else validation.NOT_ASKED
+            validation.validate(model, rewriting, captured)
+            if options.validate
+            else validation.NOT_ASKED
         )
-        capture.module.meta[RECORD] = make_record(
+        record = make_record(
             type(model).__name__,
             rewriting,
             records,
@@ -122,12 +171,14 @@ def rewrite(
             eliminate_dead_tokens=elimination,
             validated=found,
         )
-        return capture.module
+        fast = capture.module
+        fast.meta[RECORD] = fast.own.calls[0].record = record
+        fast.own.drops = options.drops
+        fast.own.rewrite = functools.partial(_rewritten, options)
+        watch(fast, capture.opened, rewriting.stream.modules)
+        return fast
 
-    fast = with_capture(model, args, kwargs, work, frontend=frontend)
-    fast.own.drops = drops
-    set_train_only(fast, train_only)
-    return fast
+    return with_capture(model, args, kwargs, work, frontend=options.frontend)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -29,7 +29,6 @@ from skipvit_fx.inspect.tokens import (
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.generators import generators_kept
 from skipvit_fx.ir.inputs import Inputs
-from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.passes.locate_attention import lay_plan
 from skipvit_fx.pipeline.record import RewriteRecord, record_of
 from skipvit_fx.pipeline.rewriting import Cut, Rewriting
@@ -123,29 +122,24 @@ class Reference:
         """
         if fast.training:
             raise ValueError("the rewritten model must be in eval mode: dropout would differ")
-        record = record_of(fast)
-        check_skips(fast)
-        returned: list[Tensor] = []
-        parts = dict(fast.named_modules())
-        merges = [parts[p] for s in record.stages[:1] if (p := f"{s.path}.merge") in parts]
-        handles = [m.register_forward_hook(lambda *call: returned.append(call[-1])) for m in merges]
+        rewritten = check_skips(fast)
         devices = {t.device: None for t in fast.parameters()}
-        with generators_kept(devices):  # some models draw in eval mode too
-            try:
-                with torch.no_grad(), selections_noted(fast) as noted:
-                    got = cast(SkipViTModule, fast).graph_forward(*args, **kwargs)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        selections = tuple(s for s in noted if s is not None)
+        rewritten.prepare(*args, **kwargs)
+        # some models draw in eval mode too
+        with generators_kept(devices), torch.no_grad(), selections_noted(rewritten) as noted:
+            got = rewritten.graph_forward(*args, **kwargs)
+        record = noted.record
+        selections = tuple(s for s in noted.selections if s is not None)
         with generators_kept(devices):
             wanted, stream = self.run(record, selections, *args, **kwargs)
         error = relative_error(got, wanted)
-        if returned and stream is not None:  # rows behind the last that is read may be missing
-            rows = returned[-1].shape[record.token_dim]
+        if noted.returned is not None and stream is not None:
+            rows = noted.returned.shape[
+                record.token_dim
+            ]  # those behind the last that is read may be missing
             there = stream.narrow(record.token_dim, 0, rows)
-            error = max(error, relative_error(returned[-1], there), key=badness)
-        return Check(error, selections, tuple(traces_of(record, noted)))
+            error = max(error, relative_error(noted.returned, there), key=badness)
+        return Check(error, selections, tuple(traces_of(noted)))
 
 
 def check_rewrite(model: nn.Module, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:

@@ -102,6 +102,15 @@ class Stream:
         assert tokens is not None
         return tokens
 
+    @property
+    def modules(self) -> frozenset[str]:
+        """Paths of the modules in which a layer's attention is, but for the model itself."""
+        found: set[str] = set()
+        for layer in self.layers:
+            parts = module_path(layer.attention).split(".")
+            found |= {".".join(parts[: i + 1]) for i in range(len(parts))}
+        return frozenset(found - {""})
+
 
 def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> Stream:
     """Find layers, token axis and prefix. Completes ``analysis`` where no constant prefix showed the axis.

@@ -72,20 +72,44 @@ def selection_of(
     )
 
 
-@contextlib.contextmanager
-def selections_noted(fast: nn.Module) -> Iterator[list[Selection | None]]:
-    """While ``fast`` runs, fill what is yielded, one selection a stage; ``None`` where skipping was off."""
-    selections: list[Selection | None] = [None] * len(record_of(fast).stages)
+@dataclass
+class Noted:
+    """What the stages of one call chose.
 
-    def note(i: int, module: nn.Module, scores: Any, chosen: Any) -> None:
-        selections[i] = selection_of(scores, *chosen)
+    Attributes:
+        record: of the graph that ran.
+        selections: one a stage; ``None`` where skipping was off.
+        returned: the stream, where dropped tokens have returned; ``None`` if they never do.
+    """
+
+    record: RewriteRecord
+    selections: list[Selection | None]
+    returned: Tensor | None = None
+
+
+@contextlib.contextmanager
+def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
+    """While ``fast`` runs once, with a graph that is there, fill what is yielded."""
+    noted = Noted(record_of(fast), [None] * len(record_of(fast).stages))
+
+    def note(record: RewriteRecord, i: int, module: nn.Module, scores: Any, chosen: Any) -> None:
+        if noted.record is not record:
+            noted.record, noted.selections = record, [None] * len(record.stages)
+        noted.selections[i] = selection_of(scores, *chosen)
+
+    def note_return(module: nn.Module, given: Any, stream: Tensor) -> None:
+        noted.returned = stream
 
     handles = []
+    parts = dict(fast.named_modules())
     try:
-        for i, stage in enumerate(record_of(fast).stages):
-            select = fast.get_submodule(stage.path).get_submodule("select")
-            handles.append(select.register_forward_hook(partial(note, i)))
-        yield selections
+        for call in fast.own.calls:
+            for i, stage in enumerate(call.record.stages):
+                select, merge = parts[f"{stage.path}.select"], parts.get(f"{stage.path}.merge")
+                handles.append(select.register_forward_hook(partial(note, call.record, i)))
+                if merge is not None and i == 0:
+                    handles.append(merge.register_forward_hook(note_return))
+        yield noted
     finally:
         for handle in handles:
             handle.remove()
@@ -103,14 +127,16 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
         SkipViTError: skipping is switched off, or off in the mode that it is in, so that nothing is chosen.
     """
-    check_skips(fast)
-    with selections_noted(fast) as selections:
-        cast(SkipViTModule, fast).graph_forward(*args, **kwargs)
-    return traces_of(record_of(fast), selections)
+    rewritten = check_skips(fast)
+    rewritten.prepare(*args, **kwargs)
+    with selections_noted(rewritten) as noted:
+        rewritten.graph_forward(*args, **kwargs)
+    return traces_of(noted)
 
 
-def traces_of(record: RewriteRecord, selections: Sequence[Selection | None]) -> list[TokenTrace]:
+def traces_of(noted: Noted) -> list[TokenTrace]:
     """The same in terms of patches, whichever tokens were in the sequence besides."""
+    record, selections = noted.record, noted.selections
     traces: list[TokenTrace] = []
     names: Tensor | None = None
     patches = fused = 0
@@ -139,8 +165,8 @@ def traces_of(record: RewriteRecord, selections: Sequence[Selection | None]) -> 
     return traces
 
 
-def check_skips(fast: nn.Module) -> None:
-    """Check that tokens are chosen when ``fast`` runs.
+def check_skips(fast: nn.Module) -> SkipViTModule:
+    """``fast``, if tokens are chosen when it runs.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
@@ -149,6 +175,7 @@ def check_skips(fast: nn.Module) -> None:
     parts = [fast.get_submodule(stage.path) for stage in record_of(fast).stages]
     if any(isinstance(m, Switchable) and not m.active for part in parts for m in part.modules()):
         raise _switched_off()
+    return cast(SkipViTModule, fast)
 
 
 def _switched_off() -> SkipViTError:

@@ -1,29 +1,53 @@
-"""The graph module that owns a whole model: its state is the model's, also what the graph never touches."""
+"""The rewritten model: an object of its author's class, and a graph module."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
-from typing import Any, NoReturn
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from skipvit_fx.errors import TraceError
+from skipvit_fx.errors import GuardError, SavedModelError, TraceError
 from skipvit_fx.ir import recompute
+from skipvit_fx.ir.calls import (
+    Call,
+    Form,
+    form_of,
+    kinds_of,
+    places_of,
+    signature_of,
+)
 from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ir.traced_through import (
+    AUTHOR,
+    NOT_THE_AUTHORS,
+    PastTheGraphError,
+    StayAway,
+    Traced,
+)
+from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
 
-_AUTHOR = "_author"
-"""Where a module keeps itself as its author's class sees it: an object of that class, with the same ``__dict__``."""
+_CONSTANT = f"{OWN_CHILD}_constant_"
+"""How the names of buffers begin that hold what the author's code makes anew in every call."""
 
-_GRAPH_STATE = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(
-    vars(nn.Module())
-)
-_NOT_ADOPTED = _GRAPH_STATE | {_AUTHOR, "forward"}
+MOST_CALLS = 16
+"""Graphs of one rewritten model."""
+
+_SMALL = 4096
+"""Elements of the largest integer tensor whose values an example keeps."""
+
+Rewrite = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "SkipViTModule"]
 
 
 class Own(Switchable):
@@ -34,36 +58,48 @@ class Own(Switchable):
     Attributes:
         author: class of the model.
         run: its forward, or the method that the model itself has in its place; takes the model first.
-        built_in, defaults: arguments that the graph has built in, by name, as the example call passed them, and where
-            it passed none. A call may repeat them, and not change them.
+        calls: the graphs, that of the example call first.
+        forms: how their arguments were passed so far.
         drops: whether the plan drops anything at all.
+        rewrite: makes a rewritten model of one of the author's, for another call.
+        traced: what the graphs were traced through; ``None`` until the first of them is complete.
     """
 
-    def __init__(
-        self,
-        author: type[nn.Module],
-        run: Callable[..., Any],
-        built_in: dict[str, Any],
-        defaults: dict[str, Any],
-    ) -> None:
+    def __init__(self, author: type[nn.Module], run: Callable[..., Any]) -> None:
         super().__init__()
         self.author = author
         self.run = run
-        self.built_in = built_in
-        self.defaults = defaults
+        self.calls: list[Call] = []
+        self.forms: list[Form] = []
         self.drops = True
+        self.rewrite: Rewrite | None = None
+        self.traced: Traced | None = None
+
+    @property
+    def skipping(self) -> bool:
+        """Whether the graph runs, rather than the author's code."""
+        return self.drops and self.active
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """A method of the author's; takes the model first."""
+        method: Callable[..., Any] = getattr(self.author, name)
+        return self.run if name == "forward" else method
+
+    def forward(self, x: Any) -> Any:
+        """Nothing: some authors call all their children in turn."""
+        return x
 
 
 class SkipViTModule(fx.GraphModule):
-    """A ``torch.fx.GraphModule`` with every submodule, parameter, buffer and plain attribute of the model.
+    """A ``torch.fx.GraphModule`` that is an object of the model's class as well, with all that it holds.
 
-    ``state_dict`` keys and their order are the model's. ``copy.deepcopy`` keeps them; pickling is refused.
+    ``state_dict`` keys and their order are the model's. It is called in every way that the model is, and so are its
+    methods: a call that no graph was made for yet is captured, rewritten and validated then. ``graph`` is that of the
+    example call.
 
     Where nothing is skipped, the author's own forward runs on this state: the same bits, whatever inference kernels
     PyTorch takes in it that a graph cannot show.
     """
-
-    _run_code: Callable[..., Any]
 
     @property
     def own(self) -> Own:
@@ -72,71 +108,314 @@ class SkipViTModule(fx.GraphModule):
         assert isinstance(child, Own)
         return child
 
-    def adopt(self, owner: dict[str, Any]) -> None:
-        """Take over a module's ``__dict__`` with the compiler's child, all but a graph's state and a forward."""
-        for name, value in owner.items():
-            if name not in _NOT_ADOPTED:
-                self.__dict__[name] = value
-        view = object.__new__(self.own.author)
-        object.__setattr__(view, "__dict__", self.__dict__)
-        self.__dict__[_AUTHOR] = view
-
-    def graph_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph, whatever the switches say.
-
-        Raises:
-            ValueError: an argument differs from what is built into the graph.
-        """
-        fixed = {**self.own.defaults, **self.own.built_in}
-        for name in [name for name in kwargs if name in fixed]:
-            given = kwargs.pop(name)
-            if isinstance(given, Tensor) or given != fixed[name]:
-                raise ValueError(
-                    f"{name} was {fixed[name]!r} when the model was rewritten, and that is built in; rewrite it with "
-                    f"example_inputs in which {name} is what it shall be"
-                )
-        return self._run_code(*args, **kwargs)
-
-    def author_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the author's forward on this state, with the options that the example call passed."""
-        view: nn.Module = self.__dict__[_AUTHOR]
-        return self.own.run(view, *args, **{**self.own.built_in, **kwargs})
-
     @property
     def skipping(self) -> bool:
         """Whether the graph runs, rather than the author's forward."""
-        return self.own.drops and self.own.active
+        return self.own.skipping
+
+    # -- calls ------------------------------------------------------------------------------------------------
+
+    def graph_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph that was made for such a call, whatever the switches say. It is made if there is none yet.
+
+        Raises:
+            GuardError: there are too many, or this call is being compiled.
+            SkipViTError: as :func:`skipvit_fx.rewrite` raises, where one has to be made.
+        """
+        return self._run_graph("forward", args, kwargs)
+
+    def author_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the author's forward on this state."""
+        return self.own.run(self.__dict__[AUTHOR], *args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of every rewritten model."""
+        run = self.graph_forward if self.skipping else self.author_forward
+        return run(*args, **kwargs)
+
+    def _call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of the author's: his own code, or a graph of it where that would run attention."""
+        own = self.own
+        if own.skipping and any(call.method == name for call in own.calls):
+            return self._run_graph(name, args, kwargs)
+        try:
+            return own.method(name)(self, *args, **kwargs)
+        except PastTheGraphError as error:
+            if error.owner is not own:
+                raise
+        return self._run_graph(name, args, kwargs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Make the graph for such a call, if there is none yet.
+
+        Raises:
+            SkipViTError: as :func:`skipvit_fx.rewrite` does.
+        """
+        if not any(form.fits("forward", args, kwargs) for form in self.own.forms):
+            self._another_form("forward", args, kwargs, [])
+
+    def _run_graph(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        own = self.own
+        if own.traced is not None:
+            own.traced.refuse_hooks()
+            if own.traced.changed():
+                self._start_anew(method, args, kwargs)
+        refused: list[Call] = []
+        for form in own.forms:
+            if form.fits(method, args, kwargs):
+                try:
+                    return form.call.run(self, *form.values(args, kwargs))
+                except (
+                    GuardError
+                ):  # a branch of the author's that hangs on more than kinds of arguments
+                    refused.append(form.call)
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return self._run_traced(method, args, kwargs)
+        form = self._another_form(method, args, kwargs, refused)
+        return form.call.run(self, *form.values(args, kwargs))
+
+    def _run_traced(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The first graph of a method, on the proxies of somebody who traces it."""
+        places = places_of(signature_of(self.own.method(method)), args, kwargs)
+        call = next(call for call in self.own.calls if call.method == method)
+        values = [
+            args[place] if isinstance(place := places[name], int) else kwargs[place]
+            for name in call.takes
+        ]
+        return call.run(self, *values)
+
+    def _another_form(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], refused: list[Call]
+    ) -> Form:
+        """A form for a call that none is there for, of a graph that is there or of a new one."""
+        own = self.own
+        signature = signature_of(own.method(method))
+        places = places_of(signature, args, kwargs)
+        kinds = kinds_of(signature, places, args, kwargs)
+        alike = [c for c in own.calls if c.method == method and c.kinds == kinds]
+        call = next((c for c in alike if c not in refused), None)
+        if call is None:
+            call = self._capture(method, args, kwargs)
+        form = form_of(call, places, args, kwargs)
+        own.forms.append(form)
+        return form
+
+    def _capture(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        own = self.own
+        if torch.compiler.is_compiling():
+            raise GuardError(
+                "the model is called in a way that no graph was made for yet, and is being compiled",
+                hint="call the rewritten model once like this before compiling it",
+            )
+        if len(own.calls) >= MOST_CALLS:
+            raise GuardError(
+                f"the model was called in {MOST_CALLS} ways, and this is another one; a graph was made for each",
+                hint="pass the argument that changes from call to call as a tensor",
+            )
+        assert own.rewrite is not None
+        author = author_of(self)
+        if method != "forward":
+            author.__dict__["forward"] = types.MethodType(own.method(method), author)
+        made = own.rewrite(author, args, kwargs)
+        call = self._take_over(made)
+        call.method = method
+        return call
+
+    def _take_over(self, made: SkipViTModule) -> Call:
+        """Run the graph of another rewritten model, made of this one's author, on the modules of this one."""
+        own = self.own
+        (call,) = made.own.calls
+        group = f"call_{len(own.calls) + 1}"
+        inserted = nn.Module()
+        for name, child in made.own.named_children():
+            inserted.add_module(name, child)
+        _set(inserted, _settings(own))
+        own.add_module(group, inserted.train(own.training))
+        for node in made.graph.nodes:
+            target = str(node.target)
+            if node.op == "call_module" and target.startswith(f"{OWN_CHILD}."):
+                node.target = f"{OWN_CHILD}.{group}{target.removeprefix(OWN_CHILD)}"
+            elif node.op == "get_attr" and target.startswith(_CONSTANT):
+                node.target = f"{target}_{group}"
+                if node.target not in self._buffers:
+                    self.register_buffer(node.target, getattr(made, target), persistent=False)
+        made.recompile()
+        call.record = call.record.within(group)
+        own.calls.append(call)
+        assert own.traced is not None
+        assert made.own.traced is not None
+        watch(self, {*own.traced.modules, *made.own.traced.modules}, made.own.traced.attention)
+        return call
+
+    def _start_anew(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Replace all graphs: a module that they were traced through was changed."""
+        own = self.own
+        if method != "forward":
+            args, kwargs = with_data(own.calls[0].example, self)
+        assert own.rewrite is not None
+        made = own.rewrite(author_of(self), args, kwargs)
+        settings = _settings(own)
+        for name in [name for name in self._buffers if name.startswith(_CONSTANT)]:
+            del self._buffers[name]
+        for name, constant in made.named_buffers(recurse=False):
+            if name.startswith(_CONSTANT):
+                self.register_buffer(name, constant, persistent=False)
+        own._modules = made.own.train(own.training)._modules
+        own.calls, own.forms = made.own.calls, made.own.forms
+        _set(own, settings)
+        self.meta = made.meta
+        self.graph = made.graph
+        traced = made.own.traced
+        assert traced is not None
+        watch(self, traced.modules, traced.attention)
+
+    # -- what a graph module does -----------------------------------------------------------------------------
 
     def recompile(self) -> Any:
-        """Make the graph's code anew, behind the choice between it and the author's forward."""
+        """Make the graph's code anew; ``forward`` stays what chooses between graphs, and the author's own."""
+        owner: Any = type(self)
         with self.graph.on_generate_code(lambda _: recompute.transformer(self.graph)):
             made = super().recompile()
-        owner: Any = type(self)
-        owner._run_code = run_code = owner.forward
-
-        @functools.wraps(run_code)  # with its signature
-        def forward(self: SkipViTModule, *args: Any, **kwargs: Any) -> Any:
-            run = self.graph_forward if self.skipping else self.author_forward
-            return run(*args, **kwargs)
-
-        owner.forward = forward
+        code, owner.forward = owner.forward, owner.call
+        first = next((call for call in self.own.calls if call.graph is self.graph), None)
+        if first is not None:
+            first.run = code
         return made
 
+    def adopt(self, owner: dict[str, Any]) -> None:
+        """Take over a module's ``__dict__`` with the compiler's child, all but a graph's state and a forward."""
+        for name, value in owner.items():
+            if name not in NOT_THE_AUTHORS or name in vars(nn.Module()):
+                self.__dict__[name] = value
+        self._show_author()
+
+    def _show_author(self) -> None:
+        view = object.__new__(self.own.author)
+        object.__setattr__(view, "__dict__", self.__dict__)
+        self.__dict__[AUTHOR] = view
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SkipViTModule:
-        view = self.__dict__.pop(_AUTHOR)
-        try:
-            copied = super().__deepcopy__(memo)
-            assert isinstance(copied, SkipViTModule)
-            copied.adopt(copy.deepcopy(self.__dict__, memo))
-        finally:
-            self.__dict__[_AUTHOR] = view
+        copied: SkipViTModule = object.__new__(type(self))
+        memo[id(self)] = copied
+        state = {name: value for name, value in self.__dict__.items() if name != AUTHOR}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        copied._show_author()
+        copied.graph.owning_module = copied
+        if self.own.traced is not None:
+            copied.own.traced = self.own.traced.of_copy(copied)
         return copied
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "a rewritten model is not pickled: use skipvit_fx.save(fast, path) and skipvit_fx.load(path, model), "
-            "or torch.save(fast.state_dict(), path)"
-        )
+    def __copy__(self) -> SkipViTModule:
+        copied: SkipViTModule = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        for name in ("_modules", "_parameters", "_buffers"):
+            copied.__dict__[name] = dict(self.__dict__[name])
+        copied._show_author()
+        return copied
+
+    def __reduce__(self) -> Any:
+        own = self.own
+        calls = [(call.method, call.example, call.record.before) for call in own.calls]
+        return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own))
+
+
+class _Settings(NamedTuple):
+    """What is switched and set while a model is trained.
+
+    Attributes:
+        enabled, train_only: of every inserted module.
+        ratios: that apply now, by the path of the module that selects.
+    """
+
+    enabled: bool
+    train_only: bool
+    ratios: dict[str, Fraction]
+
+
+def _settings(own: Own) -> _Settings:
+    ratios = {path: m.current for path, m in own.named_modules() if isinstance(m, Select)}
+    return _Settings(own.enabled, own.train_only, ratios)
+
+
+def _set(inserted: nn.Module, settings: _Settings) -> None:
+    for path, module in inserted.named_modules():
+        if isinstance(module, Switchable):
+            module.enabled, module.train_only = settings.enabled, settings.train_only
+        if isinstance(module, Select):
+            module.current = settings.ratios.get(path, module.current)
+
+
+def _rebuild(
+    author: nn.Module,
+    rewrite: Rewrite,
+    calls: list[tuple[str, Any, tuple[str, ...]]],
+    drops: bool,
+    settings: _Settings,
+) -> SkipViTModule:
+    """A rewritten model out of a pickle: rewritten anew, with the calls that it had.
+
+    Raises:
+        SavedModelError: what it computes is not what was pickled.
+    """
+    (_, example, _), *others = calls
+    args, kwargs = with_data(example, author)
+    fast = rewrite(author, args, kwargs)
+    fast.own.rewrite, fast.own.drops = rewrite, drops
+    for method, example, _ in others:
+        args, kwargs = with_data(example, author)
+        fast._another_form(method, args, kwargs, [])
+    for call, (_, _, lines) in zip(fast.own.calls, calls, strict=True):
+        if call.record.before != lines:
+            raise SavedModelError(
+                f"{type(author).__name__} does not compute what it did when it was pickled",
+                hint="unpickle it with the library versions that it was pickled with, or rewrite it anew",
+            )
+    _set(fast.own, settings)
+    return fast
+
+
+# -- the author's class -----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _class_of(author: Any) -> type[SkipViTModule]:
+    """A class of both kinds."""
+
+    @functools.wraps(author.forward)
+    def call(self: SkipViTModule, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def body(names: dict[str, Any]) -> None:
+        names |= {name: _method(name, method) for name, method in _methods_of(author)}
+        names |= {"forward": call, "call": call, "__module__": author.__module__}
+        names["__doc__"] = f"A rewritten :class:`{author.__name__}`."
+
+    name = f"SkipViT{author.__name__}"
+    try:
+        made: type[SkipViTModule] = types.new_class(name, (SkipViTModule, author), {}, body)
+    except TypeError as error:
+        raise TraceError(
+            f"no class can derive from {author.__name__}: {error}",
+            hint="rewrite a module that has the model as a child, and calls it in its forward",
+        ) from error
+    return made
+
+
+def _methods_of(author: type[nn.Module]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The methods that an author wrote for others to call."""
+    taken = {*dir(fx.GraphModule), *dir(SkipViTModule)}
+    for name in dir(author):
+        method = inspect.getattr_static(author, name)
+        if isinstance(method, types.FunctionType) and name not in taken and name[0] != "_":
+            yield name, method
+
+
+def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: SkipViTModule, *args: Any, **kwargs: Any) -> Any:
+        return self._call_method(name, args, kwargs)
+
+    return method
 
 
 def forward_of(model: nn.Module) -> Callable[..., Any]:
@@ -144,7 +423,8 @@ def forward_of(model: nn.Module) -> Callable[..., Any]:
     return getattr(model.forward, "__func__", type(model).forward)
 
 
-_TAKEN = {OWN_CHILD, _AUTHOR, *dir(SkipViTModule(nn.Module(), fx.Graph()))} - set(dir(nn.Module()))
+_TAKEN = {OWN_CHILD, AUTHOR, *vars(SkipViTModule)} - set(dir(nn.Module()))
+_OF_GRAPHS = {*NOT_THE_AUTHORS, *vars(fx.GraphModule)} - set(dir(nn.Module())) - {AUTHOR}
 
 
 def refuse_taken_names(model: nn.Module) -> None:
@@ -153,8 +433,14 @@ def refuse_taken_names(model: nn.Module) -> None:
     Raises:
         TraceError: the model has an attribute that would hide one of the module's, or be hidden by it.
     """
-    taken = _TAKEN - _GRAPH_STATE if isinstance(model, fx.GraphModule) else _TAKEN
-    clash = taken & {*vars(model), *model._parameters, *model._buffers, *model._modules}
+    taken = _TAKEN if isinstance(model, fx.GraphModule) else _TAKEN | _OF_GRAPHS
+    clash = taken & {
+        *dir(type(model)),
+        *vars(model),
+        *model._parameters,
+        *model._buffers,
+        *model._modules,
+    }
     if clash:
         raise TraceError(
             f"{type(model).__name__} has what a rewritten model needs for itself: {', '.join(sorted(clash))}",
@@ -164,9 +450,84 @@ def refuse_taken_names(model: nn.Module) -> None:
 
 def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
     """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
-    module = SkipViTModule(nn.Module(), fx.Graph(), class_name=f"SkipViT{type(model).__name__}")
-    child = Own(type(model), forward_of(model), inputs.built_in, inputs.defaults)
+    skeleton = fx.GraphModule(nn.Module(), fx.Graph())
+    module: SkipViTModule = object.__new__(_class_of(cast(Any, type(model))))
+    object.__setattr__(module, "__dict__", dict(vars(skeleton)))
+    child = Own(type(model), forward_of(model))
     model.add_module(OWN_CHILD, child.train(model.training))
     module.adopt(vars(model))
+    args, kwargs = inputs.args, inputs.kwargs
+    signature = signature_of(child.run)
+    places = places_of(signature, args, kwargs)
+    call = Call(
+        "forward",
+        kinds_of(signature, places, args, kwargs),
+        tuple(inputs.with_tensors()),
+        graph,
+        child.run,
+        pytree.tree_map(_without_data, (args, kwargs)),
+    )
+    child.calls.append(call)
+    child.forms.append(form_of(call, places, args, kwargs))
     module.graph = graph
     return module
+
+
+def _without_data(leaf: Any) -> Any:
+    """A tensor without its values, unless they are few integers."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    few = leaf.numel() <= _SMALL and not leaf.is_floating_point()
+    return leaf.detach().clone() if few else torch.empty_like(leaf, device="meta")
+
+
+def with_data(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an example whose tensors hold no values: zeros, where the model's parameters are."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(filled, example)
+    return found
+
+
+def author_of(fast: SkipViTModule) -> nn.Module:
+    """The model that was rewritten: a copy of its structure, of the author's class, which shares all tensors."""
+    own = fast.own
+    every = vars(nn.Module())
+    bare: nn.Module = object.__new__(own.author)
+    bare.__dict__.update(
+        {n: v for n, v in vars(fast).items() if n not in NOT_THE_AUTHORS or n in every}
+    )
+    bare.__dict__["_modules"] = {n: m for n, m in fast._modules.items() if n != OWN_CHILD}
+    bare.__dict__["_buffers"] = {
+        n: b for n, b in fast._buffers.items() if not n.startswith(_CONSTANT)
+    }
+    known: dict[int, Any] = {id(t): t for t in [*bare.parameters(), *bare.buffers()]}
+    copied = copy.deepcopy(bare, {**known, id(own): None})
+    for module in copied.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, StayAway)]:
+            del hooks[key]
+    if own.run is not own.author.forward:
+        copied.__dict__["forward"] = types.MethodType(own.run, copied)
+    return copied
+
+
+def watch(fast: SkipViTModule, traced: Iterable[str], attention: Iterable[str]) -> None:
+    """Keep the graph and the modules that it was traced through from going different ways.
+
+    Args:
+        fast: complete.
+        traced: paths of these modules.
+        attention: those of them in which the attention of a layer is.
+    """
+    attention = frozenset(attention)
+    for path in sorted(attention):
+        hooks = fast.get_submodule(path)._forward_pre_hooks
+        if not any(isinstance(hook, StayAway) for hook in hooks.values()):
+            fast.get_submodule(path).register_forward_pre_hook(StayAway(fast.own, path))
+    fast.own.traced = Traced(fast, traced, attention)

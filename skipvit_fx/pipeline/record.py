@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import NotRewrittenError
 from skipvit_fx.ir.capture import Frontend
+from skipvit_fx.ir.module import OWN_CHILD
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.pipeline.runner import PassRecord
@@ -92,6 +93,14 @@ class RewriteRecord:
     passes: tuple[PassRecord, ...]
     before: tuple[str, ...]
     validated: str
+
+    def within(self, group: str) -> RewriteRecord:
+        """The same, where the inserted modules are in a group of their own."""
+        stages = (
+            replace(stage, path=stage.path.replace(OWN_CHILD, f"{OWN_CHILD}.{group}", 1))
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages))
 
 
 def record_of(fast: nn.Module) -> RewriteRecord:

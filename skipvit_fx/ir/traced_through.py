@@ -1,0 +1,154 @@
+"""What a graph took from the modules that it was traced through, and does not call: watched, so that it stays true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from skipvit_fx.errors import UnsupportedModelError
+
+AUTHOR = "_author"
+"""Where a rewritten model keeps itself as an object of its author's class, with the same ``__dict__``."""
+
+NOT_THE_AUTHORS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {AUTHOR, "forward"}
+"""Attributes of a rewritten model that say nothing of what its author wrote."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str)
+_MISSING = object()
+
+
+class PastTheGraphError(UnsupportedModelError):
+    """A module that a graph was traced through is called by itself, with every token.
+
+    Attributes:
+        owner: what a rewritten model keeps, which tells it from others.
+    """
+
+    def __init__(self, owner: nn.Module, path: str) -> None:
+        super().__init__(
+            f"module {path!r} is called by itself, and would see every token: its computation is a part of the graph "
+            "of the rewritten model",
+            module_path=path,
+            hint="call the rewritten model, or one of its methods; skipvit_fx.set_skipping(fast, False) lets all "
+            "modules run as the author wrote them",
+        )
+        self.owner = owner
+
+
+class StayAway:
+    """A forward pre-hook of a module that holds attention which is in a graph.
+
+    Args:
+        owner: has ``skipping``: whether the graph runs in place of the author's code.
+        path: of the module.
+    """
+
+    def __init__(self, owner: Any, path: str) -> None:
+        self.owner = owner
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self.owner.skipping:
+            raise PastTheGraphError(self.owner, self.path)
+
+
+class Seen(NamedTuple):
+    """An attribute that Python read, or may have read, while a graph was made."""
+
+    module: nn.Module
+    name: str
+    value: Any
+
+
+class Traced:
+    """The modules that a graph was traced through, as they were.
+
+    Args:
+        root: the model.
+        paths: of these modules; the empty one is the model itself.
+        attention: those of them in which the attention of a layer is.
+    """
+
+    def __init__(self, root: nn.Module, paths: Iterable[str], attention: frozenset[str]) -> None:
+        self.attention = attention
+        self.stale = False
+        self.modules = {path: root.get_submodule(path) for path in sorted(paths)}
+        self.seen = [
+            Seen(module, name, value)
+            for module in self.modules.values()
+            for name, value in [*_attributes(module), *self._children(module)]
+        ]
+        self.shapes = [
+            Seen(module, name, tensor.shape)
+            for module in self.modules.values()
+            for name, tensor in module._parameters.items()
+            if tensor is not None
+        ]
+        self.hooks = [
+            (path, module, {kind: len(getattr(module, kind)) for kind in _HOOKS})
+            for path, module in self.modules.items()
+            if path
+        ]
+
+    def _children(self, module: nn.Module) -> list[tuple[str, Any]]:
+        own = set(map(id, self.modules.values()))
+        return [(name, child) for name, child in module._modules.items() if id(child) in own]
+
+    def of_copy(self, root: nn.Module) -> Traced:
+        """The same for a copy of the model, changed if this one is."""
+        copied = Traced(root, self.modules, self.attention)
+        copied.stale = self.changed()
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: it is about modules that may not be copied, or not yet. See :meth:`of_copy`."""
+
+    def changed(self) -> bool:
+        """Whether Python might now take another way through them than it took."""
+        if self.stale:
+            return True
+        for module, name, value in self.seen:
+            now = getattr(module, name, _MISSING)
+            plain = type(value) in _PLAIN and type(now) is type(value)
+            if now is not value and not (plain and now == value):
+                return True
+        for module, name, shape in self.shapes:
+            now = module._parameters.get(name)
+            if now is None or now.shape != shape:
+                return True
+        return False
+
+    def refuse_hooks(self) -> None:
+        """Check that nobody has put a hook on a module that is not called.
+
+        Raises:
+            UnsupportedModelError: somebody has.
+        """
+        for path, module, counts in self.hooks:
+            for kind, count in counts.items():
+                if len(getattr(module, kind)) != count:
+                    raise UnsupportedModelError(
+                        f"module {path!r} carries a hook, which never runs: the graph was traced through this module",
+                        module_path=path,
+                        hint=f"put it on a module that is called, such as {self._called_in(path)!r}; with "
+                        "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
+                    )
+
+    def _called_in(self, path: str) -> str:
+        """A module below one that was traced through, and that the graph calls."""
+        module = self.modules[path]
+        below = (
+            f"{path}.{name}"
+            for name, child in module.named_modules()
+            if name
+            and f"{path}.{name}" not in self.modules
+            and next(child.children(), None) is None
+        )
+        return next(below, path)
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in vars(module).items() if name not in NOT_THE_AUTHORS]
