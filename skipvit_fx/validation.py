@@ -66,18 +66,21 @@ def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...])
     with _alone(devices) as states:
         check = _Validation(model, rewriting, captured, states, tolerance(tensors))
         both, first = two_images(capture.args, capture.kwargs)
+        whole = (capture.args, capture.kwargs)
         largest = max(
-            _as_guarded(check.capture, first, both), _as_guarded(check.rewrite, both, first)
+            _as_guarded(check.capture, first, both, whole),
+            _as_guarded(check.rewrite, both, first, whole),
         )
     return f"validated: largest difference {short(largest)} over {IMAGES} images"
 
 
-def _as_guarded(compare: Callable[[Any], float], images: Any, others: Any) -> float:
-    """Compare on these images; on the others, where the graph was made for another number of them."""
-    try:
-        return compare(images)
-    except GuardError:
-        return compare(others)
+def _as_guarded(compare: Callable[[Any], float], *batches: Any) -> float:
+    """Compare on the first of these batches that the graph was made for; the last one is its example."""
+    *others, example = batches
+    for batch in others:
+        with contextlib.suppress(GuardError):
+            return compare(batch)
+    return compare(example)
 
 
 @contextlib.contextmanager

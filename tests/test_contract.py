@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -103,11 +102,6 @@ def test_a_deep_copy_is_its_own(images: Tensor) -> None:
             parameter.zero_()
         skipvit_fx.set_skipping(twin, False)
         assert torch.equal(fast(images), wanted)
-
-
-def test_pickling_is_refused_with_the_way_out() -> None:
-    with pytest.raises(TypeError, match=r"skipvit_fx\.save"):
-        pickle.dumps(rewritten(small_vit()))
 
 
 def test_dtypes(images: Tensor) -> None:

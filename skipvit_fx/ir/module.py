@@ -169,6 +169,11 @@ class SkipViTModule(fx.GraphModule):
                     GuardError
                 ):  # a branch of the author's that hangs on more than kinds of arguments
                     refused.append(form.call)
+        if torch.compiler.is_compiling():
+            raise GuardError(
+                "the model is called in a way that no graph was made for yet, and is being compiled",
+                hint="call the rewritten model once like this before compiling it",
+            )
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._run_traced(method, args, kwargs)
         form = self._another_form(method, args, kwargs, refused)
@@ -202,11 +207,6 @@ class SkipViTModule(fx.GraphModule):
 
     def _capture(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         own = self.own
-        if torch.compiler.is_compiling():
-            raise GuardError(
-                "the model is called in a way that no graph was made for yet, and is being compiled",
-                hint="call the rewritten model once like this before compiling it",
-            )
         if len(own.calls) >= MOST_CALLS:
             raise GuardError(
                 f"the model was called in {MOST_CALLS} ways, and this is another one; a graph was made for each",
@@ -433,7 +433,8 @@ def refuse_taken_names(model: nn.Module) -> None:
     Raises:
         TraceError: the model has an attribute that would hide one of the module's, or be hidden by it.
     """
-    taken = _TAKEN if isinstance(model, fx.GraphModule) else _TAKEN | _OF_GRAPHS
+    of_graphs = _OF_GRAPHS | {"recompile"}
+    taken = _TAKEN - of_graphs if isinstance(model, fx.GraphModule) else _TAKEN | of_graphs
     clash = taken & {
         *dir(type(model)),
         *vars(model),
