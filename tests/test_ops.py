@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst
+from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.rows import sequence_rows, take_rows
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
@@ -340,24 +340,6 @@ def test_a_score_function_of_another_shape_is_refused() -> None:
 # -- dead tokens --------------------------------------------------------------------------------------------------
 
 
-@MANY
-@given(cases, st.booleans(), st.booleans())
-def test_queries_of_the_first_rows(case: Case, queries_first: bool, bias: bool) -> None:
-    rows = max(1, case.lead)
-    generator = torch.Generator().manual_seed(case.seed)
-    weight = torch.randn(9, CHANNELS, generator=generator)
-    offset = torch.randn(9, generator=generator) if bias else None
-    start, stop = (0, 3) if queries_first else (6, 9)
-    x = torch.randn(case.stream().shape, generator=generator)
-    project = ProjectQueriesOfFirst(case.dim, rows, start, stop)
-    whole = case.batch_first(torch.nn.functional.linear(x, weight, offset))
-    got = case.batch_first(project(x, weight, offset))
-    others = slice(3, 9) if queries_first else slice(0, 6)
-    torch.testing.assert_close(got[..., others], whole[..., others])
-    torch.testing.assert_close(got[:, :rows], whole[:, :rows])
-    assert not got[:, rows:, start:stop].any()
-
-
 def test_narrow() -> None:
     x = torch.arange(12).reshape(3, 4)
     assert torch.equal(Narrow(1, 2)(x), x[:, :2])
@@ -365,7 +347,7 @@ def test_narrow() -> None:
 
 
 def test_whatever_is_switched_off_steps_aside() -> None:
-    x, weight = torch.randn(2, 5, 3), torch.randn(9, 3)
+    x = torch.randn(2, 5, 3)
     modules: list[tuple[Switchable, tuple[Tensor, ...]]] = [
         (ScoreByQuery(0, 1, 0, 1, None), (x[:, None], x[:, None])),
         (ScoreByWeights(0, -2, -1, 1, 0, 1), (x[:, None],)),
@@ -376,10 +358,9 @@ def test_whatever_is_switched_off_steps_aside() -> None:
         assert module(*args) is not None
         module.enabled = False
         assert module(*args) is None
-    narrow, project = Narrow(1, 1), ProjectQueriesOfFirst(1, 1, 0, 3)
-    narrow.enabled = project.enabled = False
+    narrow = Narrow(1, 1)
+    narrow.enabled = False
     assert narrow(x) is x
-    assert torch.equal(project(x, weight), torch.nn.functional.linear(x, weight))
 
 
 # -- gradients of taken rows --------------------------------------------------------------------------------------

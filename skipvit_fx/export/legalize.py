@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from skipvit_fx.ops.dead_tokens import ProjectQueriesOfFirst
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.rows import same_rows, sequence_rows
 from skipvit_fx.ops.select import Select, Survivors
@@ -132,30 +130,6 @@ class _Merge(Merge):
         return flat_rows(torch.cat(whole, 1), rows)
 
 
-class _ProjectQueriesOfFirst(nn.Module):
-    """What nobody reads is filled with a copy: Slice and Concat are known to more releases of ATC than Pad is."""
-
-    def __init__(self, op: ProjectQueriesOfFirst) -> None:
-        super().__init__()
-        self.dim, self.rows, self.start, self.stop = op.dim, op.rows, op.start, op.stop
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The first rows in full; of the others keys and values, and a copy of them in place of queries."""
-        others = slice(self.stop, None) if self.start == 0 else slice(0, self.start)
-        first = F.linear(x.narrow(self.dim, 0, self.rows), weight, bias)
-        rest = F.linear(
-            x.narrow(self.dim, self.rows, x.shape[self.dim] - self.rows),
-            weight[others],
-            None if bias is None else bias[others],
-        )
-        size = self.stop - self.start
-        copies = [rest] * (size // rest.shape[-1])
-        if size % rest.shape[-1]:
-            copies.append(rest[..., : size % rest.shape[-1]])
-        filled = [*copies, rest] if self.start == 0 else [rest, *copies]
-        return torch.cat([first, torch.cat(filled, -1)], self.dim)
-
-
 class _GatherPositions(GatherPositions):
     """Rows of an operand by row gathers: from a shared operand directly, then from one a sample."""
 
@@ -225,6 +199,5 @@ _FORMS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     PassAround: _PassAround,
     Fuse: _Fuse,
     Merge: _Merge,
-    ProjectQueriesOfFirst: _ProjectQueriesOfFirst,
     GatherPositions: _GatherPositions,
 }
