@@ -22,9 +22,7 @@ from outside import HuggingFace
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import files, verify
 from skipvit_fx.export.aten import free_attention_matrices
-from skipvit_fx.export.legalize import legalize
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
-from skipvit_fx.ir.cloning import clone_structure
 
 TOLERANCE = 1e-4
 ONE = "2(55%)+4"
@@ -166,32 +164,6 @@ def test_the_model_is_left_alone(dynamic: Exported) -> None:
     assert dynamic.fast.graph.output_node().args[0] is not None
     with torch.no_grad():
         assert isinstance(dynamic.fast(dynamic.x), Tensor)
-
-
-# -- the export forms, without any file ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [
-        ("vit", FUSED),
-        ("dinov2-reg4", TWO),
-        ("beit", TWO),
-        ("rope-mixed", ONE),
-        ("siglip-map", "1(30%)+5"),
-    ],
-)
-def test_export_forms_are_equal(name: str, plan: str) -> None:
-    family = BY_NAME[name]
-    model, x = family.build(), family.input(3)
-    fast = skipvit_fx.rewrite(model, plan, example_inputs=(x,)).eval()
-    form = clone_structure(fast)
-    legalize(form)
-    with torch.no_grad():
-        assert torch.allclose(form(x), fast(x), rtol=0, atol=1e-5)
-    for ours, theirs in zip(kept_indices(fast, x), kept_indices(form, x), strict=True):
-        assert torch.equal(ours, theirs.long())
-        assert theirs.dtype == torch.int32
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from skipvit_fx.ops.following import kept_whole
 from skipvit_fx.ops.switch import Switchable
 
 
@@ -15,6 +16,7 @@ class Narrow(Switchable):
         self.dim = dim
         self.rows = rows
 
+    @kept_whole
     def forward(self, x: Tensor) -> Tensor:
         """Any tensor, shorter along ``dim``."""
         return x.narrow(self.dim, 0, self.rows) if self.active else x
