@@ -71,8 +71,9 @@ def partition(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     n = sizes(scores)[1]
     highest = scores.topk(kept, dim=1, sorted=False).values
     edge = highest.topk(1, dim=1, largest=False).values  # amin would see what is no number first
-    # The better, the lower: first what is no number, then what lies above the edge, on it, below it; in each the
-    # earlier first. On the edge from 0 on, where numbers are exact in half precision, too.
+    # A number for every patch, the lower the better, no two alike: first those whose score is no number, then those
+    # above the edge, on it and below it, and of each kind the earlier first. Those on the edge count from 0, so that a
+    # device that computes in half precision tells the most of them apart.
     places = torch.arange(n, dtype=torch.float32, device=scores.device)
     places = places.add(scores < edge, alpha=float(n)).add(scores > edge, alpha=float(-n))
     places = places.add(scores != scores, alpha=-2.0 * n)
