@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
+
 Place = int | str
 """Where a call passes an argument: a position, or a keyword."""
 
@@ -55,8 +57,7 @@ def fits(value: Any, kind: Any) -> bool:
     if type(kind) is Like:
         if not isinstance(value, Tensor) or value.dtype != kind.dtype or value.ndim != kind.ndim:
             return False
-        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        return tracing or tuple(value.shape[1:]) == kind.shape  # whose sizes are tensors
+        return tuple(sizes(value)[1:]) == kind.shape
     if type(kind) is Nest:
         leaves, spec = pytree.tree_flatten(value)
         return spec == kind.spec and all(map(fits, leaves, kind.leaves))
@@ -165,7 +166,14 @@ def kinds_of(
     for name, place in places.items():
         value = args[place] if isinstance(place, int) else kwargs[place]
         parameter = signature.parameters.get(name)
-        kind = kind_of_argument(value)
-        if parameter is None or parameter.default is _EMPTY or not fits(parameter.default, kind):
-            kinds[name] = kind
+        if parameter is None or not _is_default(value, parameter.default):
+            kinds[name] = kind_of_argument(value)
     return kinds
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if (
+        in_jit_trace() and isinstance(value, Tensor) and not value.ndim
+    ):  # it passes numbers as tensors
+        value = quietly(value.item)
+    return default is not _EMPTY and fits(default, kind_of_argument(value))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.attributes import (
@@ -33,6 +34,7 @@ from skipvit_fx.ir.symbolic import SymbolicTracer, attribute
 from skipvit_fx.ir.this_thread import Checkpoints
 from skipvit_fx.ir.watch import watch_calls
 from skipvit_fx.ops.guard import guard
+from skipvit_fx.ops.mode import FixedSize
 
 Frontend = Literal["symbolic", "export"]
 
@@ -105,6 +107,7 @@ def capture(
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
+    _fix_input_shapes(module, inputs)
     module.recompile()
     return Capture(module, args, dict(kwargs), inputs, frontend, reason, opened, mode)
 
@@ -230,3 +233,21 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
             node.target = name
     for name in [name for name in vars(root) if name.startswith(CONSTANT)]:
         delattr(root, name)  # the next trace starts counting again
+
+
+def _fix_input_shapes(module: SkipViTModule, inputs: Inputs) -> None:
+    """Put a :class:`FixedSize` behind every input, which goes with the graph wherever that is taken."""
+    examples = inputs.with_tensors()
+    for node in list(module.graph.nodes):
+        if node.op != "placeholder":
+            continue
+        child = f"fixed_{node.name}"
+        shapes = tuple(
+            tuple(leaf.shape[1:])
+            for leaf in pytree.tree_leaves(examples[str(node.target)])
+            if isinstance(leaf, torch.Tensor)
+        )
+        module.get_submodule(OWN_CHILD).add_module(child, FixedSize(node.name, shapes))
+        with module.graph.inserting_after(node):
+            checked = module.graph.call_module(f"{OWN_CHILD}.{child}", (node,))
+        node.replace_all_uses_with(checked, delete_user_cb=lambda user, c=checked: user is not c)

@@ -32,6 +32,7 @@ from skipvit_fx.ir.traced_through import (
     StayAway,
     Traced,
 )
+from skipvit_fx.ops.following import in_jit_trace
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
@@ -170,10 +171,7 @@ class SkipViTModule(fx.GraphModule):
                 ):  # a branch of the author's that hangs on more than kinds of arguments
                     refused.append(form.call)
         if torch.compiler.is_compiling():
-            raise GuardError(
-                "the model is called in a way that no graph was made for yet, and is being compiled",
-                hint="call the rewritten model once like this before compiling it",
-            )
+            raise _not_now("compiled")
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._run_traced(method, args, kwargs)
         form = self._another_form(method, args, kwargs, refused)
@@ -207,6 +205,8 @@ class SkipViTModule(fx.GraphModule):
 
     def _capture(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         own = self.own
+        if in_jit_trace():
+            raise _not_now("traced")
         if len(own.calls) >= MOST_CALLS:
             raise GuardError(
                 f"the model was called in {MOST_CALLS} ways, and this is another one; a graph was made for each",
@@ -317,6 +317,13 @@ class SkipViTModule(fx.GraphModule):
         own = self.own
         calls = [(call.method, call.example, call.record.before) for call in own.calls]
         return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own))
+
+
+def _not_now(followed: str) -> GuardError:
+    return GuardError(
+        f"the model is called in a way that no graph was made for yet, and is being {followed}",
+        hint=f"call the rewritten model once like this before it is {followed}",
+    )
 
 
 class _Settings(NamedTuple):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ops.following import sizes
 
 AUTHOR = "_author"
 """Where a rewritten model keeps itself as an object of its author's class, with the same ``__dict__``."""
@@ -82,7 +83,7 @@ class Traced:
             for name, value in [*_attributes(module), *self._children(module)]
         ]
         self.shapes = [
-            Seen(module, name, tensor.shape)
+            Seen(module, name, tuple(tensor.shape))
             for module in self.modules.values()
             for name, tensor in module._parameters.items()
             if tensor is not None
@@ -117,7 +118,7 @@ class Traced:
                 return True
         for module, name, shape in self.shapes:
             now = module._parameters.get(name)
-            if now is None or now.shape != shape:
+            if now is None or tuple(sizes(now)) != shape:
                 return True
         return False
 

@@ -1,11 +1,15 @@
-"""What differs between training and evaluation."""
+"""What differs between training and evaluation, and what may not differ between calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.errors import GuardError
+from skipvit_fx.ops.following import kept_whole, sizes
 
 Constant: TypeAlias = bool | int | float
 
@@ -30,6 +34,7 @@ class InTraining(nn.Module):
         self.function = function
         self.passes = passes
 
+    @kept_whole
     def forward(self, owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the function returns for the other arguments, if ``owner`` is in train mode."""
         if not owner.training:
@@ -40,3 +45,38 @@ class InTraining(nn.Module):
 
     def extra_repr(self) -> str:
         return self.function if isinstance(self.function, str) else self.function.__name__
+
+
+class FixedSize(nn.Module):
+    """Passes an input through after checking the shapes of its tensors (all but the batch axis).
+
+    Stands at every input: which rows are patches, what a literal slice takes out and how a branch on the image's height
+    goes were found out for the sizes of the example, and may silently be wrong for others.
+
+    Raises (from ``forward``):
+        GuardError: the shape differs.
+    """
+
+    def __init__(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+        super().__init__()
+        self.name = name
+        self.shapes = shapes
+
+    @kept_whole
+    def forward(self, given):  # type: ignore[no-untyped-def]
+        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        for tensor, shape in zip(tensors, self.shapes, strict=True):
+            if tuple(sizes(tensor)[1:]) != shape:
+                raise GuardError(
+                    f"input {self.name!r} has shape {tuple(tensor.shape)}, but the model was rewritten for "
+                    f"{_batch_of(shape)}",
+                    hint="rewrite it again with example_inputs of that shape",
+                )
+        return given
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(_batch_of, self.shapes))
+
+
+def _batch_of(shape: tuple[int, ...]) -> str:
+    return f"[{', '.join(['batch', *map(str, shape)])}]"
