@@ -396,6 +396,8 @@ def _class_of(author: Any) -> type[SkipViTModule]:
         names |= {name: _method(name, method) for name, method in _methods_of(author)}
         names |= {"forward": call, "call": call, "__module__": author.__module__}
         names["__doc__"] = f"A rewritten :class:`{author.__name__}`."
+        if issubclass(author, fx.GraphModule):  # whose own __call__ would call ours again
+            names["__call__"] = nn.Module.__call__
 
     name = f"SkipViT{author.__name__}"
     try:
