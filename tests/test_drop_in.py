@@ -123,6 +123,32 @@ def test_an_author_s_name_that_would_be_hidden_is_refused() -> None:
         )
 
 
+def test_an_author_who_calls_all_children_in_turn() -> None:
+    class InTurn(nn.Sequential):
+        def forward(self, image: Tensor) -> Tensor:
+            for part in self:
+                image = part(image)
+            return image
+
+    class Join(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.zeros(1, 1, 32))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(2).transpose(1, 2)
+            return torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+
+    blocks = [Block() for _ in range(DEPTH)]
+    model = scramble(InTurn(nn.Conv2d(3, 32, 8, 8), Join(), *blocks)).eval()
+    fast = skipvit_fx.rewrite(model, PLAN, example_inputs=image(), prefix_tokens=1)
+    x = image(3)
+    with torch.no_grad():
+        assert fast(x).shape == model(x).shape
+        skipvit_fx.set_skipping(fast, False)
+        assert torch.equal(fast(x), model(x))
+
+
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 

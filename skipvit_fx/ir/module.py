@@ -152,23 +152,27 @@ class SkipViTModule(fx.GraphModule):
         Raises:
             SkipViTError: as :func:`skipvit_fx.rewrite` does.
         """
+        self._keep_up("forward", args, kwargs)
         if not any(form.fits("forward", args, kwargs) for form in self.own.forms):
             self._another_form("forward", args, kwargs, [])
 
-    def _run_graph(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        own = self.own
-        if own.traced is not None:
-            own.traced.refuse_hooks()
-            if own.traced.changed():
+    def _keep_up(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See to it that the graphs are still those of the modules that they were traced through."""
+        traced = self.own.traced
+        if traced is not None:
+            traced.refuse_hooks()
+            if traced.changed():
                 self._start_anew(method, args, kwargs)
+
+    def _run_graph(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._keep_up(method, args, kwargs)
         refused: list[Call] = []
-        for form in own.forms:
+        for form in self.own.forms:
             if form.fits(method, args, kwargs):
+                # a branch of the author's may hang on more than kinds of arguments
                 try:
                     return form.call.run(self, *form.values(args, kwargs))
-                except (
-                    GuardError
-                ):  # a branch of the author's that hangs on more than kinds of arguments
+                except GuardError:
                     refused.append(form.call)
         if torch.compiler.is_compiling():
             raise _not_now("compiled")
