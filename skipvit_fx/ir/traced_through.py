@@ -77,10 +77,18 @@ class Traced:
         self.attention = attention
         self.stale = False
         self.modules = {path: root.get_submodule(path) for path in sorted(paths)}
-        self.seen = [
+        self.attributes = [
             Seen(module, name, value)
             for module in self.modules.values()
-            for name, value in [*_attributes(module), *self._children(module)]
+            for name, value in vars(module).items()
+            if name not in NOT_THE_AUTHORS
+        ]
+        opened = set(map(id, self.modules.values()))
+        self.children = [
+            Seen(module, name, child)
+            for module in self.modules.values()
+            for name, child in module._modules.items()
+            if id(child) in opened
         ]
         self.shapes = [
             Seen(module, name, tuple(tensor.shape))
@@ -93,10 +101,6 @@ class Traced:
             for path, module in self.modules.items()
             if path
         ]
-
-    def _children(self, module: nn.Module) -> list[tuple[str, Any]]:
-        own = set(map(id, self.modules.values()))
-        return [(name, child) for name, child in module._modules.items() if id(child) in own]
 
     def of_copy(self, root: nn.Module) -> Traced:
         """The same for a copy of the model, changed if this one is."""
@@ -111,10 +115,12 @@ class Traced:
         """Whether Python might now take another way through them than it took."""
         if self.stale:
             return True
-        for module, name, value in self.seen:
-            now = getattr(module, name, _MISSING)
-            plain = type(value) in _PLAIN and type(now) is type(value)
-            if now is not value and not (plain and now == value):
+        for module, name, value in self.attributes:
+            now = module.__dict__.get(name, _MISSING)
+            if now is not value and not _same(now, value):
+                return True
+        for module, name, child in self.children:
+            if module._modules.get(name) is not child:
                 return True
         for module, name, shape in self.shapes:
             now = module._parameters.get(name)
@@ -151,5 +157,5 @@ class Traced:
         return next(below, path)
 
 
-def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in vars(module).items() if name not in NOT_THE_AUTHORS]
+def _same(now: Any, value: Any) -> bool:
+    return type(value) in _PLAIN and type(now) is type(value) and bool(now == value)
