@@ -263,7 +263,7 @@ def run(
     limit: float,
     **options: Any,
 ) -> list[Row]:
-    """Survey every name that ``log`` does not have yet, or had to skip; every row is in ``log`` as soon as it is known."""
+    """Survey every name that ``log`` does not have yet, or had to skip; a row is in ``log`` as soon as it is known."""
     finished = read_rows(log)
     rows = []
     log.parent.mkdir(parents=True, exist_ok=True)
