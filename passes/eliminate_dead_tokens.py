@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
 from skipvit_fx.analysis.tokens import SDPA, carries_tokens
 from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
-from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst
+from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.score import ScoreByQuery
 from skipvit_fx.ops.skip import Merge
 from skipvit_fx.passes.free_token_sizes import follow_input
@@ -25,11 +23,6 @@ from skipvit_fx.pipeline.rewriting import Rewriting
 ALL = math.inf
 NONE = -math.inf
 """How far the rows of a token axis are read is counted from the first patch: 0 is "the prefix rows and no more"."""
-
-_CHANNEL_RESHAPES: frozenset[Any] = frozenset(
-    {"view", "reshape", "permute", "transpose", "unbind", "chunk", "split", "unflatten"}
-    | {operator.getitem, torch.reshape, torch.permute, torch.transpose, torch.unbind, torch.chunk}
-)
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class EliminateDeadTokens:
 
     After::
 
-        q, k, v = split(project_queries(norm(x)))
+        q, k, v = split(qkv(norm(x)))
         c = narrow(x) + proj(attention(narrow(q), k, v))
         c = c + mlp(norm2(c))
         head(norm3(c)[:, 0])
@@ -78,8 +71,6 @@ class EliminateDeadTokens:
                 editor.rewire(node, argument, narrowed[key])
             if liveness.is_narrow(node):
                 follow_input(rewriting, node, always=True)
-        for argument, _, rows in narrowed:
-            _project_fewer_queries(rewriting, liveness, argument, rows)
 
 
 class _Liveness:
@@ -275,112 +266,3 @@ def _rows(axes: Axes, dim: int, need: float) -> int:
     tokens = tokens_of(axes[dim])
     assert tokens is not None
     return int(tokens.lead + need)
-
-
-# -- the query projection -----------------------------------------------------------------------------------------
-
-
-def _project_fewer_queries(
-    rewriting: Rewriting, liveness: _Liveness, queries: fx.Node, rows: int
-) -> None:
-    """Where queries come out of a joint projection, project the queries of the first rows only."""
-    if queries.op == "call_module" and isinstance(liveness._op(queries), Narrow):
-        return
-    path = _path_from_linear(rewriting, queries)
-    if path is None:
-        return
-    linear, *reshapes = path
-    out = rewriting.analysis[linear].value
-    dim = _single_token_dim(rewriting.analysis.axes(linear))
-    if dim not in (0, 1) or out.ndim != 3 or liveness.need.get(queries, ALL) == ALL:
-        return
-    channels = out.shape[-1]
-    probe: dict[fx.Node, Any] = {linear: torch.arange(channels).expand(out.shape)}
-    for node in reshapes:
-        probe[node] = _evaluate(rewriting, node, probe)
-    wanted = _channels_in(probe[queries], channels)
-    places = wanted.nonzero().flatten().tolist()
-    start, stop = places[0], places[-1] + 1
-    if stop - start != len(places) or (start != 0 and stop != channels) or len(places) == channels:
-        return
-    for node, successor in zip(path, reshapes, strict=False):
-        for user in node.users:
-            if user is successor or not tensors_in(rewriting.analysis.value(user)):
-                continue
-            if user.target not in _CHANNEL_RESHAPES:
-                return
-            for part in tensors_in(_evaluate(rewriting, user, probe)):
-                if (_channels_in(part, channels) & wanted).any():
-                    return
-    editor = rewriting.editor
-    source, weight, bias = _linear_operands(rewriting, linear)
-    op = ProjectQueriesOfFirst(dim, rows, start, stop)
-    name = f"dead_tokens.project_{queries.name}"
-    operands = (source, weight) if bias is None else (source, weight, bias)
-    projected = editor.insert_module(name, op, operands, after=linear)
-    editor.rewire_all(linear, projected)
-    editor.erase(linear)
-
-
-def _channels_in(probe: Tensor, channels: int) -> Tensor:
-    """Which channel numbers occur in a probe: booleans ``[channels]``."""
-    seen = torch.zeros(channels, dtype=torch.bool)
-    seen[probe.reshape(-1)] = True
-    return seen
-
-
-def _path_from_linear(rewriting: Rewriting, node: fx.Node) -> list[fx.Node] | None:
-    """The reshapes between a linear layer and ``node``, the linear layer first; ``None`` if there is more to it."""
-    path = [node]
-    while not _is_linear(rewriting, path[0]):
-        first = path[0]
-        source = first.args[0] if first.args else None
-        if first.target not in _CHANNEL_RESHAPES or not isinstance(source, fx.Node):
-            return None
-        path.insert(0, source)
-    return path if len(path) > 1 else None
-
-
-def _is_linear(rewriting: Rewriting, node: fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target is F.linear
-    if node.op != "call_module":
-        return False
-    module = rewriting.analysis.module.get_submodule(str(node.target))
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is nn.Linear and not hooked
-
-
-def _linear_operands(
-    rewriting: Rewriting, linear: fx.Node
-) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    if linear.op == "call_function":
-        given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | dict(
-            linear.kwargs
-        )
-        return given["input"], given["weight"], given.get("bias")  # type: ignore[return-value]
-    editor, path = rewriting.editor, str(linear.target)
-    weight = editor.insert_attribute(f"{path}.weight", before=linear)
-    has_bias = rewriting.analysis.module.get_submodule(path).bias is not None
-    bias = editor.insert_attribute(f"{path}.bias", before=linear) if has_bias else None
-    return linear.all_input_nodes[0], weight, bias
-
-
-def _evaluate(rewriting: Rewriting, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    """The node's value on real tensors, where sizes are those of the analysis."""
-
-    def value(argument: fx.Node) -> Any:
-        if argument in known:
-            return known[argument]
-        facts = rewriting.analysis.facts.get(argument)
-        if facts is not None and not tensors_in(facts.value):
-            return facts.value
-        given: Any = argument.args  # of an inserted size
-        source, dim = given
-        return known.get(source, rewriting.analysis.value(source)).shape[dim]
-
-    inputs: Any = fx.node.map_arg((node.args, node.kwargs), value)
-    args, kwargs = inputs
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -15,6 +15,7 @@ from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.places import module_path
 from skipvit_fx.ir.sizes import PICKS, RESHAPES, SIZE_FREE, SPLITS, dimension_of, sizes_of
 from skipvit_fx.ops.guard import OF_KIND, guard
+from skipvit_fx.ops.shape import as_shape
 from skipvit_fx.pipeline.rewriting import Rewriting
 
 
@@ -276,12 +277,14 @@ def _redirect_shape(rewriting: Rewriting, node: fx.Node, axes: Axes) -> None:
         if not any(tokens_of(axes[d]) for d in dims):
             continue
         editor = rewriting.editor
-        parts = tuple(
+        parts: Any = tuple(
             _full_size(rewriting, user, axes[d])
             if tokens_of(axes[d])
             else editor.insert_call(operator.getitem, (node, i), before=user)
             for i, d in enumerate(dims)
         )
+        if getattr(user.target, "__module__", None) == "_operator":
+            parts = editor.insert_call(as_shape, parts, before=user)
         editor.rewire(user, node, parts)
 
 

@@ -22,10 +22,7 @@ from outside import HuggingFace
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import files, verify
 from skipvit_fx.export.aten import free_attention_matrices
-from skipvit_fx.export.legalize import legalize
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
-from skipvit_fx.ir.cloning import clone_structure
-from skipvit_fx.ops.dead_tokens import ProjectQueriesOfFirst
 
 TOLERANCE = 1e-4
 ONE = "2(55%)+4"
@@ -167,32 +164,6 @@ def test_the_model_is_left_alone(dynamic: Exported) -> None:
     assert dynamic.fast.graph.output_node().args[0] is not None
     with torch.no_grad():
         assert isinstance(dynamic.fast(dynamic.x), Tensor)
-
-
-# -- the export forms, without any file ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [
-        ("vit", FUSED),
-        ("dinov2-reg4", TWO),
-        ("beit", TWO),
-        ("rope-mixed", ONE),
-        ("siglip-map", "1(30%)+5"),
-    ],
-)
-def test_export_forms_are_equal(name: str, plan: str) -> None:
-    family = BY_NAME[name]
-    model, x = family.build(), family.input(3)
-    fast = skipvit_fx.rewrite(model, plan, example_inputs=(x,)).eval()
-    form = clone_structure(fast)
-    legalize(form)
-    with torch.no_grad():
-        assert torch.allclose(form(x), fast(x), rtol=0, atol=1e-5)
-    for ours, theirs in zip(kept_indices(fast, x), kept_indices(form, x), strict=True):
-        assert torch.equal(ours, theirs.long())
-        assert theirs.dtype == torch.int32
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------
@@ -475,21 +446,3 @@ def test_a_row_of_attention_is_computed_apart(
     assert all(len(node.users) == 1 for node in softmaxes)
     for ours, theirs in zip(program.module()(*args), module(*args), strict=True):
         torch.testing.assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize(
-    ("channels", "start", "stop"), [(36, 0, 12), (24, 0, 12), (17, 0, 12), (36, 24, 36)]
-)
-def test_queries_that_nobody_reads(channels: int, start: int, stop: int) -> None:
-    """What is read is equal, and nothing empty is joined, however the queries and the rest divide."""
-    op = ProjectQueriesOfFirst(dim=1, rows=1, start=start, stop=stop)
-    form = nn.Sequential(op)
-    legalize(form)
-    args = torch.randn(2, 5, 6), torch.randn(channels, 6), torch.randn(channels)
-    read = torch.ones(5, channels, dtype=torch.bool)
-    read[1:, start:stop] = False
-    assert type(form[0]) is not type(op)
-    torch.testing.assert_close(form[0](*args)[:, read], op(*args)[:, read])
-    nodes = torch.export.export(form[0], args, strict=False).graph.nodes
-    shapes = [node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), Tensor)]
-    assert all(all(shape) for shape in shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from skipvit_fx.ops.dead_tokens import Narrow, ProjectQueriesOfFirst
+from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.rows import sequence_rows, take_rows
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
@@ -103,13 +104,53 @@ def test_counts_add_up_and_order_is_kept(case: Case) -> None:
 def test_of_equal_scores_the_earlier_patch_stays(rows: list[list[float]], ratio: Fraction) -> None:
     n = len(rows[0])
     n_drop = ratio.numerator * n // ratio.denominator
-    kept, _ = Select(ratio)(torch.tensor(rows))
+    kept, dropped = Select(ratio)(torch.tensor(rows))
     if n_drop == 0:
         assert kept is None
         return
+    assert kept.dtype == dropped.dtype == torch.int32
     for row, stay in zip(rows, place_of(kept), strict=True):
         best = sorted(range(n), key=lambda i: (-row[i], i))[: n - n_drop]
         assert stay == sorted(best)
+
+
+odd_scores = st.integers(2, 12).flatmap(
+    lambda n: st.lists(
+        st.lists(st.sampled_from([math.nan, -math.inf, -0.0, 0.0, 1.0, math.inf]), min_size=n),
+        min_size=1,
+        max_size=3,
+    ).map(lambda rows: [row[:n] for row in rows])
+)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+
+
+@MANY
+@given(odd_scores, ratios, st.sampled_from(DTYPES))
+def test_the_choice_is_that_of_a_stable_sort(
+    rows: list[list[float]], ratio: Fraction, dtype: torch.dtype
+) -> None:
+    """What is no number comes first, and infinite scores are scores like others."""
+    scores = torch.tensor(rows)
+    if not dtype.is_floating_point:
+        scores = scores.nan_to_num(2, 1, 0)
+    scores = scores.to(dtype)
+    kept, dropped = Select(ratio)(scores)
+    if kept is None:
+        return
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    first = kept.shape[1]
+    assert torch.equal(kept.long(), order[:, :first].sort(1).values)
+    assert torch.equal(dropped.long(), order[:, first:].sort(1).values)
+
+
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_a_choice_among_many(n: int) -> None:
+    scores = torch.rand(2, n, generator=torch.Generator().manual_seed(0)).mul(300).floor()
+    kept, dropped = Select(Fraction(55, 100))(scores)
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    first = kept.shape[1]
+    assert torch.equal(kept.long(), order[:, :first].sort(1).values)
+    assert torch.equal(dropped.long(), order[:, first:].sort(1).values)
 
 
 def test_the_papers_counts() -> None:
@@ -340,24 +381,6 @@ def test_a_score_function_of_another_shape_is_refused() -> None:
 # -- dead tokens --------------------------------------------------------------------------------------------------
 
 
-@MANY
-@given(cases, st.booleans(), st.booleans())
-def test_queries_of_the_first_rows(case: Case, queries_first: bool, bias: bool) -> None:
-    rows = max(1, case.lead)
-    generator = torch.Generator().manual_seed(case.seed)
-    weight = torch.randn(9, CHANNELS, generator=generator)
-    offset = torch.randn(9, generator=generator) if bias else None
-    start, stop = (0, 3) if queries_first else (6, 9)
-    x = torch.randn(case.stream().shape, generator=generator)
-    project = ProjectQueriesOfFirst(case.dim, rows, start, stop)
-    whole = case.batch_first(torch.nn.functional.linear(x, weight, offset))
-    got = case.batch_first(project(x, weight, offset))
-    others = slice(3, 9) if queries_first else slice(0, 6)
-    torch.testing.assert_close(got[..., others], whole[..., others])
-    torch.testing.assert_close(got[:, :rows], whole[:, :rows])
-    assert not got[:, rows:, start:stop].any()
-
-
 def test_narrow() -> None:
     x = torch.arange(12).reshape(3, 4)
     assert torch.equal(Narrow(1, 2)(x), x[:, :2])
@@ -365,7 +388,7 @@ def test_narrow() -> None:
 
 
 def test_whatever_is_switched_off_steps_aside() -> None:
-    x, weight = torch.randn(2, 5, 3), torch.randn(9, 3)
+    x = torch.randn(2, 5, 3)
     modules: list[tuple[Switchable, tuple[Tensor, ...]]] = [
         (ScoreByQuery(0, 1, 0, 1, None), (x[:, None], x[:, None])),
         (ScoreByWeights(0, -2, -1, 1, 0, 1), (x[:, None],)),
@@ -376,10 +399,9 @@ def test_whatever_is_switched_off_steps_aside() -> None:
         assert module(*args) is not None
         module.enabled = False
         assert module(*args) is None
-    narrow, project = Narrow(1, 1), ProjectQueriesOfFirst(1, 1, 0, 3)
-    narrow.enabled = project.enabled = False
+    narrow = Narrow(1, 1)
+    narrow.enabled = False
     assert narrow(x) is x
-    assert torch.equal(project(x, weight), torch.nn.functional.linear(x, weight))
 
 
 # -- gradients of taken rows --------------------------------------------------------------------------------------
@@ -431,13 +453,6 @@ def test_half_precision_gradients_are_moved_unchanged() -> None:
     for b in range(2):
         assert torch.equal(tokens.grad[b, rows[b]], gradient[b])
     assert tokens.grad.count_nonzero() == gradient.count_nonzero()
-
-
-def test_scores_that_are_no_numbers_choose_all_the_same() -> None:
-    scores = torch.tensor([[0.1, torch.nan, 0.3, torch.nan], [torch.nan] * 4])
-    kept, dropped = Select(Fraction(1, 2))(scores)
-    both = torch.cat([kept, dropped], 1).sort(1).values
-    assert place_of(both) == [[0, 1, 2, 3]] * 2
 
 
 @MANY

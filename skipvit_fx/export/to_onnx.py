@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -20,21 +20,18 @@ from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.export.aten import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
 from skipvit_fx.export.inputs import batch_of, inputs_of
-from skipvit_fx.export.legalize import KeptPositions, legalize
+from skipvit_fx.export.kept import add_kept
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
 from skipvit_fx.ir.cloning import clone_structure
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.pipeline.record import RECORD, RewriteRecord
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 EXPORTER_OPSET = 18
 """What torch's exporter writes before anything is lowered."""
-
-_KEPT = "skipvit.kept_positions"
 
 
 @dataclass(frozen=True)
@@ -108,9 +105,8 @@ def export_onnx(
     _check_model(model)
     (args, kwargs), fixed = inputs_of(model, example_inputs, batch, profile)
     clone = clone_structure(model).eval()
-    legalize(clone)
     if expose_kept:
-        _expose_kept(clone)
+        add_kept(clone)
     _try(clone, args, kwargs)
     if fixed is None:
         _try_alone(clone, args, kwargs)
@@ -210,29 +206,6 @@ def _check_model(model: nn.Module) -> None:
                 "a random score cannot be exported: every run of the file would drop other tokens",
                 hint="rewrite with score='auto'",
             )
-
-
-# -- the kept indices ----------------------------------------------------------------------------------------------
-
-
-def _expose_kept(module: nn.Module) -> None:
-    """Add the kept positions of every stage to the outputs of the copy."""
-    record = getattr(module, "meta", {}).get(RECORD)
-    if not isinstance(record, RewriteRecord) or not isinstance(module, fx.GraphModule):
-        raise ExportError(
-            "only a rewritten model keeps tokens",
-            hint="leave expose_kept out for the original model",
-        )
-    graph = module.graph
-    calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
-    selects = [calls[f"{stage.path}.select"] for stage in record.stages]
-    kept = tuple(next(u for u in select.users if u.args[1] == 0) for select in selects)
-    module.add_submodule(_KEPT, KeptPositions(record.patches, record.plan.fused))
-    output = graph.output_node()
-    with graph.inserting_before(output):
-        positions = graph.call_module(_KEPT, kept)
-    output.args = ((output.args[0], positions),)
-    module.recompile()
 
 
 # -- the graph -----------------------------------------------------------------------------------------------------

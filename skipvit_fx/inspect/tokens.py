@@ -49,7 +49,7 @@ class Selection:
 
     Attributes:
         scores: ``[batch, n]``, of the patches present.
-        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` places, ascending.
+        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` places, int64, ascending.
     """
 
     scores: Tensor
@@ -67,9 +67,9 @@ def selection_of(
     total = torch.stack(present).mean(0)
     batch, n = total.shape
     here = torch.arange(n, device=total.device).expand(batch, n)
-    return Selection(
-        total, here if kept is None else kept, here[:, :0] if dropped is None else dropped
-    )
+    if kept is None or dropped is None:
+        return Selection(total, here, here[:, :0])
+    return Selection(total, kept.long(), dropped.long())
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import GuardError
+from skipvit_fx.ops.following import quietly, recorded
 
 
 def kind_of(value: Any) -> type:
@@ -35,6 +36,7 @@ OF_KIND = ("class", "nothing")
 
 
 @fx.has_side_effect
+@recorded
 def guard(value: Any, read: str, assumed: Any, place: str) -> None:
     """Check that a value is what it was when the graph was made, where a branch may have hung on it.
 
@@ -47,6 +49,10 @@ def guard(value: Any, read: str, assumed: Any, place: str) -> None:
     Raises:
         GuardError: the value differs, so the author's code might take another way.
     """
+    quietly(_check, value, read, assumed, place)
+
+
+def _check(value: Any, read: str, assumed: Any, place: str) -> None:
     found = READS[read](value)
     if found != assumed:
         raise GuardError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import GuardError
+from skipvit_fx.ops.following import kept_whole, sizes
 
 
 class ByMode(nn.Module):
@@ -67,10 +68,11 @@ class FixedSize(nn.Module):
         self.name = name
         self.shapes = shapes
 
+    @kept_whole
     def forward(self, given):  # type: ignore[no-untyped-def]
         tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
         for tensor, shape in zip(tensors, self.shapes, strict=True):
-            if tuple(tensor.shape[1:]) != shape:
+            if tuple(sizes(tensor)[1:]) != shape:
                 raise GuardError(
                     f"input {self.name!r} has shape {tuple(tensor.shape)}, but the model was rewritten for "
                     f"{_batch_of(shape)}",

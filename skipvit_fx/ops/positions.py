@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from skipvit_fx.ops.rows import sequence_rows
+from skipvit_fx.ops.following import kept_whole
+from skipvit_fx.ops.rows import rows_of, sequence_rows
 
 
 class GatherPositions(nn.Module):
@@ -33,27 +34,31 @@ class GatherPositions(nn.Module):
         self.per_sample = per_sample
         self.repeat = repeat
 
+    @kept_whole
     def forward(self, operand: Tensor, positions: Tensor | None) -> Tensor:
         """Any shape that broadcasts to ``rank`` axes, and ``[batch, k]``; the result has ``rank`` axes."""
         if positions is None:
             return operand
         missing = self.rank - operand.ndim
         full = operand.reshape((1,) * missing + tuple(operand.shape))
-        if not self.per_sample:
-            shape = [-1] * self.rank
-            shape[self.batch_dim] = positions.shape[0]
-            full = full.expand(shape)
-        elif self.repeat > 1:
+        per_sample = self.per_sample
+        if per_sample and self.repeat > 1:
             positions = positions.repeat_interleave(self.repeat, 0)
         for dim, lead, tail in self.dims:
             d = dim + missing
             rows = sequence_rows(positions, lead, full.shape[d] - lead - tail, tail)
-            shape = [1] * self.rank
-            shape[self.batch_dim], shape[d] = rows.shape
-            sizes = list(full.shape)
-            sizes[d] = rows.shape[1]
-            places = rows if self.batch_dim < d else rows.T
-            full = full.gather(d, places.reshape(shape).expand(sizes))
+            if per_sample:
+                front = full.movedim((self.batch_dim, d), (0, 1))
+                full = rows_of(front, rows).movedim((0, 1), (self.batch_dim, d))
+            else:
+                full = self._each_samples(full, d, rows)
+                per_sample = True
         if not self.per_sample and self.repeat > 1:
             full = full.repeat_interleave(self.repeat, self.batch_dim)
         return full
+
+    def _each_samples(self, shared: Tensor, dim: int, rows: Tensor) -> Tensor:
+        """Rows ``[batch, k]`` along ``dim`` of what all samples share: its batch axis, of length 1, gets theirs."""
+        near = shared.index_select(dim, rows.flatten())
+        near = near.reshape(*shared.shape[:dim], *rows.shape, *shared.shape[dim + 1 :])
+        return near.movedim(dim, self.batch_dim).squeeze(self.batch_dim + 1)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from skipvit_fx.ops.following import in_jit_trace
+
 
 def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
     """Rows ``rows[b]`` of every sample b: ``[batch, tokens, channels]``, ``[batch, k]`` to ``[batch, k, channels]``.
@@ -16,23 +18,41 @@ def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
     of ``index_select`` adds up in an order that a GPU does not fix. Differentiable in reverse mode to any order;
     forward-mode derivatives (``torch.func.jvp``) are not defined.
     """
+    if in_jit_trace():  # a file holds no function of Python's; the gradient is the same
+        return rows_of(tokens, rows)
     taken: Tensor = _Take.apply(tokens, rows)
     return taken
 
 
-def inverse_rows(rows: Tensor, count: int) -> Tensor:
+def rows_of(tokens: Tensor, rows: Tensor) -> Tensor:
+    """The same of ``[batch, tokens, ...]``, with the gradient of ``index_select``; rows may be taken twice.
+
+    One row gather on the flattened sequence, the form that every backend has a fast kernel for.
+    """
+    batch, count = tokens.shape[:2]
+    flat = tokens.reshape(batch * count, *tokens.shape[2:])
+    offsets = torch.arange(batch, dtype=rows.dtype, device=rows.device).unsqueeze(1) * count
+    return flat.index_select(0, (rows + offsets).flatten()).reshape(batch, -1, *tokens.shape[2:])
+
+
+def ascending(rows: Tensor) -> Tensor:
+    """Distinct indices ``[batch, k]`` in their order.
+
+    As float32, which is exact up to 2**24: some accelerators sort integers slowly, and ATC does not at all.
+    """
+    return rows.to(torch.float32).sort(dim=1).values.to(rows.dtype)
+
+
+def inverse_order(order: Tensor) -> Tensor:
+    """The inverse of a permutation a sample, ``[batch, n]``; sorted as in :func:`ascending`."""
+    return order.to(torch.float32).argsort(dim=1).to(order.dtype)
+
+
+def _inverse_rows(rows: Tensor, count: int) -> Tensor:
     """Where each of ``count`` rows went: ``[batch, k]`` distinct indices to ``[batch, count]``; ``k`` if nowhere."""
     batch, k = rows.shape
-    places = torch.arange(k, device=rows.device).expand(batch, k)
-    return torch.full((batch, count), k, device=rows.device).scatter_(1, rows, places)
-
-
-def _gather(tokens: Tensor, rows: Tensor) -> Tensor:
-    """One row gather on the flattened sequence, the form that every backend has a fast kernel for."""
-    batch, count, channels = tokens.shape
-    offsets = torch.arange(batch, device=rows.device).unsqueeze(1) * count
-    flat = tokens.reshape(batch * count, channels)
-    return flat.index_select(0, (rows + offsets).flatten()).reshape(batch, -1, channels)
+    places = torch.arange(k, dtype=rows.dtype, device=rows.device).expand(batch, k)
+    return torch.full_like(rows[:, :1], k).expand(batch, count).scatter(1, rows.long(), places)
 
 
 class _Take(Function):
@@ -40,7 +60,7 @@ class _Take(Function):
 
     @staticmethod
     def forward(tokens: Tensor, rows: Tensor) -> Tensor:
-        return _gather(tokens, rows)
+        return rows_of(tokens, rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -63,7 +83,7 @@ class _Put(Function):
     def forward(taken: Tensor, rows: Tensor, count: int) -> Tensor:
         if rows.shape[1] < count:
             taken = torch.cat([taken, torch.zeros_like(taken[:, :1])], 1)
-        return _gather(taken, inverse_rows(rows, count))
+        return rows_of(taken, _inverse_rows(rows, count))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:

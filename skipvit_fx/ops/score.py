@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from skipvit_fx.ops.following import kept_whole, sizes
 from skipvit_fx.ops.switch import Switchable
 
 
@@ -45,19 +46,20 @@ class ScoreByQuery(Switchable):
         self.heads = heads
         self.scale = scale
 
+    @kept_whole
     def forward(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Scores ``[batch, patches]`` from ``[..., queries, channels]`` and ``[..., keys, channels]``."""
         if not self.active:
             return None
-        scale = self.scale if self.scale is not None else query.shape[-1] ** -0.5
+        scale = self.scale if self.scale is not None else sizes(query)[-1] ** -0.5
         row = _row(query, -2, self.query) * scale
-        if key.ndim > 2 and key.shape[-3] != row.shape[-3]:  # grouped queries share their keys
-            key = key.repeat_interleave(row.shape[-3] // key.shape[-3], -3)
+        if key.ndim > 2 and sizes(key)[-3] != sizes(row)[-3]:  # grouped queries share their keys
+            key = key.repeat_interleave(sizes(row)[-3] // sizes(key)[-3], -3)
         logits = row @ key.transpose(-2, -1)
         if mask is not None:
             if mask.dtype == torch.bool:
                 mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, -torch.inf)
-            logits = logits + (mask if mask.shape[-2] == 1 else _row(mask, -2, self.query))
+            logits = logits + (mask if sizes(mask)[-2] == 1 else _row(mask, -2, self.query))
         return _patches(_probabilities(logits), self.heads, self.first, self.tail)
 
     def extra_repr(self) -> str:
@@ -96,6 +98,7 @@ class ScoreByWeights(Switchable):
         self.tail = tail
         self.heads = heads
 
+    @kept_whole
     def forward(self, matrix: Tensor) -> Tensor | None:
         """Scores ``[batch, patches]`` from the weights (class token) or the logits (mean query)."""
         if not self.active:
@@ -118,6 +121,7 @@ class ScoreAtRandom(Switchable):
         self.first = first
         self.tail = tail
 
+    @kept_whole
     def forward(self, stream: Tensor) -> Tensor | None:
         """Scores ``[batch, patches]`` from a stream with its tokens at ``dim`` 0 or 1, the batch at the other."""
         if not self.active:
@@ -138,6 +142,7 @@ class ScoreByFunction(Switchable):
         self.first = first
         self.tail = tail
 
+    @kept_whole
     def forward(self, stream: Tensor) -> Tensor | None:
         """Scores ``[batch, patches]`` from a stream as in :class:`ScoreAtRandom`.
 
@@ -149,7 +154,7 @@ class ScoreByFunction(Switchable):
         tokens = stream if self.dim == 1 else stream.transpose(0, 1)
         patches = tokens[:, self.first : tokens.shape[1] - self.tail]
         scores = self.function(patches)
-        if scores.shape != patches.shape[:2]:
+        if sizes(scores) != sizes(patches)[:2]:
             raise ValueError(
                 f"the score function returned shape {tuple(scores.shape)}, expected {tuple(patches.shape[:2])}"
             )

@@ -7,6 +7,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
+from skipvit_fx.ops.following import kept_whole, sizes
+from skipvit_fx.ops.rows import ascending, rows_of
+
 
 class Select(nn.Module):
     """Keeps the patches with the highest scores, ``ceil((1 - ratio) * n)`` of them, in their original order.
@@ -35,8 +38,9 @@ class Select(nn.Module):
         aligned = -(-stay // self.multiple_of) * self.multiple_of
         return max(0, n + self.others - aligned)
 
+    @kept_whole
     def forward(self, *scores: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Kept ``[batch, k]`` and dropped ``[batch, n - k]`` patch indices, both ascending.
+        """Kept ``[batch, k]`` and dropped ``[batch, n - k]`` patch indices, int32, both ascending.
 
         Several scores ``[batch, n]`` (parallel attentions of one layer) count equally. ``(None, None)`` where a score
         stepped aside or nothing is to be dropped.
@@ -45,26 +49,44 @@ class Select(nn.Module):
         if not present:
             return None, None
         total = present[0] if len(present) == 1 else torch.stack(present).mean(0)
-        n = total.shape[1]
+        n = sizes(total)[1]
         dropped = self.dropped(n)
-        if dropped == 0:
-            return None, None
-        kept = n - dropped
-        best = total.argsort(dim=1, descending=True, stable=True)[:, :kept]
-        leaves = torch.ones_like(total).scatter_(1, best, 0.0)
-        order = leaves.argsort(dim=1, stable=True)  # both groups in their original order
-        return order[:, :kept], order[:, kept:]
+        return (None, None) if dropped == 0 else partition(total, n - dropped)
 
     def extra_repr(self) -> str:
         aligned = f", multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
         return f"drop {float(self.current):.1%}{aligned}"
 
 
+def partition(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The ``kept`` highest of ``[batch, n]`` scores, and the others: their indices, int32, ascending.
+
+    Of equal scores the earlier is the higher, and what is no number is higher than any number.
+
+    By operators that every tool knows, and right whatever these do with equal values: of ``topk`` only values are read,
+    and what is sorted has no value twice.
+    """
+    if scores.dtype == torch.bool:
+        scores = scores.to(torch.uint8)  # topk takes no booleans
+    n = sizes(scores)[1]
+    highest = scores.topk(kept, dim=1, sorted=False).values
+    edge = highest.topk(1, dim=1, largest=False).values  # amin would see what is no number first
+    # A number for every patch, the lower the better, no two alike: first those whose score is no number, then those
+    # above the edge, on it and below it, and of each kind the earlier first. Those on the edge count from 0, so that a
+    # device that computes in half precision tells the most of them apart.
+    places = torch.arange(n, dtype=torch.float32, device=scores.device)
+    places = places.add(scores < edge, alpha=float(n)).add(scores > edge, alpha=float(-n))
+    places = places.add(scores != scores, alpha=-2.0 * n)
+    order = places.argsort(dim=1).to(torch.int32)
+    return ascending(order[:, :kept]), ascending(order[:, kept:])
+
+
 class Survivors(nn.Module):
     """Positions of a later stage's kept patches in the full sequence, from those of the stage before it."""
 
+    @kept_whole
     def forward(self, before: Tensor | None, kept: Tensor | None) -> Tensor | None:
         """``[batch, k]`` positions; ``before`` is ``[batch, n]``, ``kept`` indexes into it. ``None`` is "all"."""
         if before is None or kept is None:
             return kept if before is None else before
-        return before.gather(1, kept)
+        return rows_of(before, kept)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.ops.rows import inverse_rows, same_rows, sequence_rows, take_rows
+from skipvit_fx.ops.following import kept_whole
+from skipvit_fx.ops.rows import inverse_order, sequence_rows, take_rows
 
 
 class OnStream(nn.Module):
@@ -25,6 +26,7 @@ class OnStream(nn.Module):
         self.lead = lead
         self.tail = tail
 
+    @kept_whole
     def forward(self, stream: Tensor, *others: Tensor | None) -> Tensor | None:
         if any(other is None for other in others):
             return stream
@@ -51,6 +53,7 @@ class Keep(OnStream):
 class PassAround(OnStream):
     """The dropped patches in the state they have now: the token-level skip connection."""
 
+    @kept_whole
     def forward(self, stream: Tensor, *others: Tensor | None) -> Tensor | None:
         """``[batch, tokens, channels]`` to ``[batch, d, channels]``, batch first whatever the stream is."""
         (dropped,) = others
@@ -88,16 +91,10 @@ class Merge(OnStream):
 
     def on_tokens(self, tokens: Tensor, around: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
         """``[batch, lead + k + tail, channels]`` and ``[batch, d, channels]`` to ``[batch, tokens, channels]``."""
-        k = kept.shape[1]
-        inverse = inverse_rows(torch.cat([kept, dropped], 1), k + dropped.shape[1])
-        extra = self.tail + int(self.fused)
-        if extra:  # rows of the dropped ones come behind the trailing tokens
-            inverse = inverse + (inverse >= k) * extra
-        rows = inverse + self.lead
-        parts = [rows]
-        if self.lead:
-            parts.insert(0, same_rows(0, self.lead, rows))
+        order = torch.cat([kept, dropped], 1)
+        end = self.lead + kept.shape[1]
+        parts = [tokens[:, :end] if self.fused or self.tail else tokens, around]
         if self.tail:
-            start = self.lead + k + int(self.fused)
-            parts.append(same_rows(start, start + self.tail, rows))
-        return take_rows(torch.cat([tokens, around], 1), torch.cat(parts, 1))
+            parts.append(tokens[:, tokens.shape[1] - self.tail :])
+        rows = sequence_rows(inverse_order(order), self.lead, order.shape[1], self.tail)
+        return take_rows(torch.cat(parts, 1), rows)

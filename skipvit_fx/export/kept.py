@@ -1,0 +1,63 @@
+"""The kept patches as outputs of the file, beside those of the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx, nn
+
+from skipvit_fx.errors import ExportError
+from skipvit_fx.ops.rows import rows_of, same_rows
+from skipvit_fx.pipeline.record import RECORD, RewriteRecord
+
+_KEPT = "skipvit.kept_positions"
+
+
+def add_kept(module: nn.Module) -> None:
+    """Add the kept positions of every stage to the outputs, in place: give it a copy.
+
+    Raises:
+        ExportError: the module does not come from :func:`skipvit_fx.rewrite`.
+    """
+    record = getattr(module, "meta", {}).get(RECORD)
+    if not isinstance(record, RewriteRecord) or not isinstance(module, fx.GraphModule):
+        raise ExportError(
+            "only a rewritten model keeps tokens",
+            hint="leave expose_kept out for the original model",
+        )
+    graph = module.graph
+    calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
+    selects = [calls[f"{stage.path}.select"] for stage in record.stages]
+    kept = tuple(next(u for u in select.users if u.args[1] == 0) for select in selects)
+    module.add_submodule(_KEPT, KeptPositions(record.patches, record.plan.fused))
+    output = graph.output_node()
+    with graph.inserting_before(output):
+        positions = graph.call_module(_KEPT, kept)
+    output.args = ((output.args[0], positions),)
+    module.recompile()
+
+
+class KeptPositions(nn.Module):
+    """The kept patches of every stage by their position in the full grid.
+
+    Args:
+        patches: patches in the full grid; fused tokens count on from there.
+        fused: whether every stage leaves a fused token behind the kept ones.
+    """
+
+    def __init__(self, patches: int, fused: bool) -> None:
+        super().__init__()
+        self.patches = patches
+        self.fused = fused
+
+    def forward(self, *kept: Tensor | None) -> tuple[Tensor, ...]:
+        """``[batch, k]`` a stage, from what each stage chose of those before it; no entry where nothing is dropped."""
+        found: list[Tensor] = []
+        for choice in kept:
+            if choice is None:
+                continue
+            before = found[-1] if found else None
+            if before is not None and self.fused:
+                name = self.patches + len(found) - 1
+                before = torch.cat([before, same_rows(name, name + 1, before)], 1)
+            found.append(choice if before is None else rows_of(before, choice))
+        return tuple(found)

@@ -1,0 +1,78 @@
+"""What the compiler inserts, for tools that follow a model: the tracers of ``torch.fx``, and ``torch.jit.trace``."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kept_whole(forward: Function) -> Function:
+    """Decorate the ``forward`` of an inserted module, so that every tracer of ``torch.fx`` calls the module.
+
+    A tracer that looked into it would fail where sizes decide, and would freeze what may change later: the switch, the
+    mode and the ratio.
+    """
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = _tracer_of(args)
+        if tracer is None:
+            return forward(self, *args, **kwargs)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+    return called  # type: ignore[return-value]
+
+
+def recorded(function: Function) -> Function:
+    """The same for an inserted function of positional arguments."""
+
+    @functools.wraps(function)
+    def called(*args: Any) -> Any:
+        tracer = _tracer_of(args)
+        if tracer is None:
+            return function(*args)
+        return tracer.create_proxy("call_function", called, args, {})
+
+    return called  # type: ignore[return-value]
+
+
+def _tracer_of(args: tuple[Any, ...]) -> Any:
+    """Who traces, if any of the arguments is a proxy."""
+    for arg in args:
+        if isinstance(arg, fx.Proxy):
+            return arg.tracer
+    return None
+
+
+def in_jit_trace() -> bool:
+    """Whether ``torch.jit.trace``, or the ONNX exporter that builds on it, is following."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
+def quietly(function: Callable[..., Result], *args: Any) -> Result:
+    """Call what decides by sizes. While ``torch.jit`` traces these are tensors, and it warns of every decision.
+
+    Those of the compiler hold as long as the sizes of images do, and a trace is for one size.
+    """
+    if not in_jit_trace():
+        return function(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+        return function(*args)
+
+
+def sizes(x: Tensor) -> Sequence[int]:
+    """The sizes of ``x`` as numbers, whatever follows."""
+    return quietly(_numbers, x.shape) if in_jit_trace() else x.shape
+
+
+def _numbers(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)

@@ -1,0 +1,53 @@
+"""`torch.export` takes a rewritten model, and what Inductor compiles ahead of time from it computes the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewrites import close, gradients, rewritten
+
+pytestmark = pytest.mark.every_case
+BATCH = torch.export.Dim("batch", min=1)
+
+
+@pytest.mark.parametrize("case", ["beit", "tied"])
+def test_exported(case: str) -> None:
+    _, fast, x, output = rewritten(case)
+    program = torch.export.export(fast, (x,))
+    close(program.module()(x), output)
+    called = {str(node.target) for node in program.graph.nodes}
+    assert not [name for name in called if "stable" in name], "most runtimes have no stable sort"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_any_batch(strict: bool) -> None:
+    _, fast, x, output = rewritten("fused")
+    shapes = ({0: BATCH},)
+    program = torch.export.export(fast, (x,), dynamic_shapes=shapes, strict=strict).module()
+    for batch in (1, 2):
+        close(program(x[:batch]), output[:batch])
+
+
+def test_a_program_trains() -> None:
+    _, fast, x, _ = rewritten("fused")
+    fast.train()
+    program = torch.export.export(fast, (x,)).module()
+    wanted = gradients(fast, fast(x).square().mean())
+    close(gradients(program, program(x).square().mean()), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
+def test_compiled_ahead_of_time(tmp_path: Path) -> None:
+    _, fast, x, output = rewritten("fused")
+    program = torch.export.export(fast, (x,), dynamic_shapes=({0: BATCH},))
+    package = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "m.pt2")
+    )
+    compiled = torch._inductor.aoti_load_package(package)
+    for batch in (1, 2):
+        close(compiled(x[:batch]), output[:batch])
