@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-QUICK_CASES = 3
+QUICK_CASES = 2
 """So many cases of a parametrised test run where slow tests do not, spread over all of them; the others are slow.
 
 Tests of few milliseconds a case run all of them: ``pytestmark = pytest.mark.every_case``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -373,13 +374,22 @@ class Hook(Block):
         return y
 
 
+class HookWithoutAsking(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        with contextlib.suppress(RuntimeError):
+            y.register_hook(lambda gradient: gradient * 3.0)
+        return y
+
+
 @pytest.mark.parametrize(
     ("block", "frontend", "reason"),
     [
         (Function, "symbolic", "calls a torch.autograd.Function around attention"),
         (Function, "export", "calls a torch.autograd.Function around attention"),
         (Hook, "symbolic", "asks for 'requires_grad' of a tensor"),
-        (Hook, "export", "hooks the gradient of a tensor around attention"),
+        (Hook, "export", "asks for 'requires_grad' of a tensor"),
+        (HookWithoutAsking, "export", "hooks the gradient of a tensor around attention"),
     ],
 )
 def test_gradients_that_values_do_not_show(block: type[Block], frontend: str, reason: str) -> None:

@@ -263,13 +263,13 @@ def run(
     limit: float,
     **options: Any,
 ) -> list[Row]:
-    """Survey every name that ``log`` does not have yet; every row is in ``log`` as soon as it is known."""
+    """Survey every name that ``log`` does not have yet, or had to skip; a row is in ``log`` as soon as it is known."""
     finished = read_rows(log)
     rows = []
     log.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         advance(name)
-        if name not in finished:
+        if name not in finished or finished[name].status == "skipped":
             finished[name] = survey(name, limit=limit, **options)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(finished[name])) + "\n")

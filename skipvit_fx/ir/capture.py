@@ -21,7 +21,7 @@ from skipvit_fx.ir.attributes import (
     watch_attributes,
 )
 from skipvit_fx.ir.author_code import AuthorError, author_code
-from skipvit_fx.ir.cloning import clone_structure
+from skipvit_fx.ir.cloning import clone_structure, copy_to_trace
 from skipvit_fx.ir.exported import export_graph
 from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
@@ -93,7 +93,7 @@ def capture(
     mode.forget()
     kept: list[tuple[str, str]] = []
     for training in (False, True):
-        traced = clone_structure(model).train(training)
+        traced = copy_to_trace(model).train(training)
         traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
         graph = _follow(traced, alone, opened, mode, inputs, constants)

@@ -26,6 +26,19 @@ def clone_structure(model: ModuleT) -> ModuleT:
     return _deepcopy(model, shared)
 
 
+def copy_to_trace(model: ModuleT) -> ModuleT:
+    """The same with a parameter of its own for each, in the same memory and without gradient.
+
+    For tools that look at a parameter's gradient, which another thread may be about to free.
+    """
+    known: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for parameter in model.parameters():
+        plain = type(parameter) is nn.Parameter
+        twin = nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
+        known[id(parameter)] = twin
+    return _deepcopy(model, known)
+
+
 def scratch_copy(model: nn.Module) -> nn.Module:
     """Copy every module object of ``model`` to be run and thrown away: whatever a module does to itself is lost.
 
