@@ -9,7 +9,6 @@ import copy
 import functools
 import json
 import os
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -386,7 +385,6 @@ OTHERS: list[Bad] = [
     ("inspect-model", lambda w: sv.inspect(w.model), NotRewrittenError, ("not made by", "rewrite")),
     ("inspect-none", lambda w: sv.inspect(None), NotRewrittenError, ("NoneType", "rewrite")),
     ("inspect-plan", lambda w: sv.inspect(Plan.parse(PLAN)), NotRewrittenError, ("Plan", "rewrite")),
-    ("pickle", lambda w: pickle.dumps(w.fast), TypeError, ("skipvit_fx.save", "load")),
     ("find-none", lambda w: sv.find_attention(None), TypeError, ("NoneType", "torch.nn.Module")),
     ("find-class", lambda w: sv.find_attention(nn.Identity),
      TypeError, ("class Identity", "torch.nn.Module")),

@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.arguments import check_model
-from skipvit_fx.errors import ExportError, GuardError, first_line
+from skipvit_fx.errors import ExportError, GuardError, SkipViTError, first_line
 from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.export.aten import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
@@ -24,6 +24,7 @@ from skipvit_fx.export.kept import add_kept
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
 from skipvit_fx.ir.cloning import clone_structure
+from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
 
@@ -157,16 +158,17 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     try:
         with torch.no_grad():
             module(*args, **kwargs)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, SkipViTError) as error:
         raise ExportError(
             f"the model does not run on the example inputs: {first_line(error)}",
-            hint="pass example_inputs of the shape that it was rewritten for",
+            hint="pass example_inputs of a shape that the model takes",
         ) from error
 
 
 def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run one sample, which ``torch.export`` takes to be computed as several are."""
+    """Run one sample, which ``torch.export`` takes to be computed as several are, through the same graph."""
     size = batch_of((args, kwargs))
+    form = module.prepare(*args, **kwargs) if isinstance(module, SkipViTModule) else None
 
     def first(leaf: Any) -> Any:
         has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
@@ -175,7 +177,8 @@ def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     args, kwargs = pytree.tree_map(first, (args, kwargs))
     try:
         with torch.no_grad():
-            module(*args, **kwargs)
+            if form is not None:
+                form.call.run(module, *form.values(args, kwargs))
     except GuardError as error:
         raise ExportError(
             f"a file of free batch size would take one sample, too, and this graph is not for one: {first_line(error)}",

@@ -146,15 +146,15 @@ class SkipViTModule(fx.GraphModule):
                 raise
         return self._run_graph(name, args, kwargs)
 
-    def prepare(self, *args: Any, **kwargs: Any) -> None:
-        """Make the graph for such a call, if there is none yet.
+    def prepare(self, *args: Any, **kwargs: Any) -> Form:
+        """The graph for such a call, and how it takes the arguments; it is made if there is none yet.
 
         Raises:
             SkipViTError: as :func:`skipvit_fx.rewrite` does.
         """
         self._keep_up("forward", args, kwargs)
-        if not any(form.fits("forward", args, kwargs) for form in self.own.forms):
-            self._another_form("forward", args, kwargs, [])
+        there = (form for form in self.own.forms if form.fits("forward", args, kwargs))
+        return next(there, None) or self._another_form("forward", args, kwargs, [])
 
     def _keep_up(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See to it that the graphs are still those of the modules that they were traced through."""

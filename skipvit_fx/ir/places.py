@@ -6,12 +6,15 @@ from collections.abc import Collection, Iterable
 
 from torch import fx
 
+INSERTED = "skipvit."
+"""How the paths of modules begin that the compiler inserts."""
+
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module whose forward made the node; for a ``call_module`` node, of that module itself."""
-    if node.op == "call_module":
-        return str(node.target)
+    """Path of the module whose forward made the node; for a call of a module of the author's, of that module itself."""
     stack = node.meta.get("nn_module_stack")
+    if node.op == "call_module" and not (stack and str(node.target).startswith(INSERTED)):
+        return str(node.target)
     return next(reversed(stack.values()))[0] if stack else ""
 
 
