@@ -223,8 +223,9 @@ class _Rewritten(Run):
     def _select(self, step: Step, part: Select) -> Any:
         """Let chance select, and check that what is kept has the highest scores and stays in order."""
         (scores, *others), _ = self.arguments(step)
-        drawn = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(0))
-        drawn = torch.stack([drawn, 1 - drawn]).to(scores.device)
+        samples, patches = scores.shape
+        drawn = torch.rand(patches, generator=torch.Generator().manual_seed(0))
+        drawn = torch.stack([drawn, 1 - drawn]).repeat(samples, 1)[:samples].to(scores.device)
         chosen = part(drawn)
         selection = selection_of([drawn], *chosen)
         assert selection is not None
