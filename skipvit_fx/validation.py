@@ -65,19 +65,21 @@ def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...])
     devices = sorted({tensor.device for tensor in tensors}, key=str)
     with _alone(devices) as states:
         check = _Validation(model, rewriting, captured, states, tolerance(tensors))
-        both, first = two_images(capture.args, capture.kwargs)
+        both, first, many = sets_of_images(capture.args, capture.kwargs)
         largest = max(
-            _as_guarded(check.capture, first, both), _as_guarded(check.rewrite, both, first)
+            _as_guarded(check.capture, first, both, many),
+            _as_guarded(check.rewrite, both, first, many),
         )
     return f"validated: largest difference {short(largest)} over {IMAGES} images"
 
 
-def _as_guarded(compare: Callable[[Any], float], images: Any, others: Any) -> float:
-    """Compare on these images; on the others, where the graph was made for another number of them."""
-    try:
-        return compare(images)
-    except GuardError:
-        return compare(others)
+def _as_guarded(compare: Callable[[Any], float], *sets: Any) -> float:
+    """Compare on the first of these sets of images that the graph was made for; on the last it runs."""
+    *others, last = sets
+    for images in others:
+        with contextlib.suppress(GuardError):
+            return compare(images)
+    return compare(last)
 
 
 @contextlib.contextmanager
@@ -100,8 +102,9 @@ def is_tensor(leaf: Any) -> bool:
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def two_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The example call with two different samples, its own where it holds two, and with the first of them alone.
+def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The example call with two different samples, its own where it holds two; with the first of them alone; and with
+    as many as it has, these two in turns.
 
     A tensor has one value a sample if its first axis is as long as that of the largest floating-point one. Random
     numbers stand in for what is constant, except in tensors of fewer axes than a picture: masks, or scales.
@@ -132,9 +135,15 @@ def two_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]
     def alone(leaf: Any, two: Any) -> Any:
         return two[:1] if has_samples(leaf) else two
 
-    both: tuple[Any, Any] = pytree.tree_map(pair, example)
-    first: tuple[Any, Any] = pytree.tree_map(alone, example, both)
-    return both, first
+    def in_turns(leaf: Any, two: Any) -> Any:
+        return two.repeat(samples, *[1] * (two.ndim - 1))[:samples] if has_samples(leaf) else two
+
+    both = pytree.tree_map(pair, example)
+    return (
+        both,
+        pytree.tree_map(alone, example, both),
+        pytree.tree_map(in_turns, example, both),
+    )
 
 
 def _differ(images: Tensor, i: int) -> bool:
@@ -220,8 +229,9 @@ class _Rewritten(Run):
     def _select(self, step: Step, part: Select) -> Any:
         """Let chance select, and check that what is kept has the highest scores and stays in order."""
         (scores, *others), _ = self.arguments(step)
-        drawn = torch.rand(scores.shape[1], generator=torch.Generator().manual_seed(0))
-        drawn = torch.stack([drawn, 1 - drawn]).to(scores.device)
+        samples, patches = scores.shape
+        drawn = torch.rand(patches, generator=torch.Generator().manual_seed(0))
+        drawn = torch.stack([drawn, 1 - drawn]).repeat(samples, 1)[:samples].to(scores.device)
         chosen = part(drawn)
         selection = selection_of([drawn], *chosen)
         assert selection is not None
