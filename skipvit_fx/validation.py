@@ -136,7 +136,7 @@ def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
         return two[:1] if has_samples(leaf) else two
 
     def in_turns(leaf: Any, two: Any) -> Any:
-        return two.repeat(samples, *[1] * (two.ndim - 1))[:samples] if has_samples(leaf) else two
+        return two[torch.arange(samples) % 2] if has_samples(leaf) else two
 
     both = pytree.tree_map(pair, example)
     return (
