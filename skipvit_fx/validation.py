@@ -65,22 +65,21 @@ def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...])
     devices = sorted({tensor.device for tensor in tensors}, key=str)
     with _alone(devices) as states:
         check = _Validation(model, rewriting, captured, states, tolerance(tensors))
-        both, first = two_images(capture.args, capture.kwargs)
-        whole = (capture.args, capture.kwargs)
+        both, first, many = sets_of_images(capture.args, capture.kwargs)
         largest = max(
-            _as_guarded(check.capture, first, both, whole),
-            _as_guarded(check.rewrite, both, first, whole),
+            _as_guarded(check.capture, first, both, many),
+            _as_guarded(check.rewrite, both, first, many),
         )
     return f"validated: largest difference {short(largest)} over {IMAGES} images"
 
 
-def _as_guarded(compare: Callable[[Any], float], *batches: Any) -> float:
-    """Compare on the first of these batches that the graph was made for; the last one is its example."""
-    *others, example = batches
-    for batch in others:
+def _as_guarded(compare: Callable[[Any], float], *sets: Any) -> float:
+    """Compare on the first of these sets of images that the graph was made for; on the last it runs."""
+    *others, last = sets
+    for images in others:
         with contextlib.suppress(GuardError):
-            return compare(batch)
-    return compare(example)
+            return compare(images)
+    return compare(last)
 
 
 @contextlib.contextmanager
@@ -103,8 +102,9 @@ def is_tensor(leaf: Any) -> bool:
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
-def two_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The example call with two different samples, its own where it holds two, and with the first of them alone.
+def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The example call with two different samples, its own where it holds two; with the first of them alone; and with
+    as many as it has, these two in turns.
 
     A tensor has one value a sample if its first axis is as long as that of the largest floating-point one. Random
     numbers stand in for what is constant, except in tensors of fewer axes than a picture: masks, or scales.
@@ -135,9 +135,15 @@ def two_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]
     def alone(leaf: Any, two: Any) -> Any:
         return two[:1] if has_samples(leaf) else two
 
-    both: tuple[Any, Any] = pytree.tree_map(pair, example)
-    first: tuple[Any, Any] = pytree.tree_map(alone, example, both)
-    return both, first
+    def in_turns(leaf: Any, two: Any) -> Any:
+        return two[torch.arange(samples) % 2] if has_samples(leaf) else two
+
+    both = pytree.tree_map(pair, example)
+    return (
+        both,
+        pytree.tree_map(alone, example, both),
+        pytree.tree_map(in_turns, example, both),
+    )
 
 
 def _differ(images: Tensor, i: int) -> bool:

@@ -221,6 +221,26 @@ def test_guards_when_compiled() -> None:
         torch.testing.assert_close(compiled(image(100)), wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "frontend", "batch"),
+    [
+        ("five", "symbolic", 2),
+        ("above", "symbolic", 5),
+        ("above", "export", 5),
+        ("even", "export", 6),
+    ],
+)
+def test_validated_on_as_many_samples_as_the_graph_is_for(
+    name: str, frontend: str, batch: int
+) -> None:
+    model, x = branching(BATCH[name], "every-block"), image(batch)
+    fast: Any = skipvit_fx.rewrite(model, PLAN, example_inputs=x, frontend=frontend)  # type: ignore[arg-type]
+    assert skipvit_fx.inspect(fast).validated.startswith("validated")
+    with torch.no_grad():
+        wanted = masked_reference(model, x, model.layout(), **STAGES).output
+        torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_counting_takes_one_sample_for_any() -> None:
     model = branching(BATCH["not-one"], "every-block")
     fast = rewrite(model, "symbolic")

@@ -45,7 +45,7 @@ from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
 from skipvit_fx.passes import check_shapes, check_span
-from skipvit_fx.validation import two_images
+from skipvit_fx.validation import sets_of_images
 
 EXAMPLE = torch.zeros(2, 3, 32, 40)
 
@@ -409,7 +409,11 @@ def test_a_mistake_of_our_own_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> Non
     def broken(*_: Any) -> Any:
         raise KeyError("ours")
 
-    for owner, name in ((validation, "_place"), (validation, "two_images"), (reference, "_rows")):
+    for owner, name in (
+        (validation, "_place"),
+        (validation, "sets_of_images"),
+        (reference, "_rows"),
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, broken)
             with pytest.raises(KeyError, match="ours"):
@@ -599,26 +603,29 @@ def test_an_error_is_a_sentence_to_a_person(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_images_are_random_unless_the_example_holds_two() -> None:
-    (both,), (first,) = (images[0] for images in two_images((torch.zeros(3, 2, 4, 4),), {}))
+    (both,), (first,), (many,) = (
+        images[0] for images in sets_of_images((torch.zeros(3, 2, 4, 4),), {})
+    )
+    assert torch.equal(many, both[[0, 1, 0]])
     assert both.shape == (2, 2, 4, 4)
     assert both.std() > 0.5
     assert not torch.equal(both[0], both[1])
     assert torch.equal(first, both[:1])
     own = torch.stack([image(1)[0], image(1)[0], image(1, seed=2)[0]])
-    (both,), _ = two_images((own,), {})[0]
+    (both,), _ = sets_of_images((own,), {})[0]
     assert torch.equal(both, own[[0, 2]])
-    (both,), _ = two_images((own[:1],), {})[0]
+    (both,), _ = sets_of_images((own[:1],), {})[0]
     assert torch.equal(both[0], own[0])
     assert torch.equal(both[1].flatten(), own[0].flatten().flip(0))
-    (again,), _ = two_images((torch.zeros(3, 2, 4, 4),), {})[0]
-    assert torch.equal(again, two_images((torch.zeros(3, 2, 4, 4),), {})[0][0][0])
+    (again,), _ = sets_of_images((torch.zeros(3, 2, 4, 4),), {})[0]
+    assert torch.equal(again, sets_of_images((torch.zeros(3, 2, 4, 4),), {})[0][0][0])
 
 
 def test_what_is_no_picture_keeps_its_values() -> None:
     masks, scale = torch.tensor([[1, 0], [0, 1], [1, 1]]), torch.ones(3, 7)
     table, sizes = torch.zeros(5, 2), [3, 4]
     example = (torch.zeros(3, 2, 4, 4), masks), {"scale": scale, "table": table, "sizes": sizes}
-    (args, kwargs), (alone, _) = two_images(*example)
+    (args, kwargs), (alone, _), _ = sets_of_images(*example)
     assert torch.equal(args[1], masks[:2])
     assert torch.equal(alone[1], masks[:1])
     assert torch.equal(kwargs["scale"], scale[:2])

@@ -260,7 +260,7 @@ def _first_of_stream(analysis: TokenAnalysis, spans: list[Span], first: fx.Node,
         if isinstance(value, Tensor) and value.shape == shape and known in (axes, None):
             if known is None:
                 analysis.seed(span.start, axes)
-            if any(_is_opaque(analysis, span, node) for node in span.softmaxes):
+            if any(_why_opaque(analysis, span, node) for node in span.softmaxes):
                 return i
     raise AssertionError("the first layer is not among the spans")
 
@@ -328,23 +328,23 @@ def _attended(analysis: TokenAnalysis, span: Span) -> _Attended | None:
                 counted.append(node)
                 unclear = unclear or mixing
                 sites.append(AttentionSite(node, fused, keys))
-        elif _is_opaque(analysis, span, node):
+        elif mixing := _why_opaque(analysis, span, node):
             counted.append(node)
-            unclear = unclear or _mixing_before(analysis, span, node)
+            unclear = unclear or mixing
     if len(counted) > 1:
         refuse_sequence(span, counted)
     return _Attended(counted[0], () if unclear else tuple(sites), unclear) if counted else None
 
 
-def _is_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> bool:
-    """Whether it has the shape of an attention, with as many queries as keys, and what mixed them hid the rest."""
+def _why_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
+    """What mixed tokens in or before an attention, from the start of its span on, and so hid what it attends to.
+
+    Empty if nothing did, or if it has not the shape of an attention, with as many queries as keys.
+    """
     value: Tensor = analysis[node].value
     square = value.ndim > 2 and list(value.shape).count(keys_of(analysis, node)) > 1
-    return (node.target in SDPA or square) and bool(_mixing_before(analysis, span, node))
-
-
-def _mixing_before(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
-    """What mixes tokens before an attention, from the start of its span on, or in it; empty if nothing."""
+    if node.target not in SDPA and not square:
+        return ""
     leads = {node}
     waiting = [node]
     while waiting:

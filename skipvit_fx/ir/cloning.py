@@ -33,7 +33,7 @@ def copy_to_trace(model: ModuleT) -> ModuleT:
     """
     known: dict[int, Any] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():
-        plain = type(parameter) is nn.Parameter
+        plain = type(parameter) is nn.Parameter and not parameter.is_inference()
         twin = nn.Parameter(parameter.detach(), parameter.requires_grad) if plain else parameter
         known[id(parameter)] = twin
     return _deepcopy(model, known)

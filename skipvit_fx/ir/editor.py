@@ -62,12 +62,6 @@ class GraphEditor:
             node = self.graph.create_node(kind, target, args)
         return self._inserted(node)
 
-    def insert_attribute(self, path: str, *, before: fx.Node) -> fx.Node:
-        """Insert a read of a parameter or buffer in front of ``before``."""
-        with self.graph.inserting_before(before):
-            node = self.graph.get_attr(path)
-        return self._inserted(node)
-
     def rewire(self, user: fx.Node, old: fx.Node, new: Any) -> None:
         """Let ``user`` read ``new`` where it read ``old``."""
         user.args = fx.node.map_arg(user.args, lambda n: new if n is old else n)
