@@ -569,6 +569,8 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "of-a-sample": lambda x: x.flatten(1).softmax(-1).view_as(x) * 50,
     "of-channels-after-mixing": lambda x: x.flip(1).softmax(-1),
     "of-tokens": lambda x: x.softmax(1) * x.shape[-1],
+    "of-pairs-summed": lambda x: (x @ x.mT).softmax(-1).sum() * 0.1,
+    "of-pairs-summed-in-a-sample": lambda x: (x @ x.mT).softmax(-1).square().sum((1, 2), True),
 }
 
 

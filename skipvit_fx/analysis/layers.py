@@ -14,7 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.axes import Axes, Tokens, is_lost, tensors_in, token_dim, tokens_of
+from skipvit_fx.analysis.axes import (
+    Axes,
+    Tokens,
+    batch_of,
+    is_lost,
+    tensors_in,
+    token_dim,
+    tokens_of,
+)
 from skipvit_fx.analysis.blocks import find_bounds
 from skipvit_fx.analysis.class_token import ClassToken, find_class_token
 from skipvit_fx.analysis.no_stream import ONE_SEQUENCE, no_stream, try_tokens
@@ -362,17 +370,24 @@ def _why_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
 def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[bool, str]:
     """Whether a softmax's weights are summed with values before the span ends, and what mixes tokens on the way.
 
-    Where something mixes them, no sum can be told from anything else behind it: an attention that cannot be scored.
+    Where something mixes them, no sum can be told from anything else behind it: an attention that cannot be scored. Not
+    where fewer numbers are left than there are tokens: those are no weights any more.
     """
     reached = {softmax}
     ends = []
+    axes = analysis.axes(softmax)
+    assert axes is not None
+    samples = next((batch.samples for dim in axes if (batch := batch_of(dim))), 1)
+    least = samples * keys_of(analysis, softmax)
     node = softmax
     while node is not span.end:
         if node in reached:
             if analysis[node].sums_weights:
                 ends.append(node)
-            else:
+            elif any(t.numel() >= least for t in tensors_in(analysis[node].value)):
                 reached.update(node.users)
+            else:
+                reached.discard(node)
         node = node.next
     before_values: set[fx.Node] = set()
     waiting = list(ends)
