@@ -71,7 +71,7 @@ def _run(rewriting: Rewriting, node: fx.Node, values: dict[fx.Node, Any]) -> Any
             return called(*args, **kwargs)
     except AuthorError as error:
         raise UnsupportedModelError(
-            f"does not run on fewer tokens: {error.args[0]}",
+            f"does not run on fewer tokens: {error.message}",
             node=node.name,
             module_path=module_path(node),
             hint="this place fixes the number of tokens in a way that the compiler does not know",

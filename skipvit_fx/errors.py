@@ -19,16 +19,17 @@ class SkipViTError(Exception):
     """Base of all errors of this package.
 
     Attributes:
+        message: what is wrong, and where.
         hint: one sentence that says what to do about it; empty where nothing is known to help.
     """
 
+    # torch.compile cannot follow Exception.__init__, and does follow a call that one graph refuses and another computes
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
+        self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        message = super().__str__()
-        return f"{message}\n  hint: {self.hint}" if self.hint else message
+        return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
 
 class PlanError(SkipViTError, ValueError):

@@ -119,7 +119,7 @@ class Run:
                 return part(*args, **kwargs)
         except AuthorError as error:
             raise ValidationError(
-                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run: {error.args[0]}",
+                f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run: {error.message}",
                 hint="pass example_inputs that hold values which the model accepts",
             ) from error.__cause__
 

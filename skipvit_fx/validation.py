@@ -369,7 +369,7 @@ class _Validation:
                     wanted = author.forward(*args, **kwargs)
             except AuthorError as error:
                 raise ValidationError(
-                    f"{type(author).__name__} does not run on one image: {error.args[0]}",
+                    f"{type(author).__name__} does not run on one image: {error.message}",
                     hint="pass example_inputs that hold values which the model accepts",
                 ) from error.__cause__
         self.draws = not self.states.are_unchanged()

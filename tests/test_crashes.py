@@ -345,9 +345,9 @@ def test_both_reasons_are_told() -> None:
         rewrite(odd(ReadsInTraining), "symbolic")
     with pytest.raises(TraceError) as export:
         rewrite(odd(ReadsInTraining), "export")
-    first, second = symbolic_.value.args[0], export.value.args[0]
+    first, second = symbolic_.value.message, export.value.message
     assert first != second
-    assert caught.value.args[0] == f"{first}\n  torch.export was refused, too: {second}"
+    assert caught.value.message == f"{first}\n  torch.export was refused, too: {second}"
     assert caught.value.hint == symbolic_.value.hint
 
 

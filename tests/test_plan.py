@@ -31,7 +31,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def assert_plan_error(error: pytest.ExceptionInfo[PlanError], message: str) -> None:
-    assert message in error.value.args[0]
+    assert message in error.value.message
     assert error.value.hint
     assert error.value.hint in str(error.value)
 

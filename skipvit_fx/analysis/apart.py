@@ -96,7 +96,7 @@ def _otherwise(analysis: TokenAnalysis, node: fx.Node, inputs: Any) -> str:
         with analysis.fake_mode, torch.no_grad():
             other = analysis.execute(node, *inputs)
     except TraceError as error:
-        return str(error.args[0])
+        return error.message
     if other.mixing:
         return other.mixing
     here, there = (

@@ -479,4 +479,4 @@ def _within(path: str, ancestor: str) -> bool:
 
 
 def _message(error: SkipViTError) -> str:
-    return error.reason if isinstance(error, UnsupportedModelError) else str(error.args[0])
+    return error.reason if isinstance(error, UnsupportedModelError) else error.message

@@ -273,7 +273,7 @@ class TokenAnalysis:
         except AuthorError as error:
             raise TraceError(
                 f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake "
-                f"tensors: {error.args[0]}",
+                f"tensors: {error.message}",
                 hint="check that the example inputs fit the model",
             ) from error
         return mode.facts

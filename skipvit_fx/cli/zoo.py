@@ -163,9 +163,9 @@ def survey(name: str, *, limit: float, seed: int = 0, **options: Any) -> Row:
         model = randomize(parse_spec(name, **options).build(), seed)
         return _check(name, model, seed, note)
     except SpecError as error:
-        return Row(name, "skipped", reason=str(error.args[0]), note=note)
+        return Row(name, "skipped", reason=error.message, note=note)
     except SkipViTError as error:
-        reason = error.reason if isinstance(error, UnsupportedModelError) else str(error.args[0])
+        reason = error.reason if isinstance(error, UnsupportedModelError) else error.message
         return Row(name, "refused", reason=reason, note=note)
     except FAILURES as error:
         return Row(name, "error", reason=f"{type(error).__name__}: {error}", note=note)

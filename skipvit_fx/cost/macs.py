@@ -111,7 +111,7 @@ def _count(
     except (AuthorError, GuardError) as error:
         raise TraceError(
             f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
-            f"{error.args[0]}",
+            f"{error.message}",
             hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
         ) from error
     return MacCount(sum(counter.macs.values()), counter.macs, counter.bytes, counter.shapes)

@@ -155,7 +155,7 @@ def _following(traced: nn.Module, exporting: bool) -> Iterator[Checkpoints]:
     except AuthorError as error:
         raise TraceError(
             f"the forward of {type(traced).__name__} cannot be followed in "
-            f"{'train' if traced.training else 'eval'} mode: {error.args[0]}",
+            f"{'train' if traced.training else 'eval'} mode: {error.message}",
             hint="a branch or loop that depends on what a tensor holds must move into a module that runs no attention",
         ) from error
 

@@ -95,7 +95,7 @@ def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
     except AuthorError as error:
         place = f" (attribute {name!r})" if (name := _not_copied(model, tensors)) else ""
         raise TraceError(
-            f"the model cannot be copied: {error.args[0]}{place}",
+            f"the model cannot be copied: {error.message}{place}",
             hint="it is rewritten on copies of its modules; give what cannot be copied a __deepcopy__, or leave it "
             "outside of the model",
         ) from error

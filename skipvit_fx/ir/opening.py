@@ -61,11 +61,11 @@ def with_capture(
 
 def _exported(look: Callable[[Frontend, str], T], symbolic: TraceError) -> T:
     """The second attempt of ``"auto"``; where it fails as well, the error is that of the first, with both reasons."""
-    reason = f"symbolic tracing was refused: {symbolic.args[0]}"
+    reason = f"symbolic tracing was refused: {symbolic.message}"
     try:
         return look("export", reason)
     except TraceError as export:
-        symbolic.args = (f"{symbolic.args[0]}\n  torch.export was refused, too: {export.args[0]}",)
+        symbolic.message = f"{symbolic.message}\n  torch.export was refused, too: {export.message}"
         raise symbolic from export
     except UnsupportedModelError as error:
         error.add_note(f"The model was captured by torch.export, because {reason}")
@@ -76,12 +76,12 @@ class _ClosedModuleError(TraceError):
     """A leaf module that must be looked into cannot be."""
 
     def __init__(self, path: str, error: TraceError) -> None:
-        super().__init__(str(error.args[0]))
+        super().__init__(error.message)
         self.path = path
 
     def as_refusal(self) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"this module may mix tokens, and what it computes cannot be followed: {self.args[0]}",
+            f"this module may mix tokens, and what it computes cannot be followed: {self.message}",
             node=self.path.replace(".", "_"),
             module_path=self.path,
             hint="choose a plan that returns before this place or drops after it, or change the model there",

@@ -411,7 +411,7 @@ def _asks_for_gradients(node: fx.Node) -> bool:
 def _needs_value(node: fx.Node, error: AuthorError) -> TraceError:
     return TraceError(
         f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
-        f"what the tensors hold: {error.args[0]}",
+        f"what the tensors hold: {error.message}",
         hint="move the branch or loop into a module that runs no attention",
     )
 

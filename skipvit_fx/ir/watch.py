@@ -118,7 +118,7 @@ def watch_calls(
 
 
 def _refusal(model: nn.Module, error: AuthorError) -> TraceError:
-    name, reason = type(model).__name__, error.args[0]
+    name, reason = type(model).__name__, error.message
     if isinstance(error.__cause__, (DataDependentOutputException, DynamicOutputShapeException)):
         return TraceError(
             f"what {name} computes depends on the values in its input tensors: {reason}",
