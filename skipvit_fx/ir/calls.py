@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.ir.questions import Recorded
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
 
 Place = int | str
@@ -77,6 +78,7 @@ class Call:
         graph: of the rewritten computation.
         run: its code, a function that takes the module first.
         example: positional and keyword arguments that it was made for, without the values of large tensors.
+        recorded: what it assumes of gradients.
         record: what the rewrite did.
     """
 
@@ -86,6 +88,7 @@ class Call:
     graph: fx.Graph
     run: Callable[..., Any]
     example: tuple[tuple[Any, ...], dict[str, Any]]
+    recorded: Recorded
     record: Any = None
 
 

@@ -27,7 +27,7 @@ from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
-from skipvit_fx.ir.questions import modes_refused
+from skipvit_fx.ir.questions import Recorded, modes_asked
 from skipvit_fx.ir.repeated import Alone, call_alone, refuse_calls_that_remember
 from skipvit_fx.ir.side_effects import followed
 from skipvit_fx.ir.symbolic import SymbolicTracer, attribute
@@ -71,12 +71,14 @@ def capture(
     frontend: Frontend,
     reason: str,
     mode: TracelessFakeMode,
+    recorded: bool,
     also_open: frozenset[str] = frozenset(),
 ) -> Capture:
     """Look through the modules of ``model`` that run attention, their callers, and ``also_open``.
 
     Args:
         frontend, reason: how it is captured, and why so.
+        recorded: whether the call is for gradients, if the model asks.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
@@ -91,19 +93,20 @@ def capture(
     graphs = []
     alone = call_alone(model, mode, inputs, opened) if frontend == "export" else None
     mode.forget()
+    gradients = Recorded(recorded)
     kept: list[tuple[str, str]] = []
     for training in (False, True):
         traced = copy_to_trace(model).train(training)
         traced.forward = author_code()(traced.forward)
         changes = watch_attributes(traced, opened)
-        graph = _follow(traced, alone, opened, mode, inputs, constants)
+        graph = _follow(traced, alone, opened, mode, inputs, constants, gradients)
         kept += [] if training else kept_of_a_call(changes)
         graph.eliminate_dead_code(_is_impure)
         graphs.append(graph)
     refuse_calls_that_remember(model, mode, inputs, opened)
     warn_of_kept(kept)
     mode.forget()
-    module = own(clone_structure(model), graphs[0], inputs)
+    module = own(clone_structure(model), graphs[0], inputs, gradients)
     for name, constant in constants.items():
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
@@ -119,13 +122,15 @@ def _follow(
     mode: TracelessFakeMode,
     inputs: Inputs,
     constants: dict[str, torch.Tensor],
+    gradients: Recorded,
 ) -> fx.Graph:
     """The graph of a structural clone in the mode it is in: exported, if it is known what a batch of one shows.
 
     Constants that are made on the way are added to ``constants``.
     """
     exporting = alone is not None
-    with _following(traced, exporting) as checkpoints, modes_refused(), torch.enable_grad():
+    asked = modes_asked(gradients, training=traced.training)
+    with _following(traced, exporting) as checkpoints, asked, torch.enable_grad():
         if alone is not None:
             graph = export_graph(traced, opened, inputs, alone)
             if checkpoints.count and traced.training:

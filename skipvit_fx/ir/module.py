@@ -25,6 +25,7 @@ from skipvit_fx.ir.calls import (
     signature_of,
 )
 from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ir.questions import Recorded
 from skipvit_fx.ir.traced_through import (
     AUTHOR,
     NOT_THE_AUTHORS,
@@ -153,8 +154,16 @@ class SkipViTModule(fx.GraphModule):
             SkipViTError: as :func:`skipvit_fx.rewrite` does.
         """
         self._keep_up("forward", args, kwargs)
-        there = (form for form in self.own.forms if form.fits("forward", args, kwargs))
-        return next(there, None) or self._another_form("forward", args, kwargs, [])
+        there = next(self._forms_for("forward", args, kwargs), None)
+        return there or self._another_form("forward", args, kwargs, [])
+
+    def _forms_for(
+        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Form]:
+        """Those that were made for such a call."""
+        for form in self.own.forms:
+            if form.fits(method, args, kwargs) and form.call.recorded.is_so(training=self.training):
+                yield form
 
     def _keep_up(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """See to it that the graphs are still those of the modules that they were traced through."""
@@ -167,13 +176,12 @@ class SkipViTModule(fx.GraphModule):
     def _run_graph(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._keep_up(method, args, kwargs)
         refused: list[Call] = []
-        for form in self.own.forms:
-            if form.fits(method, args, kwargs):
-                # a branch of the author's may hang on more than kinds of arguments
-                try:
-                    return form.call.run(self, *form.values(args, kwargs))
-                except GuardError:
-                    refused.append(form.call)
+        for form in self._forms_for(method, args, kwargs):
+            # a branch of the author's may hang on more than kinds of arguments
+            try:
+                return form.call.run(self, *form.values(args, kwargs))
+            except GuardError:
+                refused.append(form.call)
         if torch.compiler.is_compiling():
             raise _not_now("compiled")
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -200,7 +208,8 @@ class SkipViTModule(fx.GraphModule):
         places = places_of(signature, args, kwargs)
         kinds = kinds_of(signature, places, args, kwargs)
         alike = [c for c in own.calls if c.method == method and c.kinds == kinds]
-        call = next((c for c in alike if c not in refused), None)
+        fitting = (c for c in alike if c.recorded.is_so(training=self.training))
+        call = next((c for c in fitting if c not in refused), None)
         if call is None:
             call = self._capture(method, args, kwargs)
         form = form_of(call, places, args, kwargs)
@@ -319,7 +328,7 @@ class SkipViTModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         own = self.own
-        calls = [(call.method, call.example, call.record.before) for call in own.calls]
+        calls = [(c.method, c.example, c.recorded.told, c.record.before) for c in own.calls]
         return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own))
 
 
@@ -359,7 +368,7 @@ def _set(inserted: nn.Module, settings: _Settings) -> None:
 def _rebuild(
     author: nn.Module,
     rewrite: Rewrite,
-    calls: list[tuple[str, Any, tuple[str, ...]]],
+    calls: list[tuple[str, Any, bool, tuple[str, ...]]],
     drops: bool,
     settings: _Settings,
 ) -> SkipViTModule:
@@ -368,14 +377,16 @@ def _rebuild(
     Raises:
         SavedModelError: what it computes is not what was pickled.
     """
-    (_, example, _), *others = calls
+    (_, example, recorded, _), *others = calls
     args, kwargs = with_data(example, author)
-    fast = rewrite(author, args, kwargs)
+    with torch.set_grad_enabled(recorded):
+        fast = rewrite(author, args, kwargs)
     fast.own.rewrite, fast.own.drops = rewrite, drops
-    for method, example, _ in others:
+    for method, example, recorded, _ in others:
         args, kwargs = with_data(example, author)
-        fast._another_form(method, args, kwargs, [])
-    for call, (_, _, lines) in zip(fast.own.calls, calls, strict=True):
+        with torch.set_grad_enabled(recorded):
+            fast._capture(method, args, kwargs)
+    for call, (_, _, _, lines) in zip(fast.own.calls, calls, strict=True):
         if call.record.before != lines:
             raise SavedModelError(
                 f"{type(author).__name__} does not compute what it did when it was pickled",
@@ -462,7 +473,7 @@ def refuse_taken_names(model: nn.Module) -> None:
         )
 
 
-def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
+def own(model: nn.Module, graph: fx.Graph, inputs: Inputs, recorded: Recorded) -> SkipViTModule:
     """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
     skeleton = fx.GraphModule(nn.Module(), fx.Graph())
     module: SkipViTModule = object.__new__(_class_of(cast(Any, type(model))))
@@ -480,6 +491,7 @@ def own(model: nn.Module, graph: fx.Graph, inputs: Inputs) -> SkipViTModule:
         graph,
         child.run,
         pytree.tree_map(_without_data, (args, kwargs)),
+        recorded,
     )
     child.calls.append(call)
     child.forms.append(form_of(call, places, args, kwargs))

@@ -26,7 +26,6 @@ class OpenModules(Exception):  # noqa: N818 - it asks for something, nothing is 
         super().__init__(sorted(self.paths))
 
 
-@torch.inference_mode(False)  # in which no operator could be watched
 def with_capture(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -44,10 +43,12 @@ def with_capture(
         TraceError: the model's Python code cannot be followed; by neither front end, under ``"auto"``.
         UnsupportedModelError: that of a module cannot, which ``work`` wants to look into.
     """
-    with contained(model):
+    recorded = torch.is_grad_enabled()
+    # in inference mode no operator could be watched
+    with torch.inference_mode(False), contained(model):
         mode = TracelessFakeMode()
         args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
-        look = functools.partial(_opening, model, args, kwargs, work, mode)
+        look = functools.partial(_opening, model, args, kwargs, work, mode, recorded)
         try:
             if frontend != "auto":
                 return look(frontend, "it was asked for")
@@ -99,6 +100,7 @@ def _opening(
     kwargs: Mapping[str, Any],
     work: Callable[[Capture], T],
     mode: TracelessFakeMode,
+    recorded: bool,
     frontend: Frontend,
     reason: str,
 ) -> T:
@@ -113,6 +115,7 @@ def _opening(
                     frontend=frontend,
                     reason=reason,
                     mode=mode,
+                    recorded=recorded,
                     also_open=opened,
                 )
             except TraceError as error:

@@ -11,6 +11,7 @@ import linecache
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import CodeType, FrameType
 from typing import Any
@@ -152,14 +153,39 @@ _MODES = (
     "get_autocast_cpu_dtype",
     "get_autocast_gpu_dtype",
 )
-_refused: contextvars.ContextVar[bool] = contextvars.ContextVar("refused", default=False)
 
 
-def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass
+class Recorded:
+    """Whether a call is recorded for gradients: what the author's code is told while it is followed.
+
+    Attributes:
+        told: what.
+        asked: the modes, train (true) and eval (false), in which it asked.
+    """
+
+    told: bool
+    asked: set[bool] = field(default_factory=set)
+
+    def is_so(self, *, training: bool) -> bool:
+        """Whether a call now would be told the same."""
+        return training not in self.asked or torch.is_grad_enabled() == self.told
+
+
+_followed: contextvars.ContextVar[tuple[Recorded, bool] | None] = contextvars.ContextVar(
+    "followed", default=None
+)
+
+
+def _answered(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def ask(*args: Any, **kwargs: Any) -> Any:
-        frame = sys._getframe(1)
-        if _refused.get() and not asked_by_a_library(frame):
+        followed, frame = _followed.get(), sys._getframe(1)
+        if followed is not None and not asked_by_a_library(frame):
+            recorded, training = followed
+            if function.__name__ == "is_grad_enabled":
+                recorded.asked.add(training)
+                return function() and recorded.told
             raise TraceError(
                 f"the model asks torch.{function.__name__}() around attention, in {place_of(frame)}; the answer may "
                 "change from call to call",
@@ -171,32 +197,36 @@ def _refusing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 STAND_INS: dict[Any, Callable[..., Any]] = {
-    getattr(torch, name): _refusing(getattr(torch, name)) for name in _MODES if hasattr(torch, name)
+    getattr(torch, name): _answered(getattr(torch, name)) for name in _MODES if hasattr(torch, name)
 }
 """What stands for a function of torch, under whatever name the author's code has it."""
 
 
 @contextlib.contextmanager
-def modes_refused() -> Iterator[None]:
-    """Refuse that an author's code asks in which mode of torch it runs: a graph runs in any.
+def modes_asked(recorded: Recorded, *, training: bool) -> Iterator[None]:
+    """While an author's code is followed that may ask in which mode of torch it runs: a graph runs in any.
+
+    Args:
+        recorded: the answer where it asks for gradients, and a note that it did.
+        training: whether it is followed in train mode.
 
     Raises:
-        TraceError: it asks, and not in :func:`modes_allowed`.
+        TraceError: it asks for another mode, and not in :func:`modes_allowed`.
     """
     asked = {(torch, function.__name__): ask for function, ask in STAND_INS.items()}
-    token = _refused.set(True)
+    token = _followed.set((recorded, training))
     try:
         with replaced(asked):
             yield
     finally:
-        _refused.reset(token)
+        _followed.reset(token)
 
 
 @contextlib.contextmanager
 def modes_allowed() -> Iterator[None]:
     """While a module that stays as it is runs."""
-    token = _refused.set(False)
+    token = _followed.set(None)
     try:
         yield
     finally:
-        _refused.reset(token)
+        _followed.reset(token)

@@ -83,6 +83,7 @@ class Traced:
             for name, value in vars(module).items()
             if name not in NOT_THE_AUTHORS
         ]
+        self.names = [(m, len(m.__dict__), _names(m)) for m in self.modules.values()]
         opened = set(map(id, self.modules.values()))
         self.children = [
             Seen(module, name, child)
@@ -118,6 +119,9 @@ class Traced:
         for module, name, value in self.attributes:
             now = module.__dict__.get(name, _MISSING)
             if now is not value and not _same(now, value):
+                return True
+        for module, count, names in self.names:  # a new one may hide one of the class
+            if len(module.__dict__) != count and _names(module) - names:
                 return True
         for module, name, child in self.children:
             if module._modules.get(name) is not child:
@@ -155,6 +159,12 @@ class Traced:
             and next(child.children(), None) is None
         )
         return next(below, path)
+
+
+def _names(module: nn.Module) -> set[str]:
+    """Attributes that an author's code may read; tools note down what is theirs under other ones."""
+    names = vars(module).keys() - NOT_THE_AUTHORS
+    return {name for name in names if name[0] != "_" or hasattr(type(module), name)}
 
 
 def _same(now: Any, value: Any) -> bool:
