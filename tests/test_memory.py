@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -298,3 +299,30 @@ def test_looking_leaves_no_cache_behind(look: Callable[..., Any]) -> None:
         model, example_inputs=image()
     )
     assert not caching.tables()
+
+
+class Monitor:
+    """Watches over something as long as the process runs, as progress bars have one."""
+
+    def __init__(self) -> None:
+        self.own = {"ready": False}
+        self.start()
+
+    def start(self) -> None:
+        self.own["ready"] = True
+
+
+MONITORS: Any = types.SimpleNamespace(all=())  # of the standard library: left alone
+
+
+def in_a_dict_monitored(x: Tensor) -> Tensor:
+    MONITORS.all += (Monitor(),)
+    return caching.in_a_dict(x)
+
+
+def test_what_is_made_meanwhile_is_whole() -> None:
+    caching.clear()
+    rewrite(cached(in_a_dict_monitored, leaf=False, mixes=False))
+    assert not caching.tables()
+    assert MONITORS.all
+    assert all(monitor.own == {"ready": True} for monitor in MONITORS.all)

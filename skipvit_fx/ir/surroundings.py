@@ -61,6 +61,7 @@ class Surroundings:
         self._names: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._put: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: set[CodeType] = set()
+        self._made: dict[int, Any] = {}
         self._of_class: list[str] = []
 
     @contextlib.contextmanager
@@ -72,7 +73,14 @@ class Surroundings:
             for names, name, value in reversed(self._put):
                 _assign(names, name, value)
             self.restore()
-            for noted in (self._put, self._kept, self._names, self._seen, self._of_class):
+            for noted in (
+                self._put,
+                self._kept,
+                self._names,
+                self._seen,
+                self._made,
+                self._of_class,
+            ):
                 noted.clear()
 
     @contextlib.contextmanager
@@ -122,6 +130,8 @@ class Surroundings:
         if event != "call" or _is_spared(frame.f_globals.get("__name__")):
             return
         values = list(frame.f_locals.values())
+        if frame.f_code.co_name == "__init__" and values:  # empty yet, and not to be emptied later
+            self._made.setdefault(id(values[0]), values[0])
         if frame.f_code not in self._seen:
             self._seen.add(frame.f_code)
             if compares_class(frame.f_code):
@@ -161,7 +171,7 @@ class Surroundings:
         waiting = list(things)
         while waiting:
             thing = waiting.pop()
-            if id(thing) not in self._kept:
+            if id(thing) not in self._kept and id(thing) not in self._made:
                 waiting += self._parts(thing)
 
     def _parts(self, thing: Any) -> Iterable[Any]:
