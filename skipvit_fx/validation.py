@@ -63,7 +63,9 @@ def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...])
     if any(tensor.is_meta for tensor in tensors):
         return NO_VALUES
     devices = sorted({tensor.device for tensor in tensors}, key=str)
-    with _alone(devices) as states:
+    call = capture.module.own.calls[0]
+    gradients = call.recorded.told and False in call.recorded.asked  # the author asks in eval mode
+    with _alone(devices) as states, torch.set_grad_enabled(gradients):
         check = _Validation(model, rewriting, captured, states, tolerance(tensors))
         both, first, many = sets_of_images(capture.args, capture.kwargs)
         largest = max(

@@ -61,7 +61,6 @@ KIND: dict[str, Condition] = {
 """What is the same at every batch size."""
 
 MODES: dict[str, tuple[Condition, str]] = {
-    "grad": (lambda x: torch.is_grad_enabled(), "is_grad_enabled"),
     "inference": (lambda x: torch.is_inference_mode_enabled(), "is_inference_mode_enabled"),
     "autocast": (lambda x: torch.is_autocast_enabled("cpu"), "is_autocast_enabled"),
     "autocast-of-x": (lambda x: torch.is_autocast_enabled(x.device.type), "is_autocast_enabled"),

@@ -118,11 +118,11 @@ def test_modes_of_torch(name: str, frontend: str) -> None:
 
 
 def test_a_mode_under_another_name() -> None:
-    from torch import is_grad_enabled as asks
+    from torch import is_inference_mode_enabled as asks
 
     globals()["asks"] = asks
     try:
-        with pytest.raises(TraceError, match=r"asks torch\.is_grad_enabled"):
+        with pytest.raises(TraceError, match=r"asks torch\.is_inference_mode_enabled"):
             rewrite(branching(_by_another_name, "every-block"), "symbolic")
         assert globals()["asks"] is asks
     finally:
@@ -131,6 +131,20 @@ def test_a_mode_under_another_name() -> None:
 
 def _by_another_name(x: Tensor) -> bool:
     return asks()  # type: ignore[name-defined,no-any-return] # noqa: F821
+
+
+@pytest.mark.parametrize("place", ["every-block", "attention-under-drop", "leaf"])
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_graph_for_calls_that_are_recorded_and_one_for_others(place: str, frontend: str) -> None:
+    model, x = branching(lambda x: torch.is_grad_enabled(), place), image(3)
+    fast = rewrite(model, frontend)
+    with torch.no_grad():
+        fast(x)
+    for grad in (False, True, False):
+        with torch.set_grad_enabled(grad):
+            wanted = masked_reference(model, x, model.layout(), **STAGES).output
+            torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
+    assert len(fast.own.calls) == (1 if place == "leaf" else 2)
 
 
 @pytest.mark.parametrize("asks", ["requires_grad", "is_leaf", "is_inference"])

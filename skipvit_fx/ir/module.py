@@ -400,15 +400,15 @@ def _rebuild(
 
 
 @functools.cache
-def _class_of(author: Any) -> type[SkipViTModule]:
-    """A class of both kinds."""
+def _class_of(author: Any, children: frozenset[str]) -> type[SkipViTModule]:
+    """A class of both kinds, for a model that has children of these names."""
 
     @functools.wraps(author.forward)
     def call(self: SkipViTModule, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
     def body(names: dict[str, Any]) -> None:
-        names |= {name: _method(name, method) for name, method in _methods_of(author)}
+        names |= {name: _method(name, method) for name, method in _methods_of(author, children)}
         names |= {"forward": call, "call": call, "__module__": author.__module__}
         names["__doc__"] = f"A rewritten :class:`{author.__name__}`."
         if issubclass(author, fx.GraphModule):  # whose own __call__ would call ours again
@@ -425,13 +425,36 @@ def _class_of(author: Any) -> type[SkipViTModule]:
     return made
 
 
-def _methods_of(author: type[nn.Module]) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The methods that an author wrote for others to call."""
+def _methods_of(
+    author: type[nn.Module], children: frozenset[str]
+) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The methods that an author wrote for others to call, and that may call a child or the forward.
+
+    By the names in their code. All others are left as they are, since libraries ask whether one was overridden.
+    """
+    methods = {name: inspect.getattr_static(author, name) for name in dir(author)}
+    named = {name: _names_in(method) for name, method in methods.items()}
+    calling = {"forward", *children}
+    while more := {name for name, names in named.items() if names & calling} - calling:
+        calling |= more
     taken = {*dir(fx.GraphModule), *dir(SkipViTModule)}
-    for name in dir(author):
-        method = inspect.getattr_static(author, name)
-        if isinstance(method, types.FunctionType) and name not in taken and name[0] != "_":
+    for name, method in methods.items():
+        if isinstance(method, types.FunctionType) and name in calling - taken and name[0] != "_":
             yield name, method
+
+
+def _names_in(method: Any) -> set[str]:
+    """What the code of a method or property names, and of all that it wraps."""
+    names: set[str] = set()
+    function = method.fget if isinstance(method, property) else method
+    while isinstance(function, types.FunctionType):
+        waiting = [function.__code__]
+        while waiting:
+            code = waiting.pop()
+            names.update(code.co_names)
+            waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        function = getattr(function, "__wrapped__", None)
+    return names
 
 
 def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -476,7 +499,9 @@ def refuse_taken_names(model: nn.Module) -> None:
 def own(model: nn.Module, graph: fx.Graph, inputs: Inputs, recorded: Recorded) -> SkipViTModule:
     """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
     skeleton = fx.GraphModule(nn.Module(), fx.Graph())
-    module: SkipViTModule = object.__new__(_class_of(cast(Any, type(model))))
+    module: SkipViTModule = object.__new__(
+        _class_of(cast(Any, type(model)), frozenset(model._modules))
+    )
     object.__setattr__(module, "__dict__", dict(vars(skeleton)))
     child = Own(type(model), forward_of(model))
     model.add_module(OWN_CHILD, child.train(model.training))
