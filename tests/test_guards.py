@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import itertools
 from pathlib import Path
@@ -102,6 +103,26 @@ def test_the_class_of_a_fake_tensor(place: str, frontend: str) -> None:
     with pytest.raises(TraceError, match="compares the __class__ of a value") as caught:
         rewrite(model, frontend)
     assert "isinstance" in caught.value.hint
+
+
+def of_numbers(x: Tensor) -> Tensor:
+    """Functions of numbers and tensors, of which torch asks in C++ which one they were given."""
+    x = x + torch.pow(x, 2) * 0.1 + torch.remainder(x, 2.0) * 0.1
+    x = torch.where(x > 1, x, 0.5) + torch.where(x > 1, 0.5, x)
+    return x + torch.xlogy(x.abs(), 2.0) * 0.1 + torch.float_power(x, 2).to(x) * 0.1
+
+
+class OfNumbers(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(of_numbers(x) if builtins.isinstance(x, Tensor) else x * 2)
+
+
+def test_torch_is_not_told_that_a_proxy_is_a_tensor() -> None:
+    model, x = scramble(Odd([OfNumbers() for _ in range(4)])).eval(), image(3)
+    with torch.no_grad():
+        wanted = masked_reference(model, x, model.layout(), **STAGES).output
+        got = rewrite(model, "symbolic")(x)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)

@@ -94,6 +94,36 @@ def compares_class(code: CodeType) -> bool:
     )
 
 
+_ASKING = ("isinstance", "getattr", "__instancecheck__")
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_class(code: CodeType, at: int) -> bool:
+    """Whether Python asks for a class in the instruction at this offset. Else C++ does, and unpacks what is one of its.
+
+    ``torch.pow(x, 2)`` asks whether ``x`` is a tensor, too: of no dimension, which would do for a number.
+    """
+    steps = list(dis.get_instructions(code))
+    now = next(i for i, step in enumerate(steps) if step.offset == at)
+    if steps[now].opname == "MATCH_CLASS" or steps[now].argval == "__class__":
+        return True
+    called = _called(steps, now)
+    return called in _ASKING if called else any(name in code.co_names for name in _ASKING)
+
+
+def _called(steps: list[dis.Instruction], call: int) -> str:
+    """The name of the function that an instruction calls, which begins where the whole call does; empty if unknown."""
+    whole = steps[call].positions
+    if whole is None or whole.lineno is None:
+        return ""
+    for step in reversed(steps[:call]):
+        part = step.positions
+        begins = part is not None and part[::2] == whole[::2]
+        if begins and step.opname.startswith("LOAD") and part != whole:
+            return str(step.argval)
+    return ""
+
+
 # -- type(x) ----------------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from skipvit_fx.ir.outputs import KeepsOutputClass
 from skipvit_fx.ir.questions import (
     OF_GRADIENTS,
     asked_by_a_library,
+    asks_class,
     author_frame,
     compares_identity,
     modes_allowed,
@@ -91,7 +92,9 @@ class _Witnessed:
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """What ``isinstance`` goes by, beside the type. Not in torch's own code, which hands tensors on to C++."""
-        if asked_by_a_library(sys._getframe(1), but=_ASK_FOR_OTHERS):
+        frame = sys._getframe(1)
+        by_library = asked_by_a_library(frame, but=_ASK_FOR_OTHERS)
+        if by_library or not asks_class(frame.f_code, frame.f_lasti):
             return type(self)
         if self.node.op == "call_module":
             self.tracer.concrete(self.node, "class")
