@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.places import module_path
+from skipvit_fx.ir.places import module_calls, module_path
 
 SOFTMAX = (
     torch.softmax,
@@ -89,16 +89,59 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
             "the model's output does not depend on its image input",
             hint="pass example_inputs as the model is called; its image is the largest floating-point tensor",
         )
-    way: set[fx.Node] = set()
-    for node in last:
-        way |= {node, *nx.ancestors(flow, node)}
-    flow = nx.DiGraph(flow.subgraph([node for node in graph.nodes if node in way]))
     flow.add_edges_from((node, output) for node in last)
+    chain = _chain(graph, flow, source, output)
+    for span in attention_spans(analysis, chain):
+        taps = _features(analysis, flow, span)
+        if taps:
+            flow.remove_edges_from(taps)
+            chain = _chain(graph, flow, source, output)
+    return chain
+
+
+def _chain(graph: fx.Graph, flow: nx.DiGraph, source: fx.Node, output: fx.Node) -> Chain:
+    way = nx.ancestors(flow, output) & {source, *nx.descendants(flow, source)}
+    flow = nx.DiGraph(
+        flow.subgraph([node for node in graph.nodes if node in way or node is output])
+    )
     parents = nx.immediate_dominators(flow, source)
     chain = [output]
     while chain[-1] is not source:
         chain.append(parents[chain[-1]])
     return Chain(chain[:0:-1], frozenset(way))
+
+
+def _features(
+    analysis: TokenAnalysis, flow: nx.DiGraph, span: Span
+) -> list[tuple[fx.Node, fx.Node]]:
+    """Where a head that reads several layers taps the stream: from in front of the last attention past its layer.
+
+    Without these connections, the layers of an encoder are one stream, whatever a head makes of what it reads. None are
+    found where the last layer is in no module of its own, which would tell a tap from a part of the layer.
+    """
+    attentions = [node for node in span.softmaxes if _is_square(analysis, node)]
+    if not attentions:
+        return []
+    last = attentions[-1]
+    before = nx.ancestors(flow, last)
+    if before.isdisjoint(attentions):
+        return []
+    others = {call for node in attentions if node is not last for call in module_calls(node)}
+    block = next((call for call in module_calls(last) if call not in others), None)
+    if block is None:
+        return []
+    return [
+        (node, reader)
+        for node in sorted(before & nx.descendants(flow, span.start) | {span.start})
+        for reader in flow.successors(node)
+        if reader is not last and reader not in before and block not in module_calls(reader)
+    ]
+
+
+def _is_square(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    """Whether a node is an attention with as many queries as keys, by its shape."""
+    shape: torch.Size = analysis[node].value.shape
+    return node.target in SDPA or list(shape).count(keys_of(analysis, node)) > 1
 
 
 def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -> list[fx.Node]:
