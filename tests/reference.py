@@ -56,6 +56,7 @@ class Layout:
         exit: what the layers hand over to the final norm. None: the end of the last layer, or the output of the last
             block.
         ends: per layer, the state after it, where that is not the next one's input (something stands between).
+        taps: per layer, a state after its cut that is read besides: dropped tokens are in it as they left.
         marked: the model's own code says by `mark` where its layers are, which are no modules. Then `blocks` tells how
             many there are, and `mid`, `entry`, `exit` and `ends` nothing.
         mixed: modules that return attention weights after the softmax (talking heads), with the
@@ -73,6 +74,7 @@ class Layout:
     exit: Point | None = None
     mixed: Sequence[tuple[nn.Module, int]] = ()
     ends: Sequence[Point] = ()
+    taps: Sequence[Point] = ()
     marked: bool = False
 
 
@@ -379,8 +381,7 @@ class MaskedRun:
             and not (self.layout.ends or self.layout.marked)
         ):
             self._decide(layer - 1, state)
-        if self.frozen is not None:
-            state = torch.where(self._rows(self.gone, state), self.frozen, state)
+        state = self._held(state)
         if layer == self.return_layer:
             self.gone, self.frozen = torch.zeros_like(self.gone), None
         if (
@@ -401,7 +402,7 @@ class MaskedRun:
             def after(module: nn.Module, args: Any, output: Tensor) -> Tensor:
                 return action(output) if self.layer == layer else output
 
-            return point.module.register_forward_hook(after)
+            return point.module.register_forward_hook(after, prepend=True)  # what others see, too
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (action(args[0]), *args[1:]) if self.layer == layer else args
@@ -425,6 +426,12 @@ class MaskedRun:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.layer = 0
+
+    def _held(self, state: Tensor) -> Tensor:
+        """The state with dropped tokens as they were when they left."""
+        if self.frozen is None:
+            return state
+        return torch.where(self._rows(self.gone, state), self.frozen, state)
 
     def __call__(self, *args: Any, **kwargs: Any) -> ReferenceResult:
         """Runs the model. The model keeps nothing of it."""
@@ -450,6 +457,8 @@ class MaskedRun:
                 keep(self._watch(mid, layer, self._at_mid))
                 if layout.ends:
                     keep(self._watch(layout.ends[layer - 1], layer, self._at_end))
+                if layout.taps:
+                    keep(self._watch(layout.taps[layer - 1], layer, self._held))
             end = layout.ends[-1] if layout.ends else Point(layout.blocks[-1], "output")
             last = layout.exit or end
             keep(self._watch(last, self.depth, partial(self._at_border, self.depth + 1)))

@@ -89,6 +89,7 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
             "the model's output does not depend on its image input",
             hint="pass example_inputs as the model is called; its image is the largest floating-point tensor",
         )
+    flow.remove_edges_from(list(flow.in_edges(output)) if output in flow else [])
     flow.add_edges_from((node, output) for node in last)
     chain = _chain(graph, flow, source, output)
     for span in attention_spans(analysis, chain):

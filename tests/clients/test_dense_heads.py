@@ -1,0 +1,152 @@
+"""Depth, segmentation, pose and detection: heads that read several layers, rewritten whole or with their backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BeitConfig,
+    BeitForSemanticSegmentation,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTConfig,
+    DPTForDepthEstimation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+    YolosConfig,
+    YolosForObjectDetection,
+)
+
+import skipvit_fx
+from models import scramble
+from outside import MIDDLES
+from reference import Layout, Point, masked_reference
+from skipvit_fx.errors import UnsupportedModelError
+
+PLAN = "2(50%)+4"
+STAGES: Any = {"stages": [(2, "0.5")], "return_layer": 4}
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PAIR = {"image_size": [32, 32], "patch_size": [8, 8]}
+EVERY_LAYER = {"out_indices": [1, 2, 3, 4]}
+NECK: dict[str, Any] = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def dpt() -> Any:
+    return DPTForDepthEstimation(
+        DPTConfig(
+            **SMALL, **NECK, backbone_out_indices=[0, 1, 2, 3], reassemble_factors=[4, 2, 1, 0.5]
+        )
+    )
+
+
+def depth_anything() -> Any:
+    backbone = Dinov2Config(**SMALL, **EVERY_LAYER, reshape_hidden_states=False)
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=backbone, **NECK, reassemble_hidden_size=32, patch_size=8
+        )
+    )
+
+
+def upernet() -> Any:
+    backbone = Dinov2Config(**SMALL, **EVERY_LAYER)
+    return UperNetForSemanticSegmentation(
+        UperNetConfig(
+            backbone_config=backbone, hidden_size=16, pool_scales=[1, 2], use_auxiliary_head=False
+        )
+    )
+
+
+def beit() -> Any:
+    return BeitForSemanticSegmentation(
+        BeitConfig(**SMALL, **EVERY_LAYER, pool_scales=[1, 2], use_auxiliary_head=False)
+    )
+
+
+def vitpose() -> Any:
+    backbone = VitPoseBackboneConfig(**{**SMALL, **PAIR}, out_indices=[4])
+    return VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone))
+
+
+def yolos() -> Any:
+    return YolosForObjectDetection(
+        YolosConfig(**{**SMALL, "image_size": [32, 32]}, num_detection_tokens=5)
+    )
+
+
+MODELS: dict[Callable[[], Any], tuple[str, str, int, int]] = {
+    dpt: ("predicted_depth", "dpt", 1, 0),
+    depth_anything: ("predicted_depth", "backbone", 1, 0),
+    upernet: ("logits", "backbone", 1, 0),
+    beit: ("logits", "beit", 1, 0),
+    vitpose: ("heatmaps", "backbone", 0, 0),
+    yolos: ("logits", "vit", 1, 5),
+}
+"""What is read, where the backbone is, and its prefix and trailing tokens."""
+
+
+def built(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return scramble(make()).eval()
+
+
+def layout(model: nn.Module, prefix: int, suffix: int) -> Layout:
+    (blocks,) = (
+        list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and name.rpartition(".")[2] in ("layer", "layers")
+        and any(hasattr(module[0], middle) for middle in MIDDLES)
+    )
+    (name,) = (name for name in MIDDLES if hasattr(blocks[0], name))
+    mid = [Point(getattr(block, name)) for block in blocks]
+    taps = [Point(block, "output") for block in blocks]
+    return Layout(blocks, mid, prefix, suffix, cls=0 if prefix else None, taps=taps)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "backbone"])
+@pytest.mark.parametrize("make", MODELS)
+def test_a_dense_head(make: Callable[[], Any], whole: bool) -> None:
+    output, backbone, prefix, suffix = MODELS[make]
+    model = built(make)
+    x = images()
+    score = None if prefix else "mean"
+    wanted = masked_reference(model, x, layout(model, prefix, suffix), score=score, **STAGES).output
+    with torch.no_grad():
+        plain = model(x)[output]
+        options: Any = {"example_inputs": x, "fill_taps": True}
+        if whole:
+            fast = skipvit_fx.rewrite(model, PLAN, **options)
+        else:
+            fast = model
+            setattr(fast, backbone, skipvit_fx.rewrite(getattr(model, backbone), PLAN, **options))
+        got = fast(x)[output]
+        assert (got - plain).abs().max() > 1e-3 * plain.abs().max()
+        torch.testing.assert_close(got, wanted[output], rtol=1e-4, atol=1e-4)
+        skipvit_fx.set_skipping(fast, False)
+        assert torch.equal(fast(x)[output], plain)
+
+
+def test_features_under_a_drop_are_named() -> None:
+    with pytest.raises(UnsupportedModelError, match="is under the drop at layer 2") as caught:
+        skipvit_fx.rewrite(built(dpt), PLAN, example_inputs=images())
+    assert "fill_taps=True" in caught.value.hint
