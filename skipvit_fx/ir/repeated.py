@@ -45,23 +45,19 @@ class Alone:
 def refuse_calls_that_remember(
     model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
 ) -> None:
-    """Call the model with the example, a larger batch, and the example again, in eval and in train mode.
+    """Call the model in eval mode, with a larger batch in train mode, and both again.
 
     Raises:
         TraceError: around attention, a call reads what another one left, or computes something else after it.
     """
     calls = _Calls(model, mode, inputs, opened)
+    firsts = []
     for training in (False, True):
-        calls.model.train(training)
         kept = _numbers_kept(calls.model, opened)
-        try:
-            with mode.surroundings.watched() if training else contextlib.nullcontext():
-                first = calls.try_run(calls.batch)
-            calls.try_run(calls.batch + 1)
-            meanwhile = _numbers_kept(calls.model, opened)
-            again = calls.try_run(calls.batch)
-        except _StaleError as error:
-            raise _remembers(calls.model, error) from error
+        firsts.append((training, kept, _called(calls, training)))
+    for training, kept, first in firsts:
+        meanwhile = _numbers_kept(calls.model, opened)
+        again = _called(calls, training)
         if first is None or again is None:
             continue  # tracing fails as well, and says why
         if step := _first_difference(first, again):
@@ -71,6 +67,17 @@ def refuse_calls_that_remember(
                 f"{', '.join(changed) or 'something outside the model'}, in {spelled_place(*step.place)}",
                 hint="a graph is the same in every call; keep what changes in a module that runs no attention",
             )
+
+
+def _called(calls: _Calls, training: bool) -> list[_Step] | None:
+    """What is computed in a call in this mode, each with a batch of its own; None if the model cannot be called so."""
+    calls.model.train(training)
+    seen = calls.surroundings.watched() if training else contextlib.nullcontext()
+    try:
+        with seen:
+            return calls.try_run(calls.batch + training)
+    except _StaleError as error:
+        raise _remembers(calls.model, error) from error
 
 
 def call_alone(
@@ -233,6 +240,7 @@ class _Calls:
         self.batch = max(
             (t.shape[0] for t in _tensors(inputs.by_parameter(_same)) if t.ndim), default=1
         )
+        self.surroundings = mode.surroundings
         self._mode = mode
         self._arguments = pytree.tree_map(_first_sample, (inputs.args, inputs.kwargs))
         for path, module in self.model.named_modules():
