@@ -247,7 +247,8 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
                 "the model keeps a tensor of an earlier call where it could not be put back as it was",
                 hint="keep tables in a buffer, or in a dict or list of the module that uses them",
             )
-        if isinstance(a, torch.Tensor) and a.requires_grad and not isinstance(a, nn.Parameter):
+        parameter = isinstance(a, torch.Tensor) and a.requires_grad and a.is_leaf
+        if parameter and not isinstance(a, nn.Parameter):
             raise TraceError(
                 "the model computes with a parameter that tracing cannot see, so it would be frozen at its value",
                 hint="read parameters as attributes of the module that owns them",
