@@ -39,7 +39,8 @@ class InsertSkip:
             cut, kept, dropped = stage.cut, stage.kept, stage.dropped
             assert kept is not None
             assert dropped is not None
-            readers = [user for user in cut.users if user not in rewriting.own_readers]
+            own = rewriting.own_readers(cut)
+            readers = [user for user in cut.users if user not in own]
             stage.shorter = editor.insert_module(
                 f"{stage.name}.keep", Keep(*place), (cut, kept), after=dropped
             )

@@ -565,6 +565,29 @@ def test_timm_intermediates_are_whole_and_in_order(options: dict[str, Any], plan
         assert_same_bits(fast(x), wanted)
 
 
+@pytest.mark.parametrize("plan", ["1,3(30%,40%)+4", "1,2,3(30%,40%,20%)+5"])
+def test_states_at_several_cuts_that_are_handed_out_together(plan: str) -> None:
+    class States(Odd):
+        def forward(self, image: Tensor) -> Any:
+            x = self.embed(image).flatten(2).transpose(1, 2)
+            states = [torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos]
+            for block in self.blocks:
+                states.append(block(states[-1]))
+            return self.head(self.norm(states[-1])[:, 0]), states[:-1]
+
+    model, x = scramble(States([Block() for _ in range(4)])).eval(), image(3)
+    fast = skipvit_fx.rewrite(model, plan, example_inputs=x, fill_taps=True, cut="block")
+    with torch.no_grad():
+        (got, states), (_, plain) = fast(x), model(x)
+    parsed = skipvit_fx.Plan.parse(plan)
+    stages = [(stage.layer, stage.ratio) for stage in parsed.stages]
+    wanted = masked_reference(
+        model, x, model.layout(), stages=stages, return_layer=parsed.return_layer, cut="block"
+    )
+    torch.testing.assert_close(got, wanted.output[0], rtol=1e-4, atol=1e-4)
+    assert [state.shape for state in states] == [state.shape for state in plain]
+
+
 def test_a_tap_that_is_no_state_cannot_be_filled() -> None:
     class Branches(Odd):
         """Hands out what a layer adds to the stream."""

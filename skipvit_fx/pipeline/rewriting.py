@@ -111,12 +111,10 @@ class Rewriting:
         under = set().union(*(stage.span for stage in self.stages)) if self.stages else set()
         return [node for node in self.editor.graph.nodes if node in under]
 
-    @property
-    def own_readers(self) -> set[fx.Node]:
+    def own_readers(self, cut: fx.Node) -> set[fx.Node]:
         """Nodes that read the whole stream at a cut, and go on doing so when its other readers do not."""
         scores = {score for stage in self.stages for score in stage.scores.values()}
-        taps = {reader for stage in self.stages for reader in self.taps.get(stage.cut, ())}
-        return scores | taps
+        return scores | set(self.taps.get(cut, ()))
 
     def rank(self, node: fx.Node) -> int:
         """Number of dimensions of a tensor node."""
