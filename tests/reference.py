@@ -306,11 +306,9 @@ class MaskedRun:
                 assert self.layout.cls is not None
                 row = flat[:, :, self.layout.cls]
             else:
-                asking = (~self.gone).to(flat.dtype)
-                row = (
-                    flat.masked_fill(self.gone[:, None, None], 0.0) * asking[:, None, :, None]
-                ).sum(2)
-                row = row / asking.sum(1)[:, None, None]
+                sees = (flat > -math.inf) & (~self.gone)[:, None, :, None]
+                row = flat.masked_fill(~sees, 0.0).sum(2) / sees.sum(2).clamp(min=1)
+                row = row.masked_fill(~sees.any(2), -math.inf)
             row = row.masked_fill(self.gone[:, None], -math.inf)
             self.seen.append(row.softmax(-1).mean(1))
         return logits.softmax(axis)

@@ -351,6 +351,20 @@ def test_score_is_a_row_of_attention(
     torch.testing.assert_close(weights(logits.softmax(-1) if by_class_token else logits), wanted)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_the_mean_query_of_a_sliding_window(kind: str) -> None:
+    """Every key is hidden from some queries, one from all."""
+    query, key = torch.randn(2, 3, 6, 4), torch.randn(2, 3, 6, 4)
+    place = torch.arange(6)
+    sees = ((place[:, None] - place).abs() < 3) & (place != 5)
+    mask = sees if kind == "bool" else torch.zeros(6, 6).masked_fill(~sees, -math.inf)
+    logits = (query @ key.mT / 2).masked_fill(~sees, -math.inf)
+    wanted = torch.stack([logits[:, :, sees[:, j], j].mean(2) for j in range(5)], 2).softmax(2)
+    wanted = torch.cat([wanted, torch.zeros(2, 3, 1)], 2).mean(1)[:, 1:]
+    torch.testing.assert_close(ScoreByQuery(None, 1, 0, 3, None)(query, key, mask), wanted)
+    torch.testing.assert_close(ScoreByWeights(None, -2, -1, 1, 0, 3)(logits), wanted)
+
+
 def test_scores_of_half_precision_are_float32() -> None:
     query, key = (torch.randn(2, 2, 5, 4).to(torch.bfloat16) for _ in "qk")
     assert ScoreByQuery(0, 1, 0, 2, None)(query, key).dtype == torch.float32

@@ -22,6 +22,16 @@ def _row(x: Tensor, dim: int, query: int | None) -> Tensor:
     return x.mean(dim, keepdim=True) if query is None else x.narrow(dim, query, 1)
 
 
+def _logits_row(x: Tensor, dim: int, query: int | None) -> Tensor:
+    """The same of logits or a mask: the mean for a key is that of the queries from which no mask hides it."""
+    if query is not None:
+        return _row(x, dim, query)
+    hidden = x == -torch.inf
+    seeing = (~hidden).to(x.dtype).sum(dim, keepdim=True)
+    total = x.masked_fill(hidden, 0.0).sum(dim, keepdim=True)
+    return (total / seeing.clamp(min=1.0)).masked_fill(seeing == 0, -torch.inf)
+
+
 class ScoreByQuery(Switchable):
     """Attention that one query pays to every patch: ``softmax(q k^T * scale + mask)``, mean over heads.
 
@@ -30,7 +40,7 @@ class ScoreByQuery(Switchable):
 
     Args:
         query: row of the queries that scores: 0 for a class token in front, -1 for one at the end; ``None`` for the
-            mean of all queries.
+            mean of all queries, and for a key that a mask hides from some, of the others.
         first, tail: how many keys stand before the patches, and after them.
         heads: heads per sample; the product of all axes but the batch, the rows and the channels.
         scale: of the logits; ``None`` for ``1 / sqrt(channels)``.
@@ -52,14 +62,18 @@ class ScoreByQuery(Switchable):
         if not self.active:
             return None
         scale = self.scale if self.scale is not None else sizes(query)[-1] ** -0.5
-        row = _row(query, -2, self.query) * scale
-        if key.ndim > 2 and sizes(key)[-3] != sizes(row)[-3]:  # grouped queries share their keys
-            key = key.repeat_interleave(sizes(row)[-3] // sizes(key)[-3], -3)
-        logits = row @ key.transpose(-2, -1)
+        if key.ndim > 2 and sizes(key)[-3] != sizes(query)[-3]:  # grouped queries share their keys
+            key = key.repeat_interleave(sizes(query)[-3] // sizes(key)[-3], -3)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        if mask is None or self.query is not None or sizes(mask)[-2] == 1:
+            logits = (_row(query, -2, self.query) * scale) @ key.transpose(-2, -1)
+        else:
+            seeing = (mask > -torch.inf).to(query.dtype).transpose(-2, -1)
+            asking = seeing @ query / seeing.sum(-1, keepdim=True).clamp(min=1.0)
+            logits = (asking * scale * key).sum(-1).unsqueeze(-2)
         if mask is not None:
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=logits.dtype).masked_fill(~mask, -torch.inf)
-            logits = logits + (mask if sizes(mask)[-2] == 1 else _row(mask, -2, self.query))
+            logits = logits + (mask if sizes(mask)[-2] == 1 else _logits_row(mask, -2, self.query))
         return _patches(_probabilities(logits), self.heads, self.first, self.tail)
 
     def extra_repr(self) -> str:
@@ -103,7 +117,7 @@ class ScoreByWeights(Switchable):
         """Scores ``[batch, patches]`` from the weights (class token) or the logits (mean query)."""
         if not self.active:
             return None
-        row = _row(matrix, self.query_dim, self.query)
+        row = _logits_row(matrix, self.query_dim, self.query)
         row = row.movedim((self.query_dim, self.key_dim), (-2, -1))
         probabilities = _probabilities(row) if self.query is None else row
         return _patches(probabilities, self.heads, self.first, self.tail)
