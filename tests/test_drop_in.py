@@ -74,7 +74,8 @@ def test_it_is_both_in_every_copy(model: Any, fast: Any) -> None:
         for name, copied in copies(fast).items():
             assert isinstance(copied, type(model)), name
             assert isinstance(copied, fx.GraphModule), name
-            assert type(copied).__name__ == "SkipViTVisionTransformer"
+            assert type(copied).__name__ == "VisionTransformer"  # which tools write into files
+            assert str(copied).startswith("SkipViTVisionTransformer(")
             assert torch.equal(copied(x), wanted), name
             assert list(copied.state_dict()) == list(model.state_dict()), name
             assert copied.no_weight_decay() == model.no_weight_decay()

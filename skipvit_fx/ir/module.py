@@ -282,6 +282,9 @@ class SkipViTModule(fx.GraphModule):
         assert traced is not None
         watch(self, traced.modules, traced.attention)
 
+    def _get_name(self) -> str:
+        return f"SkipViT{type(self).__name__}"
+
     # -- what a graph module does -----------------------------------------------------------------------------
 
     def recompile(self) -> Any:
@@ -414,9 +417,10 @@ def _class_of(author: Any, children: frozenset[str]) -> type[SkipViTModule]:
         if issubclass(author, fx.GraphModule):  # whose own __call__ would call ours again
             names["__call__"] = nn.Module.__call__
 
-    name = f"SkipViT{author.__name__}"
+    # the author's own name: tools write it into files
+    bases = (SkipViTModule, author)
     try:
-        made: type[SkipViTModule] = types.new_class(name, (SkipViTModule, author), {}, body)
+        made: type[SkipViTModule] = types.new_class(author.__name__, bases, {}, body)
     except TypeError as error:
         raise TraceError(
             f"no class can derive from {author.__name__}: {error}",

@@ -3,39 +3,90 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
-from transformers import ViTConfig, ViTForImageClassification
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, ViTForImageClassification, pipeline
 
 import skipvit_fx
-from models import scramble
-
-PLAN = "2(50%)+4"
-LABELS = torch.tensor([0, 3])
-
-
-def pixels(batch: int = 2) -> Tensor:
-    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+from client_models import LABELS, STAGES, classifier, pixels, rewritten
+from outside import MIDDLES
+from reference import Layout, Point, masked_reference
 
 
-def classifier() -> Any:
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=64,
-        image_size=32,
-        patch_size=8,
-        num_labels=5,
-    )
-    return scramble(ViTForImageClassification(config)).eval()
+def layout(model: Any) -> Layout:
+    blocks = list(model.vit.layers)
+    (middle,) = (name for name in MIDDLES if hasattr(blocks[0], name))
+    return Layout(blocks, [Point(getattr(block, middle)) for block in blocks], prefix=1, cls=0)
 
 
-def rewritten() -> Any:
-    return skipvit_fx.rewrite(classifier(), PLAN, example_inputs={"pixel_values": pixels()})
+def test_calls_with_what_the_example_had_not() -> None:
+    model = classifier()
+    fast = rewritten(model)
+    x = pixels()
+    with torch.no_grad():
+        wanted = masked_reference(model, x, layout(model), **STAGES).output.logits
+        got = [
+            fast(x).logits,
+            fast(pixel_values=x, labels=LABELS).logits,
+            fast(x, return_dict=False)[0],
+            fast(x, output_hidden_states=False).logits,
+            fast(x, output_attentions=False).logits,
+        ]
+        for logits in got:
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+        loss = fast(x, labels=LABELS).loss
+        torch.testing.assert_close(loss, nn.functional.cross_entropy(wanted, LABELS))
+    assert fast.device == model.device
+    assert fast.dtype == model.dtype
+    assert fast.num_parameters() == model.num_parameters()
+
+
+def test_another_image_size() -> None:
+    model, x = classifier(), pixels(size=48)
+    fast = rewritten(model)
+    with torch.no_grad():
+        got = fast(x, interpolate_pos_encoding=True).logits
+        wanted = skipvit_fx.rewrite(
+            model, "2(50%)+4", example_inputs={"pixel_values": x, "interpolate_pos_encoding": True}
+        )(x, interpolate_pos_encoding=True).logits
+        plain = model(x, interpolate_pos_encoding=True).logits
+    assert torch.equal(got, wanted)
+    assert not torch.equal(got, plain)
+
+
+def test_saved_as_the_model_itself(tmp_path: Path) -> None:
+    model = classifier()
+    fast = rewritten(model)
+    fast.save_pretrained(tmp_path)
+    again = ViTForImageClassification.from_pretrained(tmp_path).eval()
+    assert again.config.architectures == ["ViTForImageClassification"]
+    with torch.no_grad():
+        assert torch.equal(again(pixels()).logits, model(pixels()).logits)
+        assert torch.equal(rewritten(again)(pixels()).logits, fast(pixels()).logits)
+
+
+def test_pipeline() -> None:
+    from transformers import ViTImageProcessor
+
+    fast = rewritten(classifier())
+    size = {"height": 32, "width": 32}
+    images = ViTImageProcessor(size=size)
+    classify = pipeline("image-classification", model=fast, image_processor=images)
+    from PIL import Image
+
+    picture = Image.new("RGB", (32, 32), (200, 10, 30))
+    (best, *_) = classify(picture)
+    with torch.no_grad():
+        given = images(picture, return_tensors="pt")
+        wanted = fast(**given).logits.softmax(-1).max().item()
+    assert best["score"] == pytest.approx(wanted)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
 
 
 def step(fast: Any) -> tuple[Tensor, dict[str, Tensor], int]:
@@ -56,7 +107,7 @@ def step(fast: Any) -> tuple[Tensor, dict[str, Tensor], int]:
 
 
 def test_gradient_checkpointing_switched_on_and_off() -> None:
-    fast = rewritten()
+    fast = rewritten(classifier())
     plain = step(fast)
     assert plain[2] == 1
     fast.activation_checkpointing_enable()
@@ -70,3 +121,73 @@ def test_gradient_checkpointing_switched_on_and_off() -> None:
         assert torch.equal(fast(pixel_values=pixels()).logits, fast.eval()(pixels()).logits)
     fast.activation_checkpointing_disable()
     assert step(fast)[2] == 1
+
+
+class Pictures(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"pixel_values": pixels(12)[i], "labels": i % 5}
+
+
+class WithTower(nn.Module):
+    """Somebody's own model, with a rewritten tower inside."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.tower(pixel_values).logits
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def trained(model: Any, folder: Path, resume: bool = False, **options: Any) -> dict[str, Tensor]:
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Pictures())
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if resume else None)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["itself", "tower", "recomputing"])
+def test_trainer(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+
+    def fresh() -> Any:
+        fast = rewritten(classifier())
+        return WithTower(fast) if kind == "tower" else fast
+
+    options = {"gradient_checkpointing": True} if kind == "recomputing" else {}
+    first = trained(fresh(), tmp_path / "one", **options)
+    start = fresh().state_dict()
+    assert any(not torch.equal(first[name], start[name]) for name in start)
+    if (
+        kind == "tower"
+    ):  # transformers 5.24 looks for other names than it saved, of the author's own model as well
+        resumed = trained(fresh(), tmp_path / "one", resume=True, **options)
+        for name, value in first.items():
+            torch.testing.assert_close(resumed[name], value)
+    off = rewritten(classifier())
+    skipvit_fx.set_skipping(off, False)
+    plain = trained(WithTower(off) if kind == "tower" else off, tmp_path / "off", **options)
+    author = trained(
+        WithTower(classifier()) if kind == "tower" else classifier(), tmp_path / "a", **options
+    )
+    for name, value in author.items():
+        torch.testing.assert_close(plain[name], value)
+        if name.endswith("head.weight") or name.endswith("classifier.weight"):
+            assert not torch.equal(first[name], value)
