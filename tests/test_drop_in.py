@@ -223,6 +223,24 @@ def test_a_hook_that_would_never_run_is_refused(fast: Any, path: str, kind: str)
     fast(x)
 
 
+RAN: list[str] = []
+
+
+def _note(module: nn.Module, *_: Any) -> None:
+    RAN.append(type(module).__name__)
+
+
+def test_a_hook_on_the_model_itself_runs_whatever_graph_does() -> None:
+    RAN.clear()
+    fast = rewrite(vit())
+    fast.register_forward_hook(_note)
+    again = pickle.loads(pickle.dumps(fast))
+    for called in (fast, again):
+        called(images())
+        called.double()(images().double())  # another graph
+    assert RAN == ["VisionTransformer"] * 4
+
+
 def test_a_hook_on_what_is_called_runs(fast: Any) -> None:
     seen: list[tuple[int, ...]] = []
     fast.blocks[2].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))

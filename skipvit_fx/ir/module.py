@@ -40,6 +40,9 @@ from skipvit_fx.ops.switch import Switchable
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
 
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward")))
+"""Attributes of a module that hold hooks of its calls."""
+
 _CONSTANT = f"{OWN_CHILD}_constant_"
 """How the names of buffers begin that hold what the author's code makes anew in every call."""
 
@@ -332,7 +335,8 @@ class SkipViTModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         own = self.own
         calls = [(c.method, c.example, c.recorded.told, c.record.before) for c in own.calls]
-        return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own))
+        hooks = {name: self.__dict__[name] for name in _HOOKS}
+        return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own), hooks)
 
 
 def _not_now(followed: str) -> GuardError:
@@ -374,6 +378,7 @@ def _rebuild(
     calls: list[tuple[str, Any, bool, tuple[str, ...]]],
     drops: bool,
     settings: _Settings,
+    hooks: dict[str, Any],
 ) -> SkipViTModule:
     """A rewritten model out of a pickle: rewritten anew, with the calls that it had.
 
@@ -396,6 +401,7 @@ def _rebuild(
                 hint="unpickle it with the library versions that it was pickled with, or rewrite it anew",
             )
     _set(fast.own, settings)
+    fast.__dict__.update(hooks)
     return fast
 
 
@@ -557,6 +563,8 @@ def author_of(fast: SkipViTModule) -> nn.Module:
     bare.__dict__.update(
         {n: v for n, v in vars(fast).items() if n not in NOT_THE_AUTHORS or n in every}
     )
+    for name in _HOOKS:  # they run around whatever the forward is
+        bare.__dict__[name] = every[name]
     bare.__dict__["_modules"] = {n: m for n, m in fast._modules.items() if n != OWN_CHILD}
     bare.__dict__["_buffers"] = {
         n: b for n, b in fast._buffers.items() if not n.startswith(_CONSTANT)
