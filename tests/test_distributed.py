@@ -43,7 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
 
 
 @pytest.mark.parametrize(
-    ("name", "on"), [("warm-up", False), ("ddp", True), ("root", True), ("called", True)]
+    ("name", "on"), [("warm-up", False), ("ddp", True), ("root", True), ("linear", True)]
 )
 def test_gradients_are_those_of_one_process(
     name: str, on: bool, results: dict[str, dict[str, Tensor]]
@@ -63,7 +63,7 @@ def test_skipping_changes_the_gradients(results: dict[str, dict[str, Tensor]]) -
     assert max(apart) > 1e-2
 
 
-@pytest.mark.parametrize("name", ["root", "called"])
+@pytest.mark.parametrize("name", ["root", "linear"])
 def test_a_sharded_step_is_that_of_one_process(
     name: str, results: dict[str, dict[str, Tensor]]
 ) -> None:

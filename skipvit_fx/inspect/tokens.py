@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.errors import SkipViTError
+from skipvit_fx.ir.example import arguments_of
 from skipvit_fx.ir.module import SkipViTModule
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.record import RewriteRecord, record_of
@@ -121,13 +122,16 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
 
     Args:
         fast: what :func:`skipvit_fx.rewrite` returned. It runs as it is, in train or eval mode.
-        args, kwargs: what it is called with.
+        args, kwargs: what it is called with; or, as in :func:`skipvit_fx.rewrite`, one tuple of arguments, or one dict
+            of keyword arguments.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
         SkipViTError: skipping is switched off, or off in the mode that it is in, so that nothing is chosen.
     """
     rewritten = check_skips(fast)
+    if len(args) == 1 and not kwargs and isinstance(args[0], (tuple, Mapping)):
+        args, kwargs = arguments_of(args[0])
     rewritten.prepare(*args, **kwargs)
     with selections_noted(rewritten) as noted:
         rewritten.graph_forward(*args, **kwargs)

@@ -32,6 +32,7 @@ from skipvit_fx.ir.traced_through import (
     PastTheGraphError,
     StayAway,
     Traced,
+    names_in,
 )
 from skipvit_fx.ops.following import in_jit_trace
 from skipvit_fx.ops.select import Select
@@ -443,7 +444,7 @@ def _methods_of(
     By the names in their code. All others are left as they are, since libraries ask whether one was overridden.
     """
     methods = {name: inspect.getattr_static(author, name) for name in dir(author)}
-    named = {name: _names_in(method) for name, method in methods.items()}
+    named = {name: names_in(method) for name, method in methods.items()}
     calling = {"forward", *children}
     while more := {name for name, names in named.items() if names & calling} - calling:
         calling |= more
@@ -451,20 +452,6 @@ def _methods_of(
     for name, method in methods.items():
         if isinstance(method, types.FunctionType) and name in calling - taken and name[0] != "_":
             yield name, method
-
-
-def _names_in(method: Any) -> set[str]:
-    """What the code of a method or property names, and of all that it wraps."""
-    names: set[str] = set()
-    function = method.fget if isinstance(method, property) else method
-    while isinstance(function, types.FunctionType):
-        waiting = [function.__code__]
-        while waiting:
-            code = waiting.pop()
-            names.update(code.co_names)
-            waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-        function = getattr(function, "__wrapped__", None)
-    return names
 
 
 def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterable
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -162,9 +165,41 @@ class Traced:
 
 
 def _names(module: nn.Module) -> set[str]:
-    """Attributes that an author's code may read; tools note down what is theirs under other ones."""
-    names = vars(module).keys() - NOT_THE_AUTHORS
-    return {name for name in names if name[0] != "_" or hasattr(type(module), name)}
+    """Attributes that an author's code may read; tools note down what is theirs as well."""
+    kind: Any = type(module)
+    spelled = _spelled(kind)
+    return {
+        name
+        for name in vars(module).keys() - NOT_THE_AUTHORS
+        if hasattr(kind, name) or name in spelled
+    }
+
+
+@functools.cache
+def _spelled(kind: Any) -> frozenset[str]:
+    """The names and texts in the code of a class, and of the modules that it and its bases are written in."""
+    spelled: set[str] = set()
+    for base in kind.__mro__:
+        written_in = sys.modules.get(base.__module__)
+        if base.__module__.partition(".")[0] not in ("torch", "builtins"):
+            for value in [*vars(base).values(), *vars(written_in).values()]:
+                spelled |= names_in(value)
+    return frozenset(spelled)
+
+
+def names_in(function: Any) -> set[str]:
+    """The names and texts in the code of a function or property, and of all that it wraps; of anything else none."""
+    found: set[str] = set()
+    inner = function.fget if isinstance(function, property) else function
+    while isinstance(inner, FunctionType):
+        waiting = [inner.__code__]
+        while waiting:
+            code = waiting.pop()
+            found.update(code.co_names)
+            found.update(text for text in code.co_consts if isinstance(text, str))
+            waiting += [part for part in code.co_consts if isinstance(part, CodeType)]
+        inner = getattr(inner, "__wrapped__", None)
+    return found
 
 
 def _same(now: Any, value: Any) -> bool:
