@@ -10,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+pytest_plugins = ["clients_page"]
+
 QUICK_CASES = 2
 """So many cases of a parametrised test run where slow tests do not, spread over all of them; the others are slow.
 

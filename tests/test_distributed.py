@@ -45,6 +45,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
 @pytest.mark.parametrize(
     ("name", "on"), [("warm-up", False), ("ddp", True), ("root", True), ("linear", True)]
 )
+@pytest.mark.client(
+    "torch.distributed", "DDP and FSDP2, of the whole and of every linear layer: gradients"
+)
 def test_gradients_are_those_of_one_process(
     name: str, on: bool, results: dict[str, dict[str, Tensor]]
 ) -> None:
@@ -64,6 +67,7 @@ def test_skipping_changes_the_gradients(results: dict[str, dict[str, Tensor]]) -
 
 
 @pytest.mark.parametrize("name", ["root", "linear"])
+@pytest.mark.client("torch.distributed", "FSDP2: weights after a step")
 def test_a_sharded_step_is_that_of_one_process(
     name: str, results: dict[str, dict[str, Tensor]]
 ) -> None:

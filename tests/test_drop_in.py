@@ -67,6 +67,11 @@ def copies(fast: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.client(
+    "Python",
+    "deepcopy, copy, pickle, torch.save",
+    caveat="unpickling rewrites again, and checks that the graph is the same",
+)
 def test_it_is_both_in_every_copy(model: Any, fast: Any) -> None:
     x = images(3)
     with torch.no_grad():
@@ -100,6 +105,7 @@ def test_a_copy_has_weights_and_switches_of_its_own(fast: Any) -> None:
     assert torch.equal(fast(x), wanted)
 
 
+@pytest.mark.client("timm", "create_optimizer_v2: weight decay and layer decay groups")
 def test_parameters_are_grouped_as_the_models(model: Any, fast: Any) -> None:
     def groups(of: Any) -> list[tuple[float, float, list[str]]]:
         names = {id(p): name for name, p in of.named_parameters()}
@@ -153,6 +159,7 @@ def test_an_author_who_calls_all_children_in_turn() -> None:
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.client("timm", "forward_features, forward_head, get_classifier")
 def test_a_method_that_runs_attention_skips(model: Any, fast: Any) -> None:
     never = rewrite(model, "2(50%)")
     x = images()
@@ -177,6 +184,9 @@ def test_the_same_method_is_the_author_s_where_nothing_is_skipped(model: Any, fa
         )
 
 
+@pytest.mark.client(
+    "timm", "forward_intermediates", caveat="of layers under a drop: fill_taps=True"
+)
 def test_features_of_several_layers(model: Any) -> None:
     x = images()
     with pytest.raises(UnsupportedModelError) as caught:
@@ -210,6 +220,11 @@ def test_what_is_traced_through_is_not_called_past_the_graph(fast: Any, path: st
 
 @pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn"])
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.client(
+    "PyTorch",
+    "a hook on what a graph was traced through",
+    caveat="refused at the next call, which says where to hook instead",
+)
 def test_a_hook_that_would_never_run_is_refused(fast: Any, path: str, kind: str) -> None:
     x = images()
     handle = getattr(fast.get_submodule(path), f"register_{kind}")(lambda *args: None)
@@ -230,6 +245,7 @@ def _note(module: nn.Module, *_: Any) -> None:
     RAN.append(type(module).__name__)
 
 
+@pytest.mark.client("PyTorch", "a hook on the model")
 def test_a_hook_on_the_model_itself_runs_whatever_graph_does() -> None:
     RAN.clear()
     fast = rewrite(vit())
@@ -241,6 +257,7 @@ def test_a_hook_on_the_model_itself_runs_whatever_graph_does() -> None:
     assert RAN == ["VisionTransformer"] * 4
 
 
+@pytest.mark.client("PyTorch", "a hook on a layer that a graph calls")
 def test_a_hook_on_what_is_called_runs(fast: Any) -> None:
     seen: list[tuple[int, ...]] = []
     fast.blocks[2].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))
@@ -261,6 +278,7 @@ def assert_as_rewritten_anew(fast: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.client("timm", "reset_classifier")
 def test_another_head(pool: str) -> None:
     fast, model = rewrite(vit()), vit()
     for each in (fast, model):
@@ -286,6 +304,7 @@ def test_a_flag_of_a_block(model: Any) -> None:
     assert_as_rewritten_anew(copy.deepcopy(late), other)
 
 
+@pytest.mark.client("timm", "set_grad_checkpointing")
 def test_activations_may_be_recomputed() -> None:
     fast, plain = rewrite(vit()).train(), rewrite(vit()).train()
     fast.set_grad_checkpointing(True)
@@ -348,6 +367,7 @@ def test_calls_without_end_are_stopped() -> None:
     assert "as a tensor" in caught.value.hint
 
 
+@pytest.mark.client("timm", "set_input_size, another image size")
 def test_another_size() -> None:
     model = vit(dynamic_img_size=True)
     fast, x = rewrite(model), images(size=96)

@@ -83,6 +83,12 @@ def test_branches_on_the_batch_size_everywhere(name: str, place: str, frontend: 
     check_batch(name, place, frontend)
 
 
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_branch_on_a_fraction_of_the_batch_size(frontend: str) -> None:
+    model = branching(lambda x: x.shape[0] / 2 < 2.0, "every-block")
+    assert_right(rewrite(model, frontend), model)
+
+
 @pytest.mark.parametrize(("name", "place", "frontend"), KIND_CASES)
 def test_questions_of_kind(name: str, place: str, frontend: str) -> None:
     check_kind(name, place, frontend)

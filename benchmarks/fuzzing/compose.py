@@ -391,10 +391,8 @@ class _Writer:
 
     def _post(self, block: _Class, i: int) -> None:
         block.body.append(f"x = x + {self._branch(block, i, 'self.attn(x)')}")
-        self._mark(block, "sum")
         block.body.append("x = self.norm1(x)")
-        self._operators(block, "middle", i)
-        self._mark(block, "fork")
+        self._middle(block, i)
         block.body.append("x = self.norm2(x + self.mlp(x))")
 
     def _scaled(self, block: _Class, i: int) -> None:

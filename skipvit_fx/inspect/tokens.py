@@ -62,7 +62,7 @@ def selection_of(
     scores: Sequence[Tensor | None], kept: Tensor | None, dropped: Tensor | None
 ) -> Selection | None:
     """What :class:`skipvit_fx.ops.select.Select` was given and returned; ``None`` if no score was there."""
-    present = [score for score in scores if score is not None]
+    present = [score.detach() for score in scores if score is not None]
     if not present:
         return None
     total = torch.stack(present).mean(0)
@@ -116,7 +116,6 @@ def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
             handle.remove()
 
 
-@torch.no_grad()
 def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]:
     """Run a rewritten model, and return what each stage of its plan kept and dropped, in order.
 

@@ -178,6 +178,13 @@ class _Tracer(KeepsOutputClass, fx.proxy.GraphAppendingTracer):
     """Appends nodes to a graph."""
 
 
+class _OfProxies(PythonReferenceAnalysis):
+    """Arithmetic with sizes, on proxies as well."""
+
+    truediv = int_truediv = staticmethod(operator.truediv)
+    pow = pow_by_natural = staticmethod(operator.pow)
+
+
 class _Translation:
     """An exported program as a graph in the vocabulary of the symbolic front end.
 
@@ -261,9 +268,16 @@ class _Translation:
             return
         fake: Any = inputs[0][0].meta["val"]
         for assumed in fake.fake_mode.shape_env.guards:
-            holds = sympy_interp(PythonReferenceAnalysis, dict(sizes), assumed.expr)
             frame = assumed.sloc.maybe_user_loc or assumed.sloc.framework_loc
-            self._guard(holds, True, spelled_place(frame.filename, frame.lineno, frame.name))
+            place = spelled_place(frame.filename, frame.lineno, frame.name)
+            try:
+                holds = sympy_interp(_OfProxies, dict(sizes), assumed.expr)
+            except (TypeError, fx.proxy.TraceError) as error:
+                raise TraceError(
+                    f"the model decides by the batch size in {place}, where {assumed.expr} cannot be checked",
+                    hint="move the branch into a module that runs no attention",
+                ) from error
+            self._guard(holds, True, place)
         if alone.differs:
             several = next(iter(sizes.values())) > 1
             self._guard(several, True, "the model, which computes something else for one sample,")

@@ -125,6 +125,9 @@ def layout(model: nn.Module, prefix: int, suffix: int) -> Layout:
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "backbone"])
 @pytest.mark.parametrize("make", MODELS)
+@pytest.mark.client(
+    "dense heads", "{case}", caveat="features of layers under a drop: fill_taps=True"
+)
 def test_a_dense_head(make: Callable[[], Any], whole: bool) -> None:
     output, backbone, prefix, suffix = MODELS[make]
     model = built(make)

@@ -21,6 +21,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("case", ["vit", "fused", "beit", "torchvision", "tied"])
+@pytest.mark.client("torch.func", "vmap")
 def test_a_batch_of_batches(case: str) -> None:
     _, fast, x, output = rewritten(case)
     with torch.no_grad():
@@ -29,6 +30,7 @@ def test_a_batch_of_batches(case: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "training"), [("vit", False), ("fused", True), ("beit", True)])
+@pytest.mark.client("torch.func", "gradients per sample")
 def test_gradients_a_sample(case: str, training: bool) -> None:
     _, fast, x, _ = rewritten(case)
     fast.train(training)
@@ -44,6 +46,7 @@ def test_gradients_a_sample(case: str, training: bool) -> None:
         close({name: found[name][i] for name in wanted}, wanted)
 
 
+@pytest.mark.client("torch.func", "an ensemble of models")
 def test_an_ensemble() -> None:
     """Each member chooses its own patches."""
     _, fast, x, output = rewritten("vit")

@@ -27,6 +27,7 @@ def inserted(graph: fx.Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("case", ["vit", "fused", "beit", "torchvision", "tied"])
+@pytest.mark.client("torch.fx", "symbolic_trace")
 def test_traced(case: str) -> None:
     _, fast, x, output = rewritten(case)
     traced = fx.symbolic_trace(fast)
@@ -36,6 +37,7 @@ def test_traced(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["vit", "fused"])
+@pytest.mark.client("torch.fx", "a trace is trained")
 def test_a_trace_trains(case: str) -> None:
     _, fast, x, _ = rewritten(case)
     traced = fx.symbolic_trace(fast.train())
@@ -80,6 +82,7 @@ def note(seen: dict[str, Tensor], name: str, module: nn.Module, args: Any, out: 
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.client("torchvision", "create_feature_extractor")
 def test_features(training: bool) -> None:
     """By the names of modules, as on the model."""
     _, fast, x, _ = rewritten("vit")

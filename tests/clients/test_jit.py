@@ -27,6 +27,11 @@ def saved_and_loaded(traced: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 @pytest.mark.parametrize(
     ("case", "batch"), [("vit", 1), ("fused", 2), ("beit", 2), ("torchvision", 2), ("tied", 2)]
 )
+@pytest.mark.client(
+    "torch.jit",
+    "traced, saved and loaded",
+    caveat="a trace is for one size of image; retrace for another",
+)
 def test_traced_saved_and_loaded(case: str, batch: int) -> None:
     """For any batch size, whatever the one was that it was traced with."""
     _, fast, x, output = rewritten(case)
@@ -35,6 +40,7 @@ def test_traced_saved_and_loaded(case: str, batch: int) -> None:
     close(loaded(torch.cat([x, x.flip(0)])), torch.cat([output, output.flip(0)]))
 
 
+@pytest.mark.client("torch.jit", "a trace is trained")
 def test_a_trace_trains() -> None:
     _, fast, x, _ = rewritten("fused")
     fast.train()

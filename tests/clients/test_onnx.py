@@ -39,6 +39,7 @@ def run(path: Path, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("case", "dynamo"), [("vit", True), ("torchvision", False), ("fused", False), ("tied", False)]
 )
+@pytest.mark.client("torch.onnx.export", "both exporters, any batch size")
 def test_a_file_for_any_batch(case: str, dynamo: bool, tmp_path: Path) -> None:
     _, fast, x, output = rewritten(case)
     path = tmp_path / "fast.onnx"
@@ -66,6 +67,7 @@ class Chosen(nn.Module):
 
 
 @pytest.mark.parametrize("dynamo", DYNAMO)
+@pytest.mark.client("torch.onnx.export", "the same patches are kept")
 def test_the_same_patches_are_kept(dynamo: bool, tmp_path: Path) -> None:
     """Also of equal scores, whatever the runtime does with these."""
     scores = torch.randint(0, 4, (8, 50), generator=torch.Generator().manual_seed(0)).float()
@@ -74,6 +76,7 @@ def test_the_same_patches_are_kept(dynamo: bool, tmp_path: Path) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.client("torch.onnx.export", "patches of equal score")
 def test_tied_patches_stay_from_the_front() -> None:
     """What the file above was compared with."""
     _, fast, x, _ = rewritten("tied")

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit's tracer, at t
 
 @pytest.mark.every_case
 @pytest.mark.parametrize("make", [vit, classifier])
+@pytest.mark.client("OpenVINO", "convert_model")
 def test_convert_model(make: Callable[[], Any]) -> None:
     fast = rewritten(make())
     converted = ov.convert_model(fast, example_input=pixels(3))

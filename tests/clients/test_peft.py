@@ -36,6 +36,7 @@ def adapted(model: Any, kind: str) -> Any:
 
 @pytest.mark.every_case
 @pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.client("PEFT", "{case}, before and after rewriting")
 def test_an_adapter_on_a_rewritten_model(kind: str) -> None:
     """The same as rewriting the model with its adapter, in every way to call it; and it learns."""
     x = pixels()
@@ -62,6 +63,7 @@ def test_an_adapter_on_a_rewritten_model(kind: str) -> None:
     assert set(used) == set(gradients)
 
 
+@pytest.mark.client("PEFT", "an adapter saved, loaded, switched off, merged")
 def test_an_adapter_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     x = pixels()
     late = adapted(rewritten(classifier()), "lora")

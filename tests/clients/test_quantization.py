@@ -15,6 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:Please use quant_min:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning"),
 ]
 LINEAR = torch.ao.nn.quantized.dynamic.Linear
 
@@ -29,6 +30,7 @@ def error(got: Tensor, wanted: Tensor) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", ["vit", "tied"])
+@pytest.mark.client("torch.ao", "quantize_dynamic")
 def test_dynamic_quantisation(case: str) -> None:
     """Every linear layer, the joint projection of the last one among them, and about as exactly as in the model."""
     model, fast, x, output = rewritten(case)
@@ -39,6 +41,7 @@ def test_dynamic_quantisation(case: str) -> None:
     assert error(ours(x), output) < 2 * error(theirs(x), model(x)) < 0.2
 
 
+@pytest.mark.client("torch.ao", "prepare_qat")
 def test_quantisation_aware_training() -> None:
     """Fake quantisers in every linear layer watch what they should, and gradients pass through them."""
     model, fast, x, output = rewritten("vit")
@@ -56,6 +59,7 @@ def test_quantisation_aware_training() -> None:
     assert 0 < error(fast.eval()(x), output) < 0.1
 
 
+@pytest.mark.client("torchao", "PT2E, X86InductorQuantizer")
 def test_pt2e() -> None:
     pt2e = pytest.importorskip("torchao.quantization.pt2e.quantize_pt2e")
     x86 = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
@@ -73,6 +77,7 @@ def test_pt2e() -> None:
         assert 0 < error(quantised_by_export(fast)(x), output) < 2 * theirs < 0.2
 
 
+@pytest.mark.client("torchao", "float8 weights")
 def test_float8_weights() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     _, fast, x, output = rewritten("vit")
@@ -82,6 +87,11 @@ def test_float8_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.jit's tracer, at the author's branches
+@pytest.mark.client(
+    "NNCF",
+    "quantize",
+    caveat="convert to OpenVINO first; of graph modules it takes exported programs only, and not with type conversions",
+)
 def test_nncf() -> None:
     """Through OpenVINO: of a graph module it wants node by node what torch.export leaves out of some."""
     nncf, ov = pytest.importorskip("nncf"), pytest.importorskip("openvino")

@@ -15,6 +15,7 @@ BATCH = torch.export.Dim("batch", min=1)
 
 
 @pytest.mark.parametrize("case", ["beit", "tied"])
+@pytest.mark.client("torch.export", "exported, run as a program")
 def test_exported(case: str) -> None:
     _, fast, x, output = rewritten(case)
     program = torch.export.export(fast, (x,))
@@ -24,6 +25,7 @@ def test_exported(case: str) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.client("torch.export", "any batch size, strict or not")
 def test_any_batch(strict: bool) -> None:
     _, fast, x, output = rewritten("fused")
     shapes = ({0: BATCH},)
@@ -32,6 +34,7 @@ def test_any_batch(strict: bool) -> None:
         close(program(x[:batch]), output[:batch])
 
 
+@pytest.mark.client("torch.export", "the program is trained")
 def test_a_program_trains() -> None:
     _, fast, x, _ = rewritten("fused")
     fast.train()
@@ -42,6 +45,7 @@ def test_a_program_trains() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a compiler of C++")
+@pytest.mark.client("AOTInductor", "compiled ahead of time and loaded")
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     _, fast, x, output = rewritten("fused")
     program = torch.export.export(fast, (x,), dynamic_shapes=({0: BATCH},))

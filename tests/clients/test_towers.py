@@ -174,6 +174,11 @@ def rewrite_tower(parent: Parent) -> Any:
 
 @pytest.mark.every_case
 @pytest.mark.parametrize("make", PARENTS)
+@pytest.mark.client(
+    "towers",
+    "{case}: rewritten and put back",
+    caveat="LLaVA reads a layer under the drop: fill_taps=True",
+)
 def test_a_tower_is_put_back(make: Callable[[], Parent]) -> None:
     """The parent computes with what the tower drops, off it is the parent's own, and the tower is right by itself."""
     torch.manual_seed(0)
@@ -197,6 +202,7 @@ def test_a_tower_is_put_back(make: Callable[[], Parent]) -> None:
     assert all(call.record.validated.startswith("validated") for call in fast.own.calls)
 
 
+@pytest.mark.client("open_clip", "lock_image_tower")
 def test_an_image_tower_that_open_clip_locks() -> None:
     parent = open_clip_model()
     rewrite_tower(parent)

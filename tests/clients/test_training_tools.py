@@ -44,6 +44,7 @@ def pruned(model: Any) -> None:
         prune.ln_structured(block.mlp.fc1, "weight", 0.5, n=2, dim=0)
 
 
+@pytest.mark.client("torch.nn.utils.prune", "l1_unstructured, ln_structured, remove")
 def test_pruning() -> None:
     late, early = twins(pruned)
     assert_alike(late, early)
@@ -56,6 +57,7 @@ def test_pruning() -> None:
 # -- timm -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.client("timm", "train script: layer decay, EMA, AGC, checkpoint saver")
 def test_the_pieces_of_timms_train_script(tmp_path: Path) -> None:
     def trained(model: Any, folder: Path) -> tuple[Any, Any]:
         folder.mkdir()
@@ -102,6 +104,7 @@ def test_the_pieces_of_timms_train_script(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offload", ["cpu_offload", "dispatch"])
+@pytest.mark.client("accelerate", "{case}")
 def test_accelerate_offload(offload: str, tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     fast, x = rewritten(vit()), pixels()
@@ -114,6 +117,7 @@ def test_accelerate_offload(offload: str, tmp_path: Path) -> None:
         torch.testing.assert_close(fast(x), wanted)
 
 
+@pytest.mark.client("accelerate", "prepare, backward, unwrap")
 def test_accelerate_prepares() -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
@@ -139,6 +143,7 @@ def test_accelerate_prepares() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers, loggers and devices
+@pytest.mark.client("Lightning", "fit, save_checkpoint, load")
 def test_lightning(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
 
@@ -189,6 +194,7 @@ def test_lightning(tmp_path: Path) -> None:
 # -- low precision ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.client("torchao", "int8 weights")
 def test_torchao_weight_only() -> None:
     quantization = pytest.importorskip("torchao.quantization")
 
@@ -200,6 +206,7 @@ def test_torchao_weight_only() -> None:
     assert type(late.blocks[3].attn.qkv.weight) is not nn.Parameter
 
 
+@pytest.mark.client("torchao", "QAT, int4 weights")
 def test_torchao_quantisation_aware_training() -> None:
     quantization = pytest.importorskip("torchao.quantization")
     qat = pytest.importorskip("torchao.quantization.qat")
@@ -217,6 +224,7 @@ def test_torchao_quantisation_aware_training() -> None:
         torch.testing.assert_close(dict(late.named_parameters())[name].grad, parameter.grad)
 
 
+@pytest.mark.client("bitsandbytes", "4-bit layers", caveat="rewrite first, then replace the layers")
 def test_bitsandbytes() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -242,6 +250,7 @@ def test_bitsandbytes() -> None:
         assert torch.equal(fast(pixels()), model(pixels()))
 
 
+@pytest.mark.client("PyTorch", "a layer is replaced by another")
 def test_a_layer_is_replaced() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
