@@ -172,7 +172,6 @@ def rewrite_tower(parent: Parent) -> Any:
     return fast
 
 
-@pytest.mark.every_case
 @pytest.mark.parametrize("make", PARENTS)
 @pytest.mark.client(
     "towers",
