@@ -19,7 +19,6 @@ AUTHOR = "_author"
 NOT_THE_AUTHORS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {AUTHOR, "forward"}
 """Attributes of a rewritten model that say nothing of what its author wrote."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str)
 _MISSING = object()
 
@@ -60,11 +59,19 @@ class StayAway:
 
 
 class Seen(NamedTuple):
-    """An attribute that Python read, or may have read, while a graph was made."""
+    """What Python read of a module, or may have read, while a graph was made.
+
+    Attributes:
+        module: the module.
+        attributes: of it, with their values.
+        held: how much is in it in all.
+        names: of those that the author's code may read.
+    """
 
     module: nn.Module
-    name: str
-    value: Any
+    attributes: list[tuple[str, Any]]
+    held: int
+    names: set[str]
 
 
 class Traced:
@@ -81,29 +88,29 @@ class Traced:
         self.stale = False
         self.modules = {path: root.get_submodule(path) for path in sorted(paths)}
         self.attributes = [
-            Seen(module, name, value)
+            Seen(
+                module,
+                [(name, v) for name, v in vars(module).items() if name not in NOT_THE_AUTHORS],
+                len(module.__dict__),
+                _names(module),
+            )
             for module in self.modules.values()
-            for name, value in vars(module).items()
-            if name not in NOT_THE_AUTHORS
         ]
-        self.names = [(m, len(m.__dict__), _names(m)) for m in self.modules.values()]
         opened = set(map(id, self.modules.values()))
         self.children = [
-            Seen(module, name, child)
+            (module._modules, name, child)
             for module in self.modules.values()
             for name, child in module._modules.items()
             if id(child) in opened
         ]
         self.shapes = [
-            Seen(module, name, tuple(tensor.shape))
+            (module, name, tuple(tensor.shape))
             for module in self.modules.values()
             for name, tensor in module._parameters.items()
             if tensor is not None
         ]
         self.hooks = [
-            (path, module, {kind: len(getattr(module, kind)) for kind in _HOOKS})
-            for path, module in self.modules.items()
-            if path
+            (path, module, _hooks_on(module)) for path, module in self.modules.items() if path
         ]
 
     def of_copy(self, root: nn.Module) -> Traced:
@@ -119,15 +126,17 @@ class Traced:
         """Whether Python might now take another way through them than it took."""
         if self.stale:
             return True
-        for module, name, value in self.attributes:
-            now = module.__dict__.get(name, _MISSING)
-            if now is not value and not _same(now, value):
+        for module, attributes, count, names in self.attributes:
+            held = module.__dict__
+            for name, value in attributes:
+                now = held.get(name, _MISSING)
+                if now is not value and not _same(now, value):
+                    return True
+            # a new one may hide one of the class
+            if len(held) != count and _names(module) - names:
                 return True
-        for module, count, names in self.names:  # a new one may hide one of the class
-            if len(module.__dict__) != count and _names(module) - names:
-                return True
-        for module, name, child in self.children:
-            if module._modules.get(name) is not child:
+        for children, name, child in self.children:
+            if children.get(name) is not child:
                 return True
         for module, name, shape in self.shapes:
             now = module._parameters.get(name)
@@ -141,15 +150,14 @@ class Traced:
         Raises:
             UnsupportedModelError: somebody has.
         """
-        for path, module, counts in self.hooks:
-            for kind, count in counts.items():
-                if len(getattr(module, kind)) != count:
-                    raise UnsupportedModelError(
-                        f"module {path!r} carries a hook, which never runs: the graph was traced through this module",
-                        module_path=path,
-                        hint=f"put it on a module that is called, such as {self._called_in(path)!r}; with "
-                        "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
-                    )
+        for path, module, count in self.hooks:
+            if _hooks_on(module) != count:
+                raise UnsupportedModelError(
+                    f"module {path!r} carries a hook, which never runs: the graph was traced through this module",
+                    module_path=path,
+                    hint=f"put it on a module that is called, such as {self._called_in(path)!r}; with "
+                    "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
+                )
 
     def _called_in(self, path: str) -> str:
         """A module below one that was traced through, and that the graph calls."""
@@ -162,6 +170,11 @@ class Traced:
             and next(child.children(), None) is None
         )
         return next(below, path)
+
+
+def _hooks_on(module: nn.Module) -> int:
+    forward = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return forward + len(module._backward_hooks) + len(module._backward_pre_hooks)
 
 
 def _names(module: nn.Module) -> set[str]:

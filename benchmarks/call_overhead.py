@@ -1,0 +1,60 @@
+"""What does calling a rewritten model cost, over calling its graph alone?
+
+`python benchmarks/call_overhead.py` calls a model that computes next to nothing, 12 layers deep, and a graph module of
+its graph alone in turns, and prints the difference: finding the graph for the call, and looking for changes and hooks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from torch import fx
+
+import skipvit_fx as sv
+from skipvit_fx.cli.environment import hardware, versions
+
+TARGET = 50e-6
+"""Seconds."""
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print median, least and most of the differences of blocks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=20, help="blocks of a hundred pairs of calls")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 8, "num_heads": 2}
+    model = timm.create_model("vit_small_patch16_224", **size).eval()
+    x = torch.randn(1, 3, 32, 32)
+    fast = sv.rewrite(model, "6(55%)+11", example_inputs=x)
+    bare = fx.GraphModule(fast, fast.graph).eval()
+    found = []
+    with torch.no_grad():
+        for _ in range(rounds):
+            pairs = [(seconds(lambda: fast(x)), seconds(lambda: bare(x))) for _ in range(100)]
+            found.append(
+                statistics.median(a for a, _ in pairs) - statistics.median(b for _, b in pairs)
+            )
+    median = statistics.median(found)
+    print(f"{hardware()}; {versions('timm', 'skipvit_fx')}")
+    print(
+        f"a call costs {median * 1e6:.0f} microseconds more than the graph ({min(found) * 1e6:.0f} to "
+        f"{max(found) * 1e6:.0f}); target {TARGET * 1e6:.0f}: {'met' if median <= TARGET else 'missed'}"
+    )
+
+
+if __name__ == "__main__":
+    main()
