@@ -26,10 +26,12 @@ class Row:
     """A use of a client.
 
     Attributes:
+        shows: what the test shows where it passes.
         caveat: what to know besides.
         outcomes: of all cases, by name: passed, failed or why it was skipped.
     """
 
+    shows: str
     caveat: str
     outcomes: list[str] = field(default_factory=list)
 
@@ -39,7 +41,7 @@ class Row:
         if "failed" in self.outcomes:
             return "**fails**"
         others = [outcome for outcome in self.outcomes if outcome != "passed"]
-        return f"not run: {others[0]}" if others else "works"
+        return f"not run: {others[0]}" if others else self.shows
 
 
 class ClientsPage:
@@ -57,7 +59,11 @@ class ClientsPage:
             mark = marks[0]
             spec = getattr(item, "callspec", None)
             what = mark.args[1].format(case=spec.id if spec else "")
-            row = self.rows.setdefault((mark.args[0], what), Row(mark.kwargs.get("caveat", "")))
+            caveat = mark.kwargs.get("caveat", "")
+            if isinstance(caveat, dict):
+                caveat = caveat.get(spec.id if spec else "", "")
+            new = Row(mark.kwargs.get("shows", "works"), caveat)
+            row = self.rows.setdefault((mark.args[0], what), new)
             skipped = report.outcome == "skipped" and isinstance(report.longrepr, tuple)
             row.outcomes.append(report.longrepr[2] if skipped else report.outcome)
         return report

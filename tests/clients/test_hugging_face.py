@@ -184,7 +184,9 @@ def trained(model: Any, folder: Path, resume: bool = False, **options: Any) -> d
 @pytest.mark.client(
     "Hugging Face",
     "Trainer: {case}",
-    caveat="resuming a bare ViT fails in transformers 5.24 for the author's model as well",
+    caveat={
+        "itself": "resuming a bare ViT fails in transformers 5.24, for the author's model as well"
+    },
 )
 def test_trainer(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

@@ -176,7 +176,7 @@ def rewrite_tower(parent: Parent) -> Any:
 @pytest.mark.client(
     "towers",
     "{case}: rewritten and put back",
-    caveat="LLaVA reads a layer under the drop: fill_taps=True",
+    caveat={"llava": "it reads a layer under the drop: fill_taps=True"},
 )
 def test_a_tower_is_put_back(make: Callable[[], Parent]) -> None:
     """The parent computes with what the tower drops, off it is the parent's own, and the tower is right by itself."""
@@ -213,6 +213,9 @@ def test_an_image_tower_that_open_clip_locks() -> None:
     parent.call(parent.model).sum().backward()
 
 
+@pytest.mark.client(
+    "towers", "Qwen2-VL", shows="refused", caveat="it packs images of any size into one sequence"
+)
 def test_packed_images_are_refused_with_the_reason() -> None:
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
