@@ -94,7 +94,7 @@ PLACES: dict[str, tuple[Any, str, list[str]]] = {
     "axes": (AxisMode, "_apply", FRONTENDS),
     "counting": (leaves._Counts, "__torch_dispatch__", ["symbolic"]),
     "facts": (TokenAnalysis, "execute", ["symbolic"]),
-    "layers": (layers, "_layers", ["symbolic"]),
+    "layers": (layers, "_attended", ["symbolic"]),
     "dropping": (Keep, "forward", ["symbolic"]),
 }
 

@@ -259,8 +259,9 @@ def check_cache(
         fast = None
     assert mixes == (fast is None)
     after = caching.tables()
-    assert len(after) == len(before)
-    assert all(a is b for a, b in zip(after, before, strict=True))
+    # of what functools keeps, nothing can be taken out alone
+    assert len(after) == len(before) or (keep is caching.in_functools and not after)
+    assert all(a is b for a, b in zip(after, before, strict=False))
     with torch.no_grad():
         assert torch.equal(model(image(3)), wanted)
         if fast is not None:
