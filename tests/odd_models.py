@@ -671,6 +671,7 @@ EITHER = [
     Example("length-scaled", _attend(LengthScaled)),
     Example("token-scale", _odd(lambda: Block(mlp=TokenScale()))),
     Example("channel-shuffle", _odd(lambda: Block(mlp=ChannelShuffle()))),
+    Example("long-skip", lambda: LongSkip([Block() for _ in range(DEPTH)])),
     Example("value-residual", lambda: ValueResidual([ValueBlock() for _ in range(DEPTH)])),
 ]
 
@@ -827,5 +828,4 @@ BAD = [
     Example("softmax-over-queries", _attend(SoftmaxOverQueries)),
     Example("linear-attention", _attend(LinearAttention)),
     Example("window-attention", _attend(WindowAttention)),
-    Example("long-skip", lambda: LongSkip([Block() for _ in range(DEPTH)])),
 ]

@@ -106,11 +106,11 @@ class World:
     def state(self) -> dict[str, Any]:
         """All that a call could leave changed, by name: files, weights, modes, hooks, switches."""
         found: dict[str, Any] = {str(p): p.stat().st_size for p in self.folder.rglob("*")}
-        for owner in (self.model, self.fast):
-            for name, m in owner.named_modules():
+        for owner, of in (("model", self.model), ("fast", self.fast)):
+            for name, m in of.named_modules():
                 hooks = len(m._forward_hooks), len(m._forward_pre_hooks)
                 switches = getattr(m, "enabled", None), getattr(m, "train_only", None)
-                found[f"{type(owner).__name__}: {name}"] = (type(m), m.training, hooks, switches)
+                found[f"{owner}: {name}"] = (type(m), m.training, hooks, switches)
         for name, value in self.model.state_dict().items():
             found[f"weights: {name}"] = float(value.double().sum())
         return found | {"gradients": torch.is_grad_enabled()}

@@ -93,10 +93,13 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
     flow.add_edges_from((node, output) for node in last)
     chain = _chain(graph, flow, source, output)
     for span in attention_spans(analysis, chain):
-        taps = _features(analysis, flow, span)
-        if taps:
-            flow.remove_edges_from(taps)
-            chain = _chain(graph, flow, source, output)
+        attentions = [node for node in span.softmaxes if _is_square(analysis, node)]
+        taps = _features(flow, span.start, attentions)
+        inner = flow.copy()
+        inner.remove_edges_from(taps)
+        without = _chain(graph, inner, source, output) if taps else chain
+        if taps and without.way.issuperset(attentions):  # no second sequence hangs on them
+            flow, chain = inner, without
     return chain
 
 
@@ -113,14 +116,13 @@ def _chain(graph: fx.Graph, flow: nx.DiGraph, source: fx.Node, output: fx.Node) 
 
 
 def _features(
-    analysis: TokenAnalysis, flow: nx.DiGraph, span: Span
+    flow: nx.DiGraph, start: fx.Node, attentions: list[fx.Node]
 ) -> list[tuple[fx.Node, fx.Node]]:
     """Where a head that reads several layers taps the stream: from in front of the last attention past its layer.
 
     Without these connections, the layers of an encoder are one stream, whatever a head makes of what it reads. None are
     found where the last layer is in no module of its own, which would tell a tap from a part of the layer.
     """
-    attentions = [node for node in span.softmaxes if _is_square(analysis, node)]
     if not attentions:
         return []
     last = attentions[-1]
@@ -133,7 +135,7 @@ def _features(
         return []
     return [
         (node, reader)
-        for node in sorted(before & nx.descendants(flow, span.start) | {span.start})
+        for node in sorted(before & nx.descendants(flow, start) | {start})
         for reader in flow.successors(node)
         if reader is not last and reader not in before and block not in module_calls(reader)
     ]

@@ -315,6 +315,7 @@ def _numbers_kept(model: nn.Module, paths: frozenset[str]) -> dict[str, list[Any
         f"{path}.{name}".removeprefix("."): [p for p in nested(value) if isinstance(p, _PLAIN)]
         for path in sorted(paths)
         for name, value in vars(model.get_submodule(path)).items()
+        if name != "training"
     }
 
 

@@ -9,6 +9,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch.compiler import is_compiling
 
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ops.following import sizes
@@ -132,8 +133,8 @@ class Traced:
                 now = held.get(name, _MISSING)
                 if now is not value and not _same(now, value):
                     return True
-            # a new one may hide one of the class
-            if len(held) != count and _names(module) - names:
+            # a new one may hide one of the class; torch.compile notes down its own while it follows
+            if len(held) != count and not is_compiling() and _names(module) - names:
                 return True
         for children, name, child in self.children:
             if children.get(name) is not child:
