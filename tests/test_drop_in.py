@@ -130,6 +130,15 @@ def test_an_author_s_name_that_would_be_hidden_is_refused() -> None:
         )
 
 
+def test_a_class_of_no_module_that_is_imported() -> None:
+    names: dict[str, Any] = {"__name__": "nowhere", "Odd": Odd}
+    exec("class Made(Odd):\n    pass", names)
+    model = scramble(names["Made"](Block() for _ in range(4))).eval()
+    fast = skipvit_fx.rewrite(model, PLAN, example_inputs=image())
+    fast.of_a_tool = 1
+    assert fast(image()).shape == model(image()).shape
+
+
 def test_an_author_who_calls_all_children_in_turn() -> None:
     class InTurn(nn.Sequential):
         def forward(self, image: Tensor) -> Tensor:

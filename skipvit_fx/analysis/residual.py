@@ -95,10 +95,12 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
     for span in attention_spans(analysis, chain):
         attentions = [node for node in span.softmaxes if _is_square(analysis, node)]
         taps = _features(flow, span.start, attentions)
+        if not taps:
+            continue
         inner = flow.copy()
         inner.remove_edges_from(taps)
-        without = _chain(graph, inner, source, output) if taps else chain
-        if taps and without.way.issuperset(attentions):  # no second sequence hangs on them
+        without = _chain(graph, inner, source, output)
+        if without.way.issuperset(attentions):  # no second sequence hangs on them
             flow, chain = inner, without
     return chain
 

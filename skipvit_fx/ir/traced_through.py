@@ -173,9 +173,14 @@ class Traced:
         return next(below, path)
 
 
-def _hooks_on(module: nn.Module) -> int:
-    forward = len(module._forward_hooks) + len(module._forward_pre_hooks)
-    return forward + len(module._backward_hooks) + len(module._backward_pre_hooks)
+def _hooks_on(module: nn.Module) -> tuple[int, ...]:
+    """How many of each kind."""
+    return (
+        len(module._forward_hooks),
+        len(module._forward_pre_hooks),
+        len(module._backward_hooks),
+        len(module._backward_pre_hooks),
+    )
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -196,7 +201,8 @@ def _spelled(kind: Any) -> frozenset[str]:
     for base in kind.__mro__:
         written_in = sys.modules.get(base.__module__)
         if base.__module__.partition(".")[0] not in ("torch", "builtins"):
-            for value in [*vars(base).values(), *vars(written_in).values()]:
+            around = vars(written_in).values() if written_in else ()  # exec leaves none
+            for value in [*vars(base).values(), *around]:
                 spelled |= names_in(value)
     return frozenset(spelled)
 

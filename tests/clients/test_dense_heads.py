@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     BeitConfig,
     BeitForSemanticSegmentation,
@@ -26,28 +26,15 @@ from transformers import (
 )
 
 import skipvit_fx
+from client_models import PLAN, SMALL, STAGES, pixels
 from models import scramble
 from outside import MIDDLES
 from reference import Layout, Point, masked_reference
 from skipvit_fx.errors import UnsupportedModelError
 
-PLAN = "2(50%)+4"
-STAGES: Any = {"stages": [(2, "0.5")], "return_layer": 4}
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
 PAIR = {"image_size": [32, 32], "patch_size": [8, 8]}
 EVERY_LAYER = {"out_indices": [1, 2, 3, 4]}
 NECK: dict[str, Any] = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8}
-
-
-def images() -> Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def dpt() -> Any:
@@ -131,7 +118,7 @@ def layout(model: nn.Module, prefix: int, suffix: int) -> Layout:
 def test_a_dense_head(make: Callable[[], Any], whole: bool) -> None:
     output, backbone, prefix, suffix = MODELS[make]
     model = built(make)
-    x = images()
+    x = pixels()
     score = None if prefix else "mean"
     wanted = masked_reference(model, x, layout(model, prefix, suffix), score=score, **STAGES).output
     with torch.no_grad():
@@ -151,5 +138,5 @@ def test_a_dense_head(make: Callable[[], Any], whole: bool) -> None:
 
 def test_features_under_a_drop_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match="is under the drop at layer 2") as caught:
-        skipvit_fx.rewrite(built(dpt), PLAN, example_inputs=images())
+        skipvit_fx.rewrite(built(dpt), PLAN, example_inputs=pixels())
     assert "fill_taps=True" in caught.value.hint
