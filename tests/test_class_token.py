@@ -139,6 +139,14 @@ def split(x: Tensor, prefix: int) -> Tensor:
     return first[:, 0] + others.mean(1) * 0
 
 
+def add_last(x: Tensor, prefix: int) -> Tensor:
+    return x[:, 0] + x[:, -1]
+
+
+def last_to_all(x: Tensor, prefix: int) -> Tensor:
+    return (x + x[:, -1:]).mean(1)
+
+
 CLS, REG, DIST = ("cls_token", 1), ("reg_token", 4), ("dist_token", 1)
 Case = tuple[dict[str, Any], int | None, str]
 CASES: dict[str, Case] = {
@@ -195,8 +203,18 @@ CASES: dict[str, Case] = {
         4 + PATCHES + 2,
         "read by the head",
     ),
+    "at-the-end-of-unnamed": (
+        {"front": [("a", 2)], "back": [CLS], "read": at(-1)},
+        2 + PATCHES,
+        "read by the head",
+    ),
     "both-ends": ({"front": [("a", 2)], "back": [CLS], "read": at(1)}, 1, "read by the head"),
     "back-unread": ({"front": [], "back": [CLS], "read": average}, None, "reads none of the rows"),
+    "register-behind-added": (
+        {"front": [CLS], "back": [REG], "read": add_last},
+        0,
+        "read by the head",
+    ),
     "no-rows": ({"front": [], "read": average}, None, "all rows are patches"),
 }
 STYLES: dict[str, dict[str, Any]] = {
@@ -273,9 +291,23 @@ def test_exported(name: str) -> None:
 AMBIGUOUS = {"front": [("a", 2), ("prompts", 3)], "read": average}
 
 
-def test_what_cannot_be_told_is_refused_with_the_ways_out() -> None:
-    model = build(AMBIGUOUS)
-    with pytest.raises(UnsupportedModelError, match=r"stem\.a, stem\.prompts") as caught:
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (AMBIGUOUS, r"stem\.a, stem\.prompts"),
+        (
+            {"front": [CLS], "back": [REG], "read": last_to_all},
+            r"row \d+, .*reg_token\), but .*cls",
+        ),
+        ({"front": [("a", 1)], "back": [("b", 1)], "read": at(-1)}, r"row \d+, .*stem\.a"),
+    ],
+    ids=["nothing-read", "register-behind", "unnamed-behind"],
+)
+def test_what_cannot_be_told_is_refused_with_the_ways_out(
+    options: dict[str, Any], named: str
+) -> None:
+    model = build(options)
+    with pytest.raises(UnsupportedModelError, match=named) as caught:
         skipvit_fx.rewrite(model, "1(50%)+3", example_inputs=(image(),))
     for way_out in ("score='cls'", "score='mean'", "prefix_tokens=N"):
         assert way_out in caught.value.hint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import fx
@@ -42,14 +42,16 @@ def find_class_token(
     if not tokens.lead + tokens.tail:
         return ClassToken(None, "all rows are patches")
     read = _rows_read(analysis, end, dim, tokens)
-    if read:
+    if read and (read[0] < tokens.lead or not tokens.lead):
         return ClassToken(read[0], "read by the head")
+    if read:
+        return _read_behind(read[0], _sources(analysis, first, dim, [*range(tokens.lead), read[0]]))
     if not tokens.lead:
         return ClassToken(None, "the head reads none of the rows after the patches by itself")
-    sources = _sources(analysis, first, dim, tokens.lead)
+    sources = _sources(analysis, first, dim, range(tokens.lead))
     for row, names in enumerate(sources):
         for name in names:
-            if tokens.lead > 1 and {"cls", "class"} & set(re.split(r"[_.]", name)):
+            if tokens.lead > 1 and _is_class(name):
                 return ClassToken(row, f"guessed from the name {name!r}")
     others = [row for row, names in enumerate(sources) if not any(map(_is_register, names))]
     if not others:
@@ -66,6 +68,25 @@ def find_class_token(
         f"{tokens.lead} rows stand in front of the patches ({listed or 'of unknown origin'}), the head reads none of "
         "them by itself, and their names do not tell whether one is a class token",
     )
+
+
+def _read_behind(row: int, sources: list[tuple[str, ...]]) -> ClassToken:
+    """Judge a row behind the patches that the head reads by itself, where others stand in front of them."""
+    *front, own = sources
+    rivals = [name for names in front if not any(map(_is_register, names)) for name in names]
+    if not rivals or any(map(_is_class, own)):
+        return ClassToken(row, "read by the head")
+    named, listed = " ".join(own) or "of unknown origin", ", ".join(dict.fromkeys(rivals))
+    return ClassToken(
+        None,
+        "the head reads a row behind the patches by itself, and others stand in front",
+        f"the head reads row {row}, behind the patches, by itself ({named}), but {listed} in front of them may be "
+        "the class token as well",
+    )
+
+
+def _is_class(name: str) -> bool:
+    return not {"cls", "class"}.isdisjoint(re.split(r"[_.]", name))
 
 
 def _is_register(name: str) -> bool:
@@ -100,11 +121,13 @@ def _after(analysis: TokenAnalysis, end: fx.Node) -> Iterator[fx.Node]:
             yield node
 
 
-# -- where the rows in front come from ----------------------------------------------------------------------------
+# -- where the rows come from -------------------------------------------------------------------------------------
 
 
-def _sources(analysis: TokenAnalysis, first: fx.Node, dim: int, lead: int) -> list[tuple[str, ...]]:
-    """For every row in front, the names of the parameters and buffers that it is made of; none where that is lost."""
+def _sources(
+    analysis: TokenAnalysis, first: fx.Node, dim: int, rows: Iterable[int]
+) -> list[tuple[str, ...]]:
+    """For each of these rows, the names of the parameters and buffers that it is made of; none where that is lost."""
     needed = {first}
     for node in reversed(analysis.module.graph.nodes):
         if node in needed:
@@ -118,7 +141,7 @@ def _sources(analysis: TokenAnalysis, first: fx.Node, dim: int, lead: int) -> li
     tape.play(analysis, values, [node for node in nodes if node not in values])
     stream = values[first]
     start = [0] * stream.ndim
-    return [tape.origin(stream, _put(start, dim, row)).names for row in range(lead)]
+    return [tape.origin(stream, _put(start, dim, row)).names for row in rows]
 
 
 def _put(index: list[int], at: int, value: int) -> list[int]:
