@@ -67,6 +67,9 @@ class Named:
         if self.kind == "hugging face":
             encoder = ENCODERS[self.name]
             found: Any = encoder.build(**self.options)
+            for module in found.modules():
+                if getattr(module, "drop_prob", 0):  # draws of its own cannot be compared
+                    module.drop_prob = 0.0
             return Built(found, found, lambda at: encoder.layout(found))
         odd = (
             odd_models.mixing(*_mixer(self.name))
