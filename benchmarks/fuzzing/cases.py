@@ -281,8 +281,8 @@ def _refuse_gone_counts(case: Case, fast: Any) -> None:
     """
     placed = case.model.placed if isinstance(case.model, Composition) else ()
     counts = any(p.place in ("normed", "pooled") and p.operator.kind == "count" for p in placed)
-    exported = skipvit_fx.inspect(fast).frontend == "export"
-    if counts and exported and case.return_layer is None and case.stages:
+    gone = case.return_layer is None and case.stages
+    if counts and gone and skipvit_fx.inspect(fast).frontend == "export":
         raise NoReferenceError("the head counts tokens, of which some never return")
 
 
