@@ -450,6 +450,10 @@ class MaskedRun:
 
             for block in blocks:
                 keep(block.register_forward_pre_hook(self._enter))
+            end = layout.ends[-1] if layout.ends else Point(layout.blocks[-1], "output")
+            last = layout.exit or end
+            # first, as the last hook of a module runs first: a cut may be at the same place
+            keep(self._watch(last, self.depth, partial(self._at_border, self.depth + 1)))
             for layer, (start, mid) in enumerate(zip(entry, layout.mid, strict=True), 1):
                 keep(self._watch(start, layer, partial(self._at_border, layer)))
                 keep(self._watch(mid, layer, self._at_mid))
@@ -457,9 +461,6 @@ class MaskedRun:
                     keep(self._watch(layout.ends[layer - 1], layer, self._at_end))
                 if layout.taps:
                     keep(self._watch(layout.taps[layer - 1], layer, self._held))
-            end = layout.ends[-1] if layout.ends else Point(layout.blocks[-1], "output")
-            last = layout.exit or end
-            keep(self._watch(last, self.depth, partial(self._at_border, self.depth + 1)))
             for module, axis in layout.mixed:
                 keep(module.register_forward_hook(self._mix(axis)))
             for block in blocks:
