@@ -570,6 +570,9 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "of-channels-after-mixing": lambda x: x.flip(1).softmax(-1),
     "of-tokens": lambda x: x.softmax(1) * x.shape[-1],
     "of-pairs-summed": lambda x: (x @ x.mT).softmax(-1).sum() * 0.1,
+    "of-samples-summed": lambda x: (
+        (x.transpose(0, 1) @ x.transpose(0, 1).mT * 0.1).softmax(-1).sum() * 0 + x
+    ),
     "of-pairs-summed-in-a-sample": lambda x: (x @ x.mT).softmax(-1).square().sum((1, 2), True),
 }
 

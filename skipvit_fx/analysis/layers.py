@@ -347,12 +347,16 @@ def _attended(analysis: TokenAnalysis, span: Span) -> _Attended | None:
 def _why_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
     """What mixed tokens in or before an attention, from the start of its span on, and so hid what it attends to.
 
-    Empty if nothing did, or if it has not the shape of an attention, with as many queries as keys.
+    Empty if nothing did, or if it has not the shape of an attention, with as many queries as keys, or nothing is left
+    of its weights at the end of the span.
     """
     value: Tensor = analysis[node].value
-    square = value.ndim > 2 and list(value.shape).count(keys_of(analysis, node)) > 1
-    if node.target not in SDPA and not square:
-        return ""
+    keys = keys_of(analysis, node)
+    square = value.ndim > 2 and list(value.shape).count(keys) > 1
+    if node.target not in SDPA:
+        reached = _reached(analysis, span, node, value.numel() // keys) if square else set()
+        if span.end not in reached and not any(analysis[n].sums_weights for n in reached):
+            return ""
     leads = {node}
     waiting = [node]
     while waiting:
@@ -367,28 +371,34 @@ def _why_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
     )
 
 
+def _reached(analysis: TokenAnalysis, span: Span, softmax: fx.Node, least: int) -> set[fx.Node]:
+    """The nodes that weights come to in a span, up to where they are summed with values.
+
+    Not through what has fewer numbers than ``least``: those are no weights any more.
+    """
+    reached = {softmax}
+    node = softmax
+    while node is not span.end:
+        if node in reached and not analysis[node].sums_weights:
+            if any(t.numel() >= least for t in tensors_in(analysis[node].value)):
+                reached.update(node.users)
+            else:
+                reached.discard(node)
+        node = node.next
+    return reached
+
+
 def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[bool, str]:
     """Whether a softmax's weights are summed with values before the span ends, and what mixes tokens on the way.
 
     Where something mixes them, no sum can be told from anything else behind it: an attention that cannot be scored. Not
     where fewer numbers are left than there are tokens: those are no weights any more.
     """
-    reached = {softmax}
-    ends = []
     axes = analysis.axes(softmax)
     assert axes is not None
     samples = next((batch.samples for dim in axes if (batch := batch_of(dim))), 1)
-    least = samples * keys_of(analysis, softmax)
-    node = softmax
-    while node is not span.end:
-        if node in reached:
-            if analysis[node].sums_weights:
-                ends.append(node)
-            elif any(t.numel() >= least for t in tensors_in(analysis[node].value)):
-                reached.update(node.users)
-            else:
-                reached.discard(node)
-        node = node.next
+    reached = _reached(analysis, span, softmax, samples * keys_of(analysis, softmax))
+    ends = [node for node in sorted(reached) if analysis[node].sums_weights]
     before_values: set[fx.Node] = set()
     waiting = list(ends)
     while waiting:
