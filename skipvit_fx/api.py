@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 
 from skipvit_fx import validation
+from skipvit_fx.analysis.replacements import Replacements, uses_of
 from skipvit_fx.arguments import check_flag, check_model, check_prefix_tokens
 from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
 from skipvit_fx.ir.capture import Capture
@@ -176,6 +177,9 @@ def _rewritten(
         fast.own.drops = options.drops
         fast.own.rewrite = functools.partial(_rewritten, options)
         watch(fast, capture.opened, rewriting.stream.modules)
+        fast.own.replacements = Replacements(
+            fast, uses_of(rewriting.analysis, rewriting.on_fewer_tokens())
+        )
         return fast
 
     return with_capture(model, args, kwargs, work, frontend=options.frontend)

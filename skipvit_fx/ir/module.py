@@ -8,7 +8,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,9 @@ from skipvit_fx.ir.traced_through import (
 from skipvit_fx.ops.following import in_jit_trace
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
+
+if TYPE_CHECKING:
+    from skipvit_fx.analysis.replacements import Replacements
 
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
@@ -69,6 +72,7 @@ class Own(Switchable):
         drops: whether the plan drops anything at all.
         rewrite: makes a rewritten model of one of the author's, for another call.
         traced: what the graphs were traced through; ``None`` until the first of them is complete.
+        replacements: what they call on fewer tokens.
     """
 
     def __init__(self, author: type[nn.Module], run: Callable[..., Any]) -> None:
@@ -80,6 +84,7 @@ class Own(Switchable):
         self.drops = True
         self.rewrite: Rewrite | None = None
         self.traced: Traced | None = None
+        self.replacements: Replacements | None = None
 
     @property
     def skipping(self) -> bool:
@@ -118,6 +123,20 @@ class SkipViTModule(fx.GraphModule):
     def skipping(self) -> bool:
         """Whether the graph runs, rather than the author's forward."""
         return self.own.skipping
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph of the example call, of the modules as they are now: whoever asks for it may go on to run it.
+
+        Raises:
+            SkipViTError: as the next call would.
+        """
+        self._keep_up("", (), {})
+        return self._graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
 
     # -- calls ------------------------------------------------------------------------------------------------
 
@@ -176,6 +195,8 @@ class SkipViTModule(fx.GraphModule):
             traced.refuse_hooks()
             if traced.changed():
                 self._start_anew(method, args, kwargs)
+        if (replacements := self.own.replacements) is not None:
+            replacements.check()
 
     def _run_graph(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._keep_up(method, args, kwargs)
@@ -262,6 +283,8 @@ class SkipViTModule(fx.GraphModule):
         assert own.traced is not None
         assert made.own.traced is not None
         watch(self, {*own.traced.modules, *made.own.traced.modules}, made.own.traced.attention)
+        if own.replacements is not None and made.own.replacements is not None:
+            own.replacements = own.replacements.with_more(made.own.replacements.uses)
         return call
 
     def _start_anew(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -285,6 +308,8 @@ class SkipViTModule(fx.GraphModule):
         traced = made.own.traced
         assert traced is not None
         watch(self, traced.modules, traced.attention)
+        if made.own.replacements is not None:
+            own.replacements = made.own.replacements.of_copy(self)
 
     def _get_name(self) -> str:
         return f"SkipViT{type(self).__name__}"
@@ -294,10 +319,11 @@ class SkipViTModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Make the graph's code anew; ``forward`` stays what chooses between graphs, and the author's own."""
         owner: Any = type(self)
-        with self.graph.on_generate_code(lambda _: recompute.transformer(self.graph)):
+        graph = self._graph
+        with graph.on_generate_code(lambda _: recompute.transformer(graph)):
             made = super().recompile()
         code, owner.forward = owner.forward, owner.call
-        first = next((call for call in self.own.calls if call.graph is self.graph), None)
+        first = next((call for call in self.own.calls if call.graph is graph), None)
         if first is not None:
             first.run = code
         return made
@@ -320,9 +346,11 @@ class SkipViTModule(fx.GraphModule):
         state = {name: value for name, value in self.__dict__.items() if name != AUTHOR}
         copied.__dict__.update(copy.deepcopy(state, memo))
         copied._show_author()
-        copied.graph.owning_module = copied
+        copied._graph.owning_module = copied
         if self.own.traced is not None:
             copied.own.traced = self.own.traced.of_copy(copied)
+        if self.own.replacements is not None:
+            copied.own.replacements = self.own.replacements.of_copy(copied)
         return copied
 
     def __copy__(self) -> SkipViTModule:

@@ -111,6 +111,15 @@ class Rewriting:
         under = set().union(*(stage.span for stage in self.stages)) if self.stages else set()
         return [node for node in self.editor.graph.nodes if node in under]
 
+    def on_fewer_tokens(self) -> list[fx.Node]:
+        """The author's nodes that see fewer rows than they did: under a drop, or where unread rows are left out."""
+        under = {*self.span_nodes(), *self.narrow}
+        return [
+            node
+            for node in self.editor.graph.nodes
+            if node in under and node in self.analysis.facts
+        ]
+
     def own_readers(self, cut: fx.Node) -> set[fx.Node]:
         """Nodes that read the whole stream at a cut, and go on doing so when its other readers do not."""
         scores = {score for stage in self.stages for score in stage.scores.values()}

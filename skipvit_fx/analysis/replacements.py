@@ -1,0 +1,346 @@
+"""Modules that a graph calls on fewer tokens, and that somebody replaced since: do they keep tokens and samples apart?
+
+What replaces a module (an adapter, a quantised layer) may compute with operators that no rule knows. So it is run, on
+random rows and on some of them: both must give the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import operator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.analysis.axes import Axes, Batch, Tokens, axes_of, tensors_in
+from skipvit_fx.analysis.tokens import TokenAnalysis
+from skipvit_fx.differences import relative_error, tolerance
+from skipvit_fx.errors import GuardError, UnsupportedModelError
+from skipvit_fx.ir.author_code import AuthorError, author_code
+
+SAMPLES, ROWS = 2, 4
+"""On so few, whatever mixes them makes a large difference."""
+
+QUANTISED = 0.1
+"""Relative error of a quantised module that keeps tokens apart: it may take a scale from all that it sees."""
+
+_ALL = [*range(SAMPLES)], [*range(ROWS)]
+_PARTS = (
+    (_ALL[0], [1, 2], "tokens of a sample"),
+    (_ALL[0], [0, 3], "tokens of a sample"),
+    ([0], _ALL[1], "samples of a batch"),
+    ([1], _ALL[1], "samples of a batch"),
+)
+"""Samples and rows: without the first and the last row, and without whatever row or sample decides for all."""
+
+_HINT = "rewrite the model with what replaces the module in it"
+
+
+class Sketch(NamedTuple):
+    """What is known of a tensor that a module takes or returns.
+
+    Attributes:
+        axes: where tokens and samples are.
+        dtype: of its elements.
+    """
+
+    axes: Axes
+    dtype: torch.dtype
+
+    def sizes(self, samples: int, rows: int) -> list[int]:
+        """The lengths of all factors of its axes, in order."""
+        return [_length(factor, samples, rows) for dim in self.axes for factor in dim]
+
+    def drawn(self, samples: int, rows: int, dtype: torch.dtype, generator: Any) -> Tensor:
+        """Random values, with an axis for each factor."""
+        sizes = self.sizes(samples, rows)
+        if self.dtype.is_floating_point:
+            return torch.randn(sizes, generator=generator).to(dtype)
+        return torch.randint(2, sizes, generator=generator).to(self.dtype)
+
+    def taken(self, values: Tensor, samples: list[int], rows: list[int]) -> Tensor:
+        """Some samples and rows of what has an axis for each factor."""
+        factors = [factor for dim in self.axes for factor in dim]
+        for at, factor in enumerate(factors):
+            if not isinstance(factor, int):
+                wanted = samples if isinstance(factor, Batch) else rows
+                values = values.index_select(at, torch.tensor(wanted, device=values.device))
+        return values
+
+    def whole(self, values: Tensor) -> Tensor:
+        """The tensor itself, of values that have an axis for each factor."""
+        sizes = iter(values.shape)
+        shape = [
+            functools.reduce(operator.mul, itertools.islice(sizes, len(dim)), 1)
+            for dim in self.axes
+        ]
+        return values.reshape(shape)
+
+
+def _length(factor: Any, samples: int, rows: int) -> int:
+    if isinstance(factor, Tokens):
+        return rows
+    return samples if isinstance(factor, Batch) else int(factor)
+
+
+class Use(NamedTuple):
+    """One call of a module in a graph.
+
+    Attributes:
+        inputs: its positional and keyword arguments, a :class:`Sketch` for each tensor with tokens.
+        outputs: a :class:`Sketch` for each tensor that it returns.
+    """
+
+    inputs: Any
+    outputs: list[Sketch]
+
+
+def uses_of(analysis: TokenAnalysis, nodes: Iterable[fx.Node]) -> dict[str, list[Use]]:
+    """How modules are called at these nodes of the author's, by their paths: those that take tokens and return them."""
+    found: dict[str, list[Use]] = {}
+    for node in nodes:
+        if node.op == "call_module":
+            outputs = [*map(_sketch, tensors_in(analysis.value(node)))]
+            given = fx.node.map_arg(
+                (node.args, node.kwargs), functools.partial(_of_author, analysis)
+            )
+            inputs = pytree.tree_map(_sketch, given)
+            sketched = any(isinstance(leaf, Sketch) for leaf in pytree.tree_leaves(inputs, _whole))
+            if sketched and all(isinstance(out, Sketch) for out in outputs):
+                found.setdefault(str(node.target), []).append(Use(inputs, outputs))
+    return found
+
+
+def _of_author(analysis: TokenAnalysis, node: fx.Node) -> Any:
+    """The value of a node; of what was inserted, that of the node whose rows it hands on."""
+    while node not in analysis.facts:
+        node = node.all_input_nodes[0]
+    return analysis[node].value
+
+
+def _sketch(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    axes = axes_of(leaf)
+    if axes is not None:
+        return Sketch(axes, leaf.dtype)
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+
+
+def _whole(leaf: Any) -> bool:
+    return isinstance(leaf, Sketch)
+
+
+class Replacements:
+    """The modules that the graphs of a rewritten model call on fewer tokens, as they were when they were judged.
+
+    Args:
+        root: the model.
+        uses: how they are called.
+        judged: whether they are fine as they are.
+    """
+
+    def __init__(
+        self, root: nn.Module, uses: Mapping[str, list[Use]], *, judged: bool = True
+    ) -> None:
+        self.uses = dict(uses)
+        self._root = root
+        self._parts: dict[str, list[nn.Module]] = {path: [] for path in uses}
+        self._holders: list[dict[str, Any]] = []
+        self._held: list[Any] = [] if judged else [None]
+        if judged:
+            self._look()
+
+    def _look(self) -> None:
+        holders: dict[int, dict[str, Any]] = {}
+        for path in self.uses:
+            parts = self._parts[path] = [*self._root.get_submodule(path).modules()]
+            for module in [self._root.get_submodule(path.rpartition(".")[0]), *parts]:
+                holders[id(module._modules)] = module._modules
+        self._holders = [*holders.values()]
+        self._held = [*self._now()]
+
+    def _now(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._holders))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: it is about modules that may not be copied, or not yet. See :meth:`of_copy`."""
+
+    def of_copy(self, root: nn.Module) -> Replacements:
+        """The same for a copy of the model."""
+        return Replacements(root, self.uses, judged=not self._changed())
+
+    def with_more(self, uses: Mapping[str, list[Use]]) -> Replacements:
+        """With the calls of another graph as well."""
+        both = {path: [*self.uses.get(path, ()), *more] for path, more in uses.items()}
+        return Replacements(self._root, {**self.uses, **both})
+
+    def _changed(self) -> bool:
+        return sum(map(len, self._holders)) != len(self._held) or not all(
+            map(operator.is_, self._now(), self._held)
+        )
+
+    def check(self) -> None:
+        """Look for modules that were replaced since the last time, and judge them.
+
+        Raises:
+            UnsupportedModelError: one does not keep tokens and samples apart, or cannot be run alone.
+            GuardError: the model is being followed by a tool under which nothing can be run.
+        """
+        if not self._changed():
+            return
+        following = torch.compiler.is_dynamo_compiling()
+        for path, parts in self._parts.items():
+            module = self._root.get_submodule(path)
+            now = [*module.modules()]
+            if len(now) != len(parts) or not all(map(operator.is_, now, parts)):
+                named = _what_is_new(path, module, parts)
+                if following or any(map(_stands_in, [*module.parameters(), *module.buffers()])):
+                    raise GuardError(
+                        f"{named} since the last call, and the model is being compiled, exported or transformed",
+                        hint="call the rewritten model once before",
+                    )
+                _alone(_judge, path, named, module, self.uses[path], _dtype_of([*now, self._root]))
+        self._look()
+
+
+def _stands_in(tensor: Tensor) -> bool:
+    """Whether a tool has put something else in the place of a parameter."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or isinstance(tensor, (FakeTensor, FunctionalTensor))
+
+
+def _what_is_new(path: str, module: nn.Module, before: list[nn.Module]) -> str:
+    """What was replaced in a module, in words."""
+    known = set(map(id, before))
+    new = ((name, part) for name, part in module.named_modules() if id(part) not in known)
+    name, part = next(new, ("", module))
+    place = f"{path}.{name}".removesuffix(".")
+    return f"module {place!r} was replaced by a {type(part).__name__}"
+
+
+def _dtype_of(modules: list[nn.Module]) -> torch.dtype:
+    """That of the first floating-point parameter."""
+    found = (p.dtype for module in modules for p in module.parameters() if p.is_floating_point())
+    return next(found, torch.float32)
+
+
+def _alone(function: Callable[..., None], *args: Any) -> None:
+    """Call ``function`` in a thread of its own: no tracer, mode or autocast of this one is active there."""
+    raised: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function(*args)
+        except BaseException as error:  # raised again below
+            raised.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def _judge(path: str, named: str, module: nn.Module, uses: list[Use], dtype: torch.dtype) -> None:
+    """Run a module on all of a few random rows, and on some of them.
+
+    Args:
+        path: of the module that the graph calls.
+        named: what was replaced in it.
+        module: this module.
+        uses: how it is called.
+        dtype: of its floating-point inputs.
+
+    Raises:
+        UnsupportedModelError: the results differ, or it does not run.
+    """
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+        raise UnsupportedModelError(
+            f"{named}, whose batch norm mixes tokens and samples in training",
+            module_path=path,
+            hint=_HINT,
+        )
+    try:
+        with torch.no_grad():
+            scratch = _scrambled(module)
+            largest = _largest(scratch)
+            for use in uses:
+                for samples, rows, mixed in _PARTS:
+                    error = _apart(scratch, use, samples, rows, dtype)
+                    if not error <= largest:
+                        raise UnsupportedModelError(
+                            f"{named}, and now mixes the {mixed}: what {path!r} makes of one depends on the others",
+                            module_path=path,
+                            hint="undo that, and choose a plan under which all tokens pass this module",
+                        )
+    except (AuthorError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{named}, of which running it alone does not tell whether it keeps tokens apart: {error}",
+            module_path=path,
+            hint=_HINT,
+        ) from error
+
+
+def _largest(module: nn.Module) -> float:
+    """Up to which relative error two results of a module count as equal."""
+    tensors = [*module.parameters(), *module.buffers()]
+    plain = all(t.is_floating_point() and type(t) in (Tensor, nn.Parameter) for t in tensors)
+    packed = any("quantized" in type(part).__module__ for part in module.modules())
+    return tolerance(tensors) if plain and not packed else QUANTISED
+
+
+def _scrambled(module: nn.Module) -> nn.Module:
+    """A copy in eval mode, whose parameters are far from those of a fresh adapter, which adds nothing."""
+    with author_code():
+        scratch = copy.deepcopy(module).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in scratch.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.ndim:
+            noise = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+            parameter.data = parameter.data + noise.to(parameter)
+    return scratch
+
+
+def _apart(
+    module: nn.Module, use: Use, samples: list[int], rows: list[int], dtype: torch.dtype
+) -> float:
+    """How far what a module makes of some rows is from these rows of what it makes of all."""
+    generator = torch.Generator().manual_seed(1)
+    device = next((t.device for t in [*module.parameters(), *module.buffers()]), None)
+
+    def draw(leaf: Any) -> Any:
+        if isinstance(leaf, Sketch):
+            return leaf, leaf.drawn(SAMPLES, ROWS, dtype, generator).to(device)
+        return torch.ones_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
+
+    drawn = pytree.tree_map(draw, use.inputs, is_leaf=_whole)
+
+    def run(select: Callable[[Sketch, Tensor], Tensor]) -> list[Tensor]:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf[0].whole(select(*leaf)) if _is_drawn(leaf) else leaf,
+            drawn,
+            is_leaf=_is_drawn,
+        )
+        with author_code():
+            return tensors_in(module(*args, **kwargs))
+
+    every = run(lambda sketch, values: values)
+    some = run(lambda sketch, values: sketch.taken(values, samples, rows))
+    wanted = [
+        sketch.whole(sketch.taken(out.reshape(sketch.sizes(SAMPLES, ROWS)), samples, rows))
+        for sketch, out in zip(use.outputs, every, strict=True)
+    ]
+    return relative_error(some, wanted)
+
+
+def _is_drawn(leaf: Any) -> bool:
+    return type(leaf) is tuple and len(leaf) == 2 and isinstance(leaf[0], Sketch)
