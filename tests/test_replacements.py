@@ -230,7 +230,10 @@ def test_a_graph_that_others_run_keeps_up() -> None:
     fast.load_state_dict(model.state_dict())
     fast.blocks[2].attn.scale = model.blocks[2].attn.scale = 0.9
     fast.eval()
+    with pytest.raises(GuardError, match="was changed since the last call"):
+        _export(fast)
     with torch.no_grad():
+        fast(pixels())
         wanted = masked_reference(model, pixels(), layout_of(model), **STAGES).output
         assert relative_error(_export(fast)(pixels()), wanted) < 1e-5
     fast.blocks[2].register_forward_hook(lambda *_: None)

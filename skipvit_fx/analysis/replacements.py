@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Axes, Batch, Tokens, axes_of, tensors_in
@@ -25,6 +23,7 @@ from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.differences import relative_error, tolerance
 from skipvit_fx.errors import GuardError, UnsupportedModelError
 from skipvit_fx.ir.author_code import AuthorError, author_code
+from skipvit_fx.ops.following import in_compilation
 
 SAMPLES, ROWS = 2, 4
 """On so few, whatever mixes them makes a large difference."""
@@ -197,7 +196,7 @@ class Replacements:
         """
         if not self._changed():
             return
-        following = torch.compiler.is_dynamo_compiling()
+        following = in_compilation()
         for path, parts in self._parts.items():
             module = self._root.get_submodule(path)
             now = [*module.modules()]
@@ -213,9 +212,8 @@ class Replacements:
 
 
 def _stands_in(tensor: Tensor) -> bool:
-    """Whether a tool has put something else in the place of a parameter."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped or isinstance(tensor, (FakeTensor, FunctionalTensor))
+    """Whether a transformation of ``torch.func`` has put something else in the place of a parameter."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _what_is_new(path: str, module: nn.Module, before: list[nn.Module]) -> str:

@@ -34,7 +34,7 @@ from skipvit_fx.ir.traced_through import (
     Traced,
     names_in,
 )
-from skipvit_fx.ops.following import in_jit_trace
+from skipvit_fx.ops.following import in_compilation, in_jit_trace
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
@@ -194,6 +194,8 @@ class SkipViTModule(fx.GraphModule):
         if traced is not None:
             traced.refuse_hooks()
             if traced.changed():
+                if in_compilation():
+                    raise _not_now("compiled", "a module was changed since the last call")
                 self._start_anew(method, args, kwargs)
         if (replacements := self.own.replacements) is not None:
             replacements.check()
@@ -207,7 +209,7 @@ class SkipViTModule(fx.GraphModule):
                 return form.call.run(self, *form.values(args, kwargs))
             except GuardError:
                 refused.append(form.call)
-        if torch.compiler.is_compiling():
+        if in_compilation():
             raise _not_now("compiled")
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._run_traced(method, args, kwargs)
@@ -368,9 +370,11 @@ class SkipViTModule(fx.GraphModule):
         return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own), hooks)
 
 
-def _not_now(followed: str) -> GuardError:
+def _not_now(
+    followed: str, why: str = "the model is called in a way that no graph was made for yet"
+) -> GuardError:
     return GuardError(
-        f"the model is called in a way that no graph was made for yet, and is being {followed}",
+        f"{why}, and the model is being {followed}",
         hint=f"call the rewritten model once like this before it is {followed}",
     )
 

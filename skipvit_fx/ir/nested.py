@@ -10,19 +10,26 @@ from typing import Any
 from torch import Tensor, nn
 
 _WHOLE = (bool, int, float, str, type(None), Tensor, nn.Module, ModuleType, type)
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _DEEPEST = 6
 
 
 def nested(thing: Any, depth: int = 0) -> Iterator[Any]:
     """The thing, and what it holds: elements, keys and values of containers, attributes of plain objects."""
     yield thing
-    if depth > _DEEPEST or issubclass(type(thing), _WHOLE):
+    if depth > _DEEPEST:
         return
-    if isinstance(thing, dict):
-        parts = [*dict.keys(thing), *dict.values(thing)]
-    elif isinstance(thing, (list, tuple, set, frozenset, collections.deque)):
-        parts = list(thing)
-    else:
-        parts = list(getattr(thing, "__dict__", {}).values())
+    container = holds(thing)
+    parts = [*dict.keys(container)] if isinstance(thing, dict) else []
+    parts += [*dict.values(container)] if isinstance(container, dict) else [*container]
     for part in parts:
         yield from nested(part, depth + 1)
+
+
+def holds(thing: Any) -> Any:
+    """The container that a thing is, or in which it has its attributes; an empty one if it is taken as a whole."""
+    if issubclass(type(thing), _WHOLE):
+        return ()
+    if isinstance(thing, (dict, *_SEQUENCES)):
+        return thing
+    return getattr(thing, "__dict__", {})

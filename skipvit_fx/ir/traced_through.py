@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.compiler import is_compiling
 
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.ir.kept import Kept, same
 from skipvit_fx.ops.following import sizes
 
 AUTHOR = "_author"
@@ -20,7 +21,6 @@ AUTHOR = "_author"
 NOT_THE_AUTHORS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {AUTHOR, "forward"}
 """Attributes of a rewritten model that say nothing of what its author wrote."""
 
-_PLAIN = (bool, int, float, str)
 _MISSING = object()
 
 
@@ -88,15 +88,7 @@ class Traced:
         self.attention = attention
         self.stale = False
         self.modules = {path: root.get_submodule(path) for path in sorted(paths)}
-        self.attributes = [
-            Seen(
-                module,
-                [(name, v) for name, v in vars(module).items() if name not in NOT_THE_AUTHORS],
-                len(module.__dict__),
-                _names(module),
-            )
-            for module in self.modules.values()
-        ]
+        self._look()
         opened = set(map(id, self.modules.values()))
         self.children = [
             (module._modules, name, child)
@@ -114,6 +106,18 @@ class Traced:
             (path, module, _hooks_on(module)) for path, module in self.modules.items() if path
         ]
 
+    def _look(self) -> None:
+        self.attributes = [
+            Seen(
+                module,
+                [(name, v) for name, v in vars(module).items() if name not in NOT_THE_AUTHORS],
+                len(module.__dict__),
+                _names(module),
+            )
+            for module in self.modules.values()
+        ]
+        self._kept = Kept(value for seen in self.attributes for _, value in seen.attributes)
+
     def of_copy(self, root: nn.Module) -> Traced:
         """The same for a copy of the model, changed if this one is."""
         copied = Traced(root, self.modules, self.attention)
@@ -127,12 +131,15 @@ class Traced:
         """Whether Python might now take another way through them than it took."""
         if self.stale:
             return True
+        equal = False
         for module, attributes, count, names in self.attributes:
             held = module.__dict__
             for name, value in attributes:
                 now = held.get(name, _MISSING)
-                if now is not value and not _same(now, value):
-                    return True
+                if now is not value:
+                    if not same(now, value):
+                        return True
+                    equal = True
             # a new one may hide one of the class; torch.compile notes down its own while it follows
             if len(held) != count and not is_compiling() and _names(module) - names:
                 return True
@@ -143,6 +150,10 @@ class Traced:
             now = module._parameters.get(name)
             if now is None or tuple(sizes(now)) != shape:
                 return True
+        if not self._kept.is_so():
+            return True
+        if equal and not is_compiling():  # and others: torch.export leaves copies behind
+            self._look()
         return False
 
     def refuse_hooks(self) -> None:
@@ -220,7 +231,3 @@ def names_in(function: Any) -> set[str]:
             waiting += [part for part in code.co_consts if isinstance(part, CodeType)]
         inner = getattr(inner, "__wrapped__", None)
     return found
-
-
-def _same(now: Any, value: Any) -> bool:
-    return type(value) in _PLAIN and type(now) is type(value) and bool(now == value)

@@ -57,6 +57,13 @@ def in_jit_trace() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
+def in_compilation() -> bool:
+    """Whether ``torch.compile`` or ``torch.export`` is following: nothing can be run, or captured, meanwhile."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def quietly(function: Callable[..., Result], *args: Any) -> Result:
     """Call what decides by sizes. While ``torch.jit`` traces these are tensors, and it warns of every decision.
 

@@ -1,0 +1,104 @@
+"""What objects hold, however nested: a configuration, a table, a list of sizes. Watched, since code may read it."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch.compiler import is_compiling
+
+from skipvit_fx.ir.nested import holds, nested
+
+_PLAIN = (bool, int, float, str)
+
+_MOST = 8192
+"""Things in one object that is looked into; a larger one is a data set, or a vocabulary."""
+
+
+class _Held(NamedTuple):
+    """One container or object, and what it held.
+
+    Attributes:
+        container: a dict, or a sequence.
+        keys, values: of it, in order; a sequence has no keys.
+    """
+
+    container: Any
+    keys: list[Any]
+    values: list[Any]
+
+
+class Kept:
+    """What some objects hold, as it is now.
+
+    Args:
+        roots: the objects.
+    """
+
+    def __init__(self, roots: Iterable[Any]) -> None:
+        self._roots = [*roots]
+        self._look()
+
+    def _look(self) -> None:
+        self._held = [*_containers(self._roots)]
+        self._dicts = [held.container for held in self._held if isinstance(held.container, dict)]
+        self._rows = [held.container for held in self._held if not isinstance(held.container, dict)]
+        self._values = [*self._now()]
+
+    def _now(self) -> Iterator[Any]:
+        return itertools.chain(
+            itertools.chain.from_iterable(map(dict.values, self._dicts)),
+            itertools.chain.from_iterable(self._rows),
+        )
+
+    def is_so(self) -> bool:
+        """Whether they hold the same still; plain values are compared as such, all else by identity."""
+        if is_compiling():
+            return all(map(_is_so, self._held))
+        now = [*self._now()]
+        if len(now) == len(self._values) and all(map(operator.is_, now, self._values)):
+            return True
+        so = all(map(_is_so, self._held))
+        if so:  # some are equal, and others
+            self._look()
+        return so
+
+
+def same(now: Any, then: Any) -> bool:
+    """Whether two values are one, or plain, or containers of such, and equal."""
+    if now is then:
+        return True
+    if type(now) is not type(then):
+        return False
+    if isinstance(then, _PLAIN):
+        return bool(now == then)
+    if isinstance(then, (list, tuple)):
+        return len(now) == len(then) and all(map(same, now, then))
+    if isinstance(then, dict):
+        return [*now] == [*then] and all(map(same, now.values(), then.values()))
+    return False
+
+
+def _is_so(held: _Held) -> bool:
+    container, keys, values = held
+    if isinstance(container, dict):
+        return [*container] == keys and all(map(same, container.values(), values))
+    return len(container) == len(values) and all(map(same, container, values))
+
+
+def _containers(roots: Iterable[Any]) -> Iterator[_Held]:
+    seen: dict[int, Any] = {}
+    for root in roots:
+        parts = [*itertools.islice(nested(root), _MOST + 1)]
+        if len(parts) > _MOST:
+            continue
+        for part in parts:
+            container = holds(part)
+            if container and id(container) not in seen:
+                seen[id(container)] = container
+                if isinstance(container, dict):
+                    yield _Held(container, [*container], [*container.values()])
+                else:
+                    yield _Held(container, [], [*container])

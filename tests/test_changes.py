@@ -1,0 +1,87 @@
+"""What a graph was traced through may read more than plain attributes: settings, tables, a configuration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from client_models import classifier, pixels, rewritten, vit
+from reference import relative_error
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.scales = {"mlp": [1.0, 2.0]}
+        self.residual = True
+
+
+class Configured(nn.Module):
+    """A block that reads its settings at every call."""
+
+    def __init__(self, block: nn.Module, settings: Settings) -> None:
+        super().__init__()
+        self.norm1, self.attn = block.norm1, block.attn
+        self.norm2, self.mlp = block.norm2, block.mlp
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        y: Tensor = self.mlp(self.norm2(x)) * self.settings.scales["mlp"][1]
+        return x + y if self.settings.residual else y
+
+
+def _configured() -> tuple[Any, Settings]:
+    model, settings = vit(), Settings()
+    model.blocks = nn.Sequential(*(Configured(block, settings) for block in model.blocks))
+    return model, settings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.scales["mlp"].__setitem__(1, 3.0),
+        lambda s: s.scales.update(mlp=[1.0, 0.5]),
+        lambda s: setattr(s, "residual", False),
+    ],
+    ids=["in a list", "in a dict", "of an object"],
+)
+def test_a_change_of_what_a_block_reads(change: Callable[[Settings], None]) -> None:
+    (model, theirs), (twin, ours) = _configured(), _configured()
+    fast = rewritten(twin)
+    change(theirs), change(fast.blocks[0].settings)
+    with torch.no_grad():
+        got = fast(pixels())
+        wanted = rewritten(model)(pixels())
+        assert relative_error(got, wanted) < 1e-6
+        assert relative_error(got, rewritten(twin)(pixels())) > 1e-3
+    assert ours.residual
+
+
+def test_a_change_of_a_configuration() -> None:
+    fast = rewritten(classifier(), fill_taps=True)
+    with torch.no_grad():
+        assert fast(pixels()).hidden_states is None
+        fast.config.output_hidden_states = True
+        assert len(fast(pixels()).hidden_states) == 5
+        fast.config.output_hidden_states = False
+        assert fast(pixels()).hidden_states is None
+
+
+def test_equal_copies_are_no_change() -> None:
+    """`torch.export` leaves such."""
+    fast = rewritten(vit())
+    call = fast.own.calls[0]
+    fast.pretrained_cfg = copy.deepcopy(fast.pretrained_cfg)
+    torch.export.export(fast, (pixels(),))
+    with torch.no_grad():
+        fast(pixels())
+    assert fast.own.calls == [call]
+    fast.feature_info[0]["num_chs"] = 7
+    with torch.no_grad():
+        fast(pixels())
+    assert fast.own.calls != [call]
