@@ -15,6 +15,7 @@ from skipvit_fx.ir.capture import Capture
 from skipvit_fx.ir.example import example_of
 from skipvit_fx.ir.module import SkipViTModule, watch
 from skipvit_fx.ir.opening import with_capture
+from skipvit_fx.ir.places import naming_parts
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.pipeline.default import default_pipeline
 from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record
@@ -158,7 +159,8 @@ def _rewritten(
             options.fill_taps,
             options.multiple_of,
         )
-        records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
+        with naming_parts(capture.opened):
+            records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
         found = (
             validation.validate(model, rewriting, captured)
             if options.validate

@@ -27,6 +27,7 @@ from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
+from skipvit_fx.ir.places import naming_parts
 from skipvit_fx.ir.questions import Recorded, modes_asked
 from skipvit_fx.ir.repeated import Alone, call_alone, refuse_calls_that_remember
 from skipvit_fx.ir.side_effects import followed
@@ -86,6 +87,20 @@ def capture(
     _refuse_disguises(model)
     refuse_taken_names(model)
     opened = frozenset(watch_calls(model, mode, args, kwargs).around_attention) | also_open
+    with naming_parts(opened):
+        return _capture(model, args, kwargs, opened, frontend, reason, mode, recorded)
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    opened: frozenset[str],
+    frontend: Frontend,
+    reason: str,
+    mode: TracelessFakeMode,
+    recorded: bool,
+) -> Capture:
     inputs = Inputs(model.forward, args, kwargs)
     mode.surroundings.refuse_unanswered()
     _refuse_hooks(model, opened)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import fx
+
+from skipvit_fx.errors import TraceError, UnsupportedModelError
 
 INSERTED = "skipvit."
 """How the paths of modules begin that the compiler inserts."""
@@ -68,3 +71,50 @@ def module_before(
         if held := [call for call in module_calls(source) if call not in here]:
             return called_module(held[0])
     return "the input"
+
+
+_TOWERS = 3
+"""More modules with attention beside each other are stages of one network."""
+
+
+@contextlib.contextmanager
+def naming_parts(opened: Iterable[str]) -> Iterator[None]:
+    """Let a refusal say which part of the model could be rewritten in its stead.
+
+    Args:
+        opened: paths of the modules around attention.
+    """
+    try:
+        yield
+    except (TraceError, UnsupportedModelError) as error:
+        if isinstance(error, UnsupportedModelError) and not error.node:  # not about a place
+            raise
+        if parts := _encoders(opened, getattr(error, "module_path", "")):
+            which = f"one of {', '.join(parts)}" if len(parts) > 1 else parts[0]
+            error.hint += (
+                f"; or rewrite {which} alone, and put it back: model.{parts[-1]} = "
+                f"skipvit_fx.rewrite(model.{parts[-1]}, ...)"
+            )
+        raise
+
+
+def _encoders(opened: Iterable[str], place: str) -> list[str]:
+    """Paths of the parts that could be rewritten for themselves, where the model as a whole cannot.
+
+    Args:
+        opened: paths of the modules around attention.
+        place: of the module in the way. The parts do not hold it.
+    """
+    paths = {path for path in opened if path}
+    sites = {p for p in paths if not any(q.startswith(f"{p}.") for q in paths)}
+    top = {p for p in paths if not any(p.startswith(f"{q}.") for q in paths)}
+    found: list[str] = []
+    for path in sorted(top):
+        below = {p for p in paths if p.startswith(f"{path}.")}
+        if len(below & sites) < 2:
+            continue
+        if place == path or place.startswith(f"{path}."):
+            found += _encoders(below, place)
+        else:
+            found.append(path)
+    return found if len(found) <= _TOWERS else []

@@ -18,10 +18,12 @@ from skipvit_fx.errors import TraceError
 from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import fake_structure
 from skipvit_fx.ir.fakes import TracelessFakeMode, fake_inputs
+from skipvit_fx.ir.places import naming_parts
 from skipvit_fx.ir.side_effects import contained
 
 aten = torch.ops.aten
 
+_ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _SOFTMAX = frozenset({aten._softmax, aten._safe_softmax})
 _ATTENTION = _SOFTMAX | {
     aten._scaled_dot_product_flash_attention_for_cpu,
@@ -113,13 +115,15 @@ def watch_calls(
             with mode.surroundings.watched(), mode, watch, torch.no_grad(), author_code():
                 watched(*fake_args, **fake_kwargs)
         except AuthorError as error:
-            raise _refusal(model, error) from error
+            depends = isinstance(error.__cause__, _ON_VALUES)
+            with naming_parts(watch.around_attention if depends else ()):
+                raise _refusal(model, error, depends=depends) from error
     return Calls(tuple(watch.modules), tuple(watch.around_attention), tuple(watch.attention))
 
 
-def _refusal(model: nn.Module, error: AuthorError) -> TraceError:
+def _refusal(model: nn.Module, error: AuthorError, *, depends: bool) -> TraceError:
     name, reason = type(model).__name__, error.message
-    if isinstance(error.__cause__, (DataDependentOutputException, DynamicOutputShapeException)):
+    if depends:
         return TraceError(
             f"what {name} computes depends on the values in its input tensors: {reason}",
             hint="pass what its Python code reads from tensors as numbers, if the model takes them",
