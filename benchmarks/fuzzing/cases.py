@@ -264,7 +264,7 @@ def _compared(case: Case, built: Built, fast: Any, x: Tensor, plain: Any) -> Out
         got = fast(x.clone())
         torch.manual_seed(case.seed)
         traces = skipvit_fx.trace_tokens(fast, x.clone())
-        error = _error_to_reference(case, built, x, traces, got)
+        error = _error_to_reference(case, built, x, traces, got, plain)
         skipvit_fx.set_skipping(fast, False)
         off = _error(_plain(fast.graph_forward(x.clone())), _plain(plain))
     built.model.eval(), built.twin.eval()
@@ -299,7 +299,7 @@ def _error(got: Any, wanted: Any) -> float:
 
 
 def _error_to_reference(
-    case: Case, built: Built, x: Tensor, traces: Sequence[Any], got: Any
+    case: Case, built: Built, x: Tensor, traces: Sequence[Any], got: Any, plain: Any
 ) -> float:
     """How far the output is from the reference's, which drops the same tokens by the same scores.
 
@@ -315,7 +315,7 @@ def _error_to_reference(
                 raise Difference("the output differs", error)
             _same_tokens(traces, wanted, ranked=run.choices is None)
             if case.grad:
-                _same_gradients(built, got, wanted.output)
+                _same_gradients(built, got, wanted.output, plain)
         except Difference as difference:
             differences.append(difference)
         else:
@@ -436,9 +436,10 @@ def _same_tokens(traces: Sequence[Any], wanted: ReferenceResult, *, ranked: bool
                 raise Difference("other scores", error)
 
 
-def _same_gradients(built: Built, got: Any, wanted: Any) -> None:
-    """Compare the gradients of all parameters, of a sum of squares."""
+def _same_gradients(built: Built, got: Any, wanted: Any, plain: Any) -> None:
+    """Compare the gradients of all parameters, of a sum with random weights."""
     try:
+        _gradients(built.model, plain)
         expected = _gradients(built.twin, wanted)
     except RuntimeError as error:  # of a model whose operators in place do not let it be trained
         raise NoReferenceError(_words(error)) from error
@@ -454,7 +455,8 @@ def _same_gradients(built: Built, got: Any, wanted: Any) -> None:
 def _gradients(module: nn.Module, output: Any) -> Sequence[Tensor | None]:
     leaves = [t for t in tree_leaves(_plain(output)) if isinstance(t, Tensor) and t.requires_grad]
     parameters = [p for p in module.parameters() if p.requires_grad]
-    total = sum(leaf.square().mean() for leaf in leaves)
+    generator = torch.Generator().manual_seed(0)
+    total = sum((leaf * torch.randn(leaf.shape, generator=generator)).mean() for leaf in leaves)
     return torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)  # type: ignore[arg-type]
 
 
