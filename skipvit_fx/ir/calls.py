@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.ir.inputs import LIVE, live
 from skipvit_fx.ir.questions import Recorded
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
 
@@ -43,8 +44,19 @@ class Nest(NamedTuple):
     leaves: tuple[Any, ...]
 
 
+class Number(NamedTuple):
+    """What a graph assumes of a number that it takes: its class alone."""
+
+    kind: type
+
+
 def kind_of_argument(value: Any) -> Any:
-    """What a graph that was made for this argument assumes of it: :class:`Like`, :class:`Nest`, or its very value."""
+    """What a graph that was made for this argument assumes of it.
+
+    :class:`Like`, :class:`Nest`, :class:`Number`, or its very value.
+    """
+    if isinstance(value, LIVE):
+        return Number(type(value).__base__)  # type: ignore[arg-type]
     if isinstance(value, Tensor):
         return Like(value.dtype, tuple(value.shape[1:]), value.ndim)
     leaves, spec = pytree.tree_flatten(value)
@@ -62,6 +74,8 @@ def fits(value: Any, kind: Any) -> bool:
     if type(kind) is Nest:
         leaves, spec = pytree.tree_flatten(value)
         return spec == kind.spec and all(map(fits, leaves, kind.leaves))
+    if type(kind) is Number:
+        return type(value) is kind.kind or isinstance(value, LIVE)
     return value is kind or (
         isinstance(kind, _PLAIN) and type(value) is type(kind) and bool(value == kind)
     )
@@ -90,6 +104,11 @@ class Call:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     recorded: Recorded
     record: Any = None
+
+    @property
+    def numbers(self) -> set[str]:
+        """Names of the numbers that the graph takes."""
+        return {name for name, kind in self.kinds.items() if type(kind) is Number}
 
 
 class Form(NamedTuple):
@@ -127,6 +146,33 @@ def form_of(call: Call, places: Mapping[str, Place], args: Any, kwargs: Mapping[
         tuple(map(kind_of_argument, args)),
         {name: kind_of_argument(value) for name, value in kwargs.items()},
         tuple(places[name] for name in call.takes),
+    )
+
+
+def differing_numbers(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> set[str] | None:
+    """Names of the numbers in which two calls differ; ``None`` if they differ in anything else."""
+    if kinds.keys() != others.keys():
+        return None
+    found = {name for name in kinds if kinds[name] != others[name]}
+    numbers = all(
+        type(kinds[name]) in (int, float) and _class_of(kinds[name]) is _class_of(others[name])
+        for name in found
+    )
+    return found if numbers else None
+
+
+def _class_of(kind: Any) -> Any:
+    return kind.kind if type(kind) is Number else type(kind)
+
+
+def with_live(
+    names: Iterable[str], places: Mapping[str, Place], args: tuple[Any, ...], kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with these numbers live."""
+    where = {places[name] for name in names}
+    return (
+        tuple(live(value) if i in where else value for i, value in enumerate(args)),
+        {name: live(value) if name in where else value for name, value in kwargs.items()},
     )
 
 
@@ -169,7 +215,11 @@ def kinds_of(
     for name, place in places.items():
         value = args[place] if isinstance(place, int) else kwargs[place]
         parameter = signature.parameters.get(name)
-        if parameter is None or not _is_default(value, parameter.default):
+        if (
+            parameter is None
+            or isinstance(value, LIVE)
+            or not _is_default(value, parameter.default)
+        ):
             kinds[name] = kind_of_argument(value)
     return kinds
 

@@ -24,7 +24,8 @@ from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import clone_structure, copy_to_trace
 from skipvit_fx.ir.exported import export_graph
 from skipvit_fx.ir.fakes import TracelessFakeMode
-from skipvit_fx.ir.inputs import Inputs
+from skipvit_fx.ir.inputs import LIVE, Inputs
+from skipvit_fx.ir.live_numbers import refuse_other_uses
 from skipvit_fx.ir.modes import keep_both_modes
 from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
 from skipvit_fx.ir.places import naming_parts
@@ -106,6 +107,10 @@ def _capture(
     _refuse_hooks(model, opened)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
+    if frontend == "export" and any(isinstance(v, LIVE) for v in inputs.with_tensors().values()):
+        raise TraceError(
+            "torch.export builds in every number that a call passes", hint="pass it as a tensor"
+        )
     alone = call_alone(model, mode, inputs, opened) if frontend == "export" else None
     mode.forget()
     gradients = Recorded(recorded)
@@ -126,6 +131,7 @@ def _capture(
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
     _fix_input_shapes(module, inputs)
+    refuse_other_uses(module.graph, inputs)
     module.recompile()
     return Capture(module, args, dict(kwargs), inputs, frontend, reason, opened, mode)
 

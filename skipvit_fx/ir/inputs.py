@@ -15,6 +15,27 @@ Place = Callable[[str, Any], Any]
 """From the name of a placeholder and an example of it to what stands for it in a graph."""
 
 
+class LiveInt(int):
+    """A number that a graph takes, rather than having it built in."""
+
+
+class LiveFloat(float):
+    """The same of another class."""
+
+
+LIVE = (LiveInt, LiveFloat)
+
+
+def live(value: float) -> LiveInt | LiveFloat:
+    """A number that is to be an argument of a graph."""
+    return LiveInt(value) if isinstance(value, int) else LiveFloat(value)
+
+
+def _is_taken(leaf: Any) -> bool:
+    """Whether a graph takes it."""
+    return isinstance(leaf, (Tensor, *LIVE))
+
+
 class Inputs:
     """The arguments that an example call passes to a forward; the others keep their defaults.
 
@@ -42,7 +63,11 @@ class Inputs:
         return self._bound.kwargs
 
     def placed(self, place: Place) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments with what ``place`` returns for every argument that holds a tensor."""
+        """The arguments, with what ``place`` returns for those that a graph takes: what holds tensors, live numbers.
+
+        Returns:
+            Positional and keyword arguments.
+        """
         parameters = self._bound.signature.parameters.values()
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -96,8 +121,7 @@ class Inputs:
 
 
 def _place(place: Place, name: str, value: Any) -> Any:
-    holds_tensor = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-    return place(name, value) if holds_tensor else value
+    return place(name, value) if any(map(_is_taken, pytree.tree_leaves(value))) else value
 
 
 def _several(leaf: Any) -> Any:
@@ -109,7 +133,7 @@ def parts_of(example: Any, whole: Proxy) -> Any:
     """``example`` with every tensor in it replaced by the part of ``whole`` that stands at its place."""
 
     def part(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
+        if not _is_taken(leaf):
             return leaf
         value: Any = whole
         for key in path:

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from skipvit_fx.errors import GuardError, SavedModelError, TraceError
+from skipvit_fx.errors import GuardError, SavedModelError, TraceError, UnsupportedModelError
 from skipvit_fx.ir import recompute
 from skipvit_fx.ir.calls import (
     Call,
     Form,
+    differing_numbers,
     form_of,
     kinds_of,
     places_of,
     signature_of,
+    with_live,
 )
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.questions import Recorded
@@ -73,6 +75,7 @@ class Own(Switchable):
         rewrite: makes a rewritten model of one of the author's, for another call.
         traced: what the graphs were traced through; ``None`` until the first of them is complete.
         replacements: what they call on fewer tokens.
+        built_in: names of number arguments that a graph cannot take, so that there is one for each value.
     """
 
     def __init__(self, author: type[nn.Module], run: Callable[..., Any]) -> None:
@@ -85,6 +88,7 @@ class Own(Switchable):
         self.rewrite: Rewrite | None = None
         self.traced: Traced | None = None
         self.replacements: Replacements | None = None
+        self.built_in: set[str] = set()
 
     @property
     def skipping(self) -> bool:
@@ -234,17 +238,40 @@ class SkipViTModule(fx.GraphModule):
         signature = signature_of(own.method(method))
         places = places_of(signature, args, kwargs)
         kinds = kinds_of(signature, places, args, kwargs)
-        alike = [c for c in own.calls if c.method == method and c.kinds == kinds]
+        alike = [
+            c
+            for c in own.calls
+            if c.method == method and differing_numbers(kinds, c.kinds) == c.numbers
+        ]
         fitting = (c for c in alike if c.recorded.is_so(training=self.training))
         call = next((c for c in fitting if c not in refused), None)
         if call is None:
-            call = self._capture(method, args, kwargs)
+            call = self._capture(method, args, kwargs, self._numbers(method, kinds))
+        args, kwargs = with_live(call.numbers, places, args, kwargs)
         form = form_of(call, places, args, kwargs)
         own.forms.append(form)
         return form
 
-    def _capture(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _numbers(self, method: str, kinds: dict[str, Any]) -> set[str]:
+        """The numbers that changed since another call like this: no graph is made for each of their values."""
+        others = (c for c in self.own.calls if c.method == method)
+        found = (differing_numbers(kinds, other.kinds) for other in others)
+        return next((names for names in found if names), set()) - self.own.built_in
+
+    def _capture(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        numbers: Collection[str] = (),
+    ) -> Call:
         own = self.own
+        if numbers:
+            places = places_of(signature_of(own.method(method)), args, kwargs)
+            try:
+                return self._capture(method, *with_live(numbers, places, args, kwargs))
+            except (TraceError, UnsupportedModelError):  # they decide more than factors
+                own.built_in |= set(numbers)
         if in_jit_trace():
             raise _not_now("traced")
         if len(own.calls) >= MOST_CALLS:
