@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.vit.modeling_vit import ViTLayer
 
+import skipvit_fx
 from client_models import classifier, pixels, rewritten, vit
 from reference import relative_error
 
@@ -70,6 +72,66 @@ def test_a_change_of_a_configuration() -> None:
         assert len(fast(pixels()).hidden_states) == 5
         fast.config.output_hidden_states = False
         assert fast(pixels()).hidden_states is None
+
+
+class Halved(ViTLayer):
+    """What a layer gives, halved."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) * 0.5
+
+
+def _replace_one(model: Any) -> None:
+    old = model.vit.layers[2]
+    model.vit.layers[2] = new = Halved(model.config).eval()
+    new.load_state_dict(copy.deepcopy(old.state_dict()))
+
+
+def _cut(model: Any) -> None:
+    model.vit.layers = model.vit.layers[:3]
+
+
+def _append(model: Any) -> None:
+    model.vit.layers.append(copy.deepcopy(model.vit.layers[1]))
+
+
+def _swap(model: Any) -> None:
+    layers = model.vit.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+@pytest.mark.parametrize("change", [_replace_one, _cut, _append, _swap])
+def test_a_change_of_the_list_of_layers(change: Callable[[Any], None]) -> None:
+    model, fast = (
+        classifier(),
+        skipvit_fx.rewrite(classifier(), "2(50%)+3", example_inputs=pixels()),
+    )
+    with torch.no_grad():
+        fast(pixels())
+        before = fast(pixels()).logits
+        change(model), change(fast)
+        wanted = skipvit_fx.rewrite(model, "2(50%)+3", example_inputs=pixels())(pixels()).logits
+        assert relative_error(fast(pixels()).logits, wanted) < 1e-6
+        assert relative_error(before, wanted) > 1e-3
+
+
+def test_a_module_that_is_called_in_another_place() -> None:
+    """Modules are kept at hand; a copy, and one that was put in later, is called all the same."""
+    fast = rewritten(vit())
+    with torch.no_grad():
+        before = fast(pixels())
+        twin = copy.copy(fast)
+        twin.head = nn.Linear(32, 5)
+        nn.init.zeros_(twin.head.weight), nn.init.ones_(twin.head.bias)
+        assert torch.equal(twin(pixels()), torch.ones(2, 5))
+        assert torch.equal(fast(pixels()), before)
+        fast.blocks[1].mlp.fc2 = nn.Identity()
+        fast.blocks[1].mlp.fc1 = nn.Identity()
+        assert relative_error(fast(pixels()), before) > 1e-3
+        deep = copy.deepcopy(fast)
+        nn.init.zeros_(deep.head.weight), nn.init.ones_(deep.head.bias)
+        assert torch.equal(deep(pixels()), torch.ones(2, 5))
+        assert not torch.equal(fast(pixels()), torch.ones(2, 5))
 
 
 def test_equal_copies_are_no_change() -> None:

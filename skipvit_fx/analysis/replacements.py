@@ -163,7 +163,8 @@ class Replacements:
         for path in self.uses:
             parts = self._parts[path] = [*self._root.get_submodule(path).modules()]
             for module in [self._root.get_submodule(path.rpartition(".")[0]), *parts]:
-                holders[id(module._modules)] = module._modules
+                if module._modules:
+                    holders[id(module._modules)] = module._modules
         self._holders = [*holders.values()]
         self._held = [*self._now()]
 

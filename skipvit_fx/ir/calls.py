@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.ir.direct import Direct
 from skipvit_fx.ir.inputs import LIVE, live
 from skipvit_fx.ir.questions import Recorded
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
@@ -94,6 +96,8 @@ class Call:
         example: positional and keyword arguments that it was made for, without the values of large tensors.
         recorded: what it assumes of gradients.
         record: what the rewrite did.
+        direct: its code, with the modules that it calls at hand.
+        at_hand: a model and these modules of it; ``None`` where they are to be looked up.
     """
 
     method: str
@@ -104,6 +108,22 @@ class Call:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     recorded: Recorded
     record: Any = None
+    direct: Direct | None = None
+    at_hand: tuple[Any, list[Any]] | None = None
+
+    def compute(self, model: Any, values: list[Any]) -> Any:
+        """What the graph makes of these values in ``model``."""
+        if self.direct is None or torch.compiler.is_compiling() or in_jit_trace():
+            return self.run(model, *values)
+        at_hand = self.at_hand
+        if at_hand is None or at_hand[0] is not model:
+            at_hand = self.at_hand = model, self.direct.modules_of(model)
+        return self.direct.run(model, at_hand[1], *values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        known = {id(self.at_hand): None, id(self.direct): self.direct}
+        fields = copy.deepcopy(vars(self), memo | known)
+        return Call(**fields)
 
     @property
     def numbers(self) -> set[str]:

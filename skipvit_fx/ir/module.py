@@ -26,6 +26,7 @@ from skipvit_fx.ir.calls import (
     signature_of,
     with_live,
 )
+from skipvit_fx.ir.direct import Direct
 from skipvit_fx.ir.inputs import Inputs
 from skipvit_fx.ir.questions import Recorded
 from skipvit_fx.ir.traced_through import (
@@ -201,6 +202,10 @@ class SkipViTModule(fx.GraphModule):
                 if in_compilation():
                     raise _not_now("compiled", "a module was changed since the last call")
                 self._start_anew(method, args, kwargs)
+            if traced.moved:
+                traced.moved = False
+                for call in self.own.calls:
+                    call.at_hand = None
         if (replacements := self.own.replacements) is not None:
             replacements.check()
 
@@ -210,7 +215,7 @@ class SkipViTModule(fx.GraphModule):
         for form in self._forms_for(method, args, kwargs):
             # a branch of the author's may hang on more than kinds of arguments
             try:
-                return form.call.run(self, *form.values(args, kwargs))
+                return form.call.compute(self, form.values(args, kwargs))
             except GuardError:
                 refused.append(form.call)
         if in_compilation():
@@ -218,7 +223,7 @@ class SkipViTModule(fx.GraphModule):
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._run_traced(method, args, kwargs)
         form = self._another_form(method, args, kwargs, refused)
-        return form.call.run(self, *form.values(args, kwargs))
+        return form.call.compute(self, form.values(args, kwargs))
 
     def _run_traced(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The first graph of a method, on the proxies of somebody who traces it."""
@@ -354,7 +359,7 @@ class SkipViTModule(fx.GraphModule):
         code, owner.forward = owner.forward, owner.call
         first = next((call for call in self.own.calls if call.graph is graph), None)
         if first is not None:
-            first.run = code
+            first.run, first.direct, first.at_hand = code, Direct(graph, made), None
         return made
 
     def adopt(self, owner: dict[str, Any]) -> None:
@@ -639,4 +644,10 @@ def watch(fast: SkipViTModule, traced: Iterable[str], attention: Iterable[str]) 
         hooks = fast.get_submodule(path)._forward_pre_hooks
         if not any(isinstance(hook, StayAway) for hook in hooks.values()):
             fast.get_submodule(path).register_forward_pre_hook(StayAway(fast.own, path))
-    fast.own.traced = Traced(fast, traced, attention)
+    called = {
+        str(node.target)
+        for call in fast.own.calls
+        for node in call.graph.find_nodes(op="call_module")
+        if not str(node.target).startswith(f"{OWN_CHILD}.")
+    }
+    fast.own.traced = Traced(fast, traced, attention, called)

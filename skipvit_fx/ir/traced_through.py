@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.compiler import is_compiling
+from torch.utils.hooks import RemovableHandle
 
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.kept import Kept, same
@@ -82,19 +85,29 @@ class Traced:
         root: the model.
         paths: of these modules; the empty one is the model itself.
         attention: those of them in which the attention of a layer is.
+        called: paths of the modules that the graph calls.
+
+    Attributes:
+        moved: whether a module stands in the place of another, since this was last set to false.
     """
 
-    def __init__(self, root: nn.Module, paths: Iterable[str], attention: frozenset[str]) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        paths: Iterable[str],
+        attention: frozenset[str],
+        called: Iterable[str],
+    ) -> None:
         self.attention = attention
-        self.stale = False
+        self.called = frozenset(called)
+        self.stale = self.moved = False
         self.modules = {path: root.get_submodule(path) for path in sorted(paths)}
-        self._look()
-        opened = set(map(id, self.modules.values()))
+        above = {a for path in {*self.modules, *self.called} for a in _ancestors(path)}
+        self.above = {path: root.get_submodule(path) for path in sorted({*above, *self.modules})}
         self.children = [
-            (module._modules, name, child)
-            for module in self.modules.values()
-            for name, child in module._modules.items()
-            if id(child) in opened
+            (self.above[path.rpartition(".")[0]]._modules, path.rpartition(".")[2], module)
+            for path, module in self.above.items()
+            if path
         ]
         self.shapes = [
             (module, name, tuple(tensor.shape))
@@ -105,6 +118,8 @@ class Traced:
         self.hooks = [
             (path, module, _hooks_on(module)) for path, module in self.modules.items() if path
         ]
+        self._handles = RemovableHandle.next_id
+        self._look()
 
     def _look(self) -> None:
         self.attributes = [
@@ -116,11 +131,25 @@ class Traced:
             )
             for module in self.modules.values()
         ]
+        self.named = [(path, [*module._modules]) for path, module in self.above.items()]
         self._kept = Kept(value for seen in self.attributes for _, value in seen.attributes)
+        read = [
+            (vars(seen.module), name, value)
+            for seen in self.attributes
+            for name, value in seen.attributes
+        ]
+        self._owners, self._names, self._values = ([*column] for column in zip(*read, strict=True))
+        self._dicts = [vars(module) for module in self.modules.values()]
+        self._sizes = [*map(len, self._dicts)]
+        self._holders = [module._modules for module in self.above.values()]
+        self._held = [*self._parts()]
+
+    def _parts(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self._holders))
 
     def of_copy(self, root: nn.Module) -> Traced:
         """The same for a copy of the model, changed if this one is."""
-        copied = Traced(root, self.modules, self.attention)
+        copied = Traced(root, self.modules, self.attention, self.called)
         copied.stale = self.changed()
         return copied
 
@@ -131,29 +160,56 @@ class Traced:
         """Whether Python might now take another way through them than it took."""
         if self.stale:
             return True
-        equal = False
+        if is_compiling():
+            return self._differs()
+        if self._is_as_it_was():
+            return False
+        if self._differs():
+            return True
+        self.moved = True  # what changed is of no matter, or equal, or called
+        self._look()
+        return False
+
+    def _is_as_it_was(self) -> bool:
+        """The short way, of comparisons by identity: it is gone in every call."""
+        return (
+            [*map(len, self._dicts)] == self._sizes
+            and sum(map(len, self._holders)) == len(self._held)
+            and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
+            and all(map(operator.is_, self._parts(), self._held))
+            and self._kept.is_so()
+            and not self._reshaped()
+        )
+
+    def _differs(self) -> bool:
         for module, attributes, count, names in self.attributes:
             held = module.__dict__
             for name, value in attributes:
-                now = held.get(name, _MISSING)
-                if now is not value:
-                    if not same(now, value):
-                        return True
-                    equal = True
+                if not same(held.get(name, _MISSING), value):
+                    return True
             # a new one may hide one of the class; torch.compile notes down its own while it follows
             if len(held) != count and not is_compiling() and _names(module) - names:
                 return True
         for children, name, child in self.children:
             if children.get(name) is not child:
                 return True
+        for path, names_then in self.named:
+            module = self.above[path]
+            if [*module._modules] != names_then and self._matters(path, names_then):
+                return True
+        return not self._kept.is_so() or self._reshaped()
+
+    def _matters(self, path: str, before: list[str]) -> bool:
+        """Whether a child that came or went makes a difference: to a container, or to code that spells its name."""
+        module: Any = self.above[path]
+        changed = {*module._modules} ^ {*before}
+        return path not in self.modules or not changed.isdisjoint(_spelled(type(module)))
+
+    def _reshaped(self) -> bool:
         for module, name, shape in self.shapes:
             now = module._parameters.get(name)
             if now is None or tuple(sizes(now)) != shape:
                 return True
-        if not self._kept.is_so():
-            return True
-        if equal and not is_compiling():  # and others: torch.export leaves copies behind
-            self._look()
         return False
 
     def refuse_hooks(self) -> None:
@@ -162,6 +218,8 @@ class Traced:
         Raises:
             UnsupportedModelError: somebody has.
         """
+        if self._handles == RemovableHandle.next_id:  # torch counts them
+            return
         for path, module, count in self.hooks:
             if _hooks_on(module) != count:
                 raise UnsupportedModelError(
@@ -170,6 +228,7 @@ class Traced:
                     hint=f"put it on a module that is called, such as {self._called_in(path)!r}; with "
                     "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
                 )
+        self._handles = RemovableHandle.next_id
 
     def _called_in(self, path: str) -> str:
         """A module below one that was traced through, and that the graph calls."""
@@ -182,6 +241,12 @@ class Traced:
             and next(child.children(), None) is None
         )
         return next(below, path)
+
+
+def _ancestors(path: str) -> list[str]:
+    """The paths of the modules that hold a module, the model's own first."""
+    names = path.split(".")
+    return [".".join(names[:i]) for i in range(len(names))]
 
 
 def _hooks_on(module: nn.Module) -> tuple[int, ...]:
