@@ -1,7 +1,8 @@
-"""What does calling a rewritten model cost, over calling its graph alone?
+"""What does calling a rewritten model cost, over calling its graph as a plain graph module?
 
 `python benchmarks/call_overhead.py` calls a model that computes next to nothing, 12 layers deep, and a graph module of
-its graph alone in turns, and prints the difference: finding the graph for the call, and looking for changes and hooks.
+its graph alone in turns, and prints the difference: finding the graph for the call and looking for changes and hooks,
+less what it saves, since its modules are at hand and are not looked up by their paths.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def main() -> None:
     median = statistics.median(found)
     print(f"{hardware()}; {versions('timm', 'skipvit_fx')}")
     print(
-        f"a call costs {median * 1e6:.0f} microseconds more than the graph ({min(found) * 1e6:.0f} to "
-        f"{max(found) * 1e6:.0f}); target {TARGET * 1e6:.0f}: {'met' if median <= TARGET else 'missed'}"
+        f"a call takes {median * 1e6:+.0f} microseconds against the graph ({min(found) * 1e6:+.0f} to "
+        f"{max(found) * 1e6:+.0f}); target at most {TARGET * 1e6:+.0f}: {'met' if median <= TARGET else 'missed'}"
     )
 
 

@@ -201,9 +201,10 @@ class Traced:
 
     def _matters(self, path: str, before: list[str]) -> bool:
         """Whether a child that came or went makes a difference: to a container, or to code that spells its name."""
-        module: Any = self.above[path]
+        module = self.above[path]
+        kind: Any = type(module)
         changed = {*module._modules} ^ {*before}
-        return path not in self.modules or not changed.isdisjoint(_spelled(type(module)))
+        return path not in self.modules or not changed.isdisjoint(_spelled(kind))
 
     def _reshaped(self) -> bool:
         for module, name, shape in self.shapes:
