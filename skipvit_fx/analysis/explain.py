@@ -111,7 +111,7 @@ def find_attention(
     check_model(model)
     check_prefix_tokens(prefix_tokens)
     args, kwargs = example_of(model, example_inputs)
-    mode = TracelessFakeMode()
+    mode = TracelessFakeMode(model)
     with mode.surroundings.kept():
         calls = watch_calls(model, mode, args, kwargs)
     return AttentionReport(model, calls, _find(model, args, kwargs, prefix_tokens))

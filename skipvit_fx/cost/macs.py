@@ -90,7 +90,7 @@ def count_macs(
 def _count(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], skipping: bool | None
 ) -> MacCount:
-    mode = TracelessFakeMode()
+    mode = TracelessFakeMode(module)
     faked = fake_structure(module, mode).eval()
     if skipping is not None:
         skip_as_planned(faked, skipping)

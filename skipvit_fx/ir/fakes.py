@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import nn
@@ -18,10 +16,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from skipvit_fx.ir.author_code import author_code
+from skipvit_fx.ir.caches import caches_of
 from skipvit_fx.ir.surroundings import Surroundings, holds_traced
-
-_Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
-_SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
 
 MOST_KNOWN = 4096
 """Elements of the largest integer tensor whose values stay known."""
@@ -39,10 +35,10 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     and widths of images. What is captured never depends on them: proxies stand for tensors, and have no values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         shapes = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
         super().__init__(allow_non_fake_inputs=True, shape_env=shapes)
-        self._caches = {cache: cache.cache_info().misses for cache in _caches()}
+        self._caches = {cache: cache.cache_info().misses for cache in caches_of(model)}
         self._twins = WeakIdKeyDictionary()
         self.surroundings = Surroundings()
         self._entered = 0  # operators enter it again while they run
@@ -108,16 +104,6 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
 def _has_gradient(arg: object) -> TypeGuard[torch.Tensor]:
     """Whether this is a parameter, or a real tensor that an earlier call left somewhere."""
     return type(arg) is nn.Parameter or (type(arg) is torch.Tensor and not arg.is_leaf)
-
-
-def _caches() -> list[_Cached]:
-    """The caching functions of all imported packages, but for those that never see a tensor of a model."""
-    return [
-        found
-        for found in gc.get_referrers(functools._lru_cache_wrapper)
-        if type(found) is functools._lru_cache_wrapper
-        and (found.__module__ or "").partition(".")[0] not in _SPARED
-    ]
 
 
 def fake_inputs(

@@ -46,7 +46,7 @@ def with_capture(
     recorded = torch.is_grad_enabled()
     # in inference mode no operator could be watched
     with torch.inference_mode(False), contained(model):
-        mode = TracelessFakeMode()
+        mode = TracelessFakeMode(model)
         args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
         look = functools.partial(_opening, model, args, kwargs, work, mode, recorded)
         try:
