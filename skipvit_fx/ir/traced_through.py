@@ -133,12 +133,10 @@ class Traced:
         ]
         self.named = [(path, [*module._modules]) for path, module in self.above.items()]
         self._kept = Kept(value for seen in self.attributes for _, value in seen.attributes)
-        read = [
-            (vars(seen.module), name, value)
-            for seen in self.attributes
-            for name, value in seen.attributes
-        ]
-        self._owners, self._names, self._values = ([*column] for column in zip(*read, strict=True))
+        seen = [(vars(s.module), name, v) for s in self.attributes for name, v in s.attributes]
+        self._owners = [owner for owner, _, _ in seen]
+        self._names = [name for _, name, _ in seen]
+        self._values = [value for _, _, value in seen]
         self._dicts = [vars(module) for module in self.modules.values()]
         self._sizes = [*map(len, self._dicts)]
         self._holders = [module._modules for module in self.above.values()]
