@@ -74,6 +74,20 @@ def test_a_change_of_a_configuration() -> None:
         assert fast(pixels()).hidden_states is None
 
 
+def test_a_change_of_a_configuration_of_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    fast = rewritten(classifier(), fill_taps=True)
+    compiled: Any = torch.compile(fast, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert compiled(pixels()).hidden_states is None
+        fast.config.output_hidden_states = True
+        with pytest.raises(torch._dynamo.exc.TorchDynamoException, match="was changed since"):
+            compiled(pixels())
+        torch._dynamo.reset()
+        fast(pixels())
+        assert len(compiled(pixels()).hidden_states) == 5
+
+
 class Halved(ViTLayer):
     """What a layer gives, halved."""
 

@@ -13,8 +13,8 @@ from skipvit_fx.ir.nested import holds, nested
 
 _PLAIN = (bool, int, float, str)
 
-_MOST = 8192
-"""Things in one object that is looked into; a larger one is a data set, or a vocabulary."""
+_MOST = 256
+"""Things in one container that is looked into; a larger one holds data: names of classes, a vocabulary."""
 
 
 class _Held(NamedTuple):
@@ -76,6 +76,8 @@ def same(now: Any, then: Any) -> bool:
         return bool(now == then)
     if isinstance(then, (list, tuple)):
         return len(now) == len(then) and all(map(same, now, then))
+    if isinstance(then, (set, frozenset)):
+        return bool(now == then)
     if isinstance(then, dict):
         return [*now] == [*then] and all(map(same, now.values(), then.values()))
     return False
@@ -91,12 +93,9 @@ def _is_so(held: _Held) -> bool:
 def _containers(roots: Iterable[Any]) -> Iterator[_Held]:
     seen: dict[int, Any] = {}
     for root in roots:
-        parts = [*itertools.islice(nested(root), _MOST + 1)]
-        if len(parts) > _MOST:
-            continue
-        for part in parts:
+        for part in nested(root):
             container = holds(part)
-            if container and id(container) not in seen:
+            if 0 < len(container) <= _MOST and id(container) not in seen:
                 seen[id(container)] = container
                 if isinstance(container, dict):
                     yield _Held(container, [*container], [*container.values()])
