@@ -20,6 +20,7 @@ from skipvit_fx.ir.attributes import (
     warn_of_kept,
     watch_attributes,
 )
+from skipvit_fx.ir.author_class import own, refuse_taken_names
 from skipvit_fx.ir.author_code import AuthorError, author_code
 from skipvit_fx.ir.cloning import clone_structure, copy_to_trace
 from skipvit_fx.ir.exported import export_graph
@@ -27,7 +28,7 @@ from skipvit_fx.ir.fakes import TracelessFakeMode
 from skipvit_fx.ir.inputs import LIVE, Inputs
 from skipvit_fx.ir.live_numbers import refuse_other_uses
 from skipvit_fx.ir.modes import keep_both_modes
-from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule, own, refuse_taken_names
+from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.ir.places import naming_parts
 from skipvit_fx.ir.questions import Recorded, modes_asked
 from skipvit_fx.ir.repeated import Alone, call_alone, refuse_calls_that_remember
