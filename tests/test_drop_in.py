@@ -241,6 +241,8 @@ def test_a_hook_that_would_never_run_is_refused(fast: Any, path: str, kind: str)
     with pytest.raises(UnsupportedModelError, match=rf"module '{path}' carries a hook") as caught:
         fast(x)
     assert f"'{path}." in caught.value.hint
+    with pytest.raises(UnsupportedModelError, match="carries a hook"):
+        copy.deepcopy(fast)(x)
     skipvit_fx.set_skipping(fast, False)
     fast(x)
     skipvit_fx.set_skipping(fast, True)

@@ -149,6 +149,8 @@ class Traced:
         """The same for a copy of the model, changed if this one is."""
         copied = Traced(root, self.modules, self.attention, self.called)
         copied.stale = self.changed()
+        copied.hooks = [(path, copied.modules[path], count) for path, _, count in self.hooks]
+        copied._handles = self._handles
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
