@@ -88,6 +88,22 @@ def test_a_change_of_a_configuration_of_a_compiled_model() -> None:
         assert len(compiled(pixels()).hidden_states) == 5
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_change_of_a_dropout_that_is_read_and_not_called(replaced: bool) -> None:
+    fast = rewritten(vit()).train()
+    assert torch.equal(fast(pixels()), fast(pixels()))
+    for block in fast.blocks:
+        if replaced:
+            block.attn.attn_drop = nn.Dropout(0.5)
+        else:
+            block.attn.attn_drop.p = 0.5
+    torch.manual_seed(0)
+    once = fast(pixels())
+    assert not torch.equal(once, fast(pixels()))
+    torch.manual_seed(0)
+    assert torch.equal(once, fast(pixels()))
+
+
 class Halved(ViTLayer):
     """What a layer gives, halved."""
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.ir.kept import Kept, same
+from skipvit_fx.ir.places import INSERTED
 from skipvit_fx.ops.following import sizes
 
 AUTHOR = "_author"
@@ -104,7 +105,14 @@ class Traced:
         self.modules = {path: root.get_submodule(path) for path in sorted(paths)}
         above = {a for path in {*self.modules, *self.called} for a in _ancestors(path)}
         self.above = {path: root.get_submodule(path) for path in sorted({*above, *self.modules})}
-        self.children = [
+        idle = [
+            (module, name, child)
+            for path, module in self.modules.items()
+            for name, child in module.named_children()
+            if self._is_idle(f"{path}.{name}".removeprefix("."))
+        ]
+        self.read = [*self.modules.values(), *(child for _, _, child in idle)]
+        self.children = [(module._modules, name, child) for module, name, child in idle] + [
             (self.above[path.rpartition(".")[0]]._modules, path.rpartition(".")[2], module)
             for path, module in self.above.items()
             if path
@@ -129,7 +137,7 @@ class Traced:
                 len(module.__dict__),
                 _names(module),
             )
-            for module in self.modules.values()
+            for module in self.read
         ]
         self.named = [(path, [*module._modules]) for path, module in self.above.items()]
         self._kept = Kept(value for seen in self.attributes for _, value in seen.attributes)
@@ -137,10 +145,14 @@ class Traced:
         self._owners = [owner for owner, _, _ in seen]
         self._names = [name for _, name, _ in seen]
         self._values = [value for _, _, value in seen]
-        self._dicts = [vars(module) for module in self.modules.values()]
+        self._dicts = [vars(module) for module in self.read]
         self._sizes = [*map(len, self._dicts)]
         self._holders = [module._modules for module in self.above.values()]
         self._held = [*self._parts()]
+
+    def _is_idle(self, path: str) -> bool:
+        """Whether a child of a traced module is not called, and may be read: the dropout of a fused attention."""
+        return path not in self.above and path not in self.called and f"{path}." != INSERTED
 
     def _parts(self) -> Iterator[Any]:
         return itertools.chain.from_iterable(map(dict.values, self._holders))
