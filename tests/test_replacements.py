@@ -223,6 +223,13 @@ def test_where_nothing_can_be_run_it_has_to_be_called_before(follow: Any) -> Non
     follow(fast)
 
 
+def test_what_is_on_the_meta_device_has_to_be_called_before() -> None:
+    fast = rewritten(vit())
+    fast.blocks[2].mlp = nn.Linear(32, 32, device="meta")
+    with pytest.raises(GuardError, match="cannot be run by itself"):
+        fast(pixels())
+
+
 def test_a_graph_that_others_run_keeps_up() -> None:
     fast = rewritten(vit())
     model = vit(num_classes=3)

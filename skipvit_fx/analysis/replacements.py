@@ -205,7 +205,8 @@ class Replacements:
                 named = _what_is_new(path, module, parts)
                 if following or any(map(_stands_in, [*module.parameters(), *module.buffers()])):
                     raise GuardError(
-                        f"{named} since the last call, and the model is being compiled, exported or transformed",
+                        f"{named} since the last call, and cannot be run by itself while the model is compiled, "
+                        "exported, transformed or sharded",
                         hint="call the rewritten model once before",
                     )
                 _alone(_judge, path, named, module, self.uses[path], _dtype_of([*now, self._root]))
@@ -213,8 +214,9 @@ class Replacements:
 
 
 def _stands_in(tensor: Tensor) -> bool:
-    """Whether a transformation of ``torch.func`` has put something else in the place of a parameter."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    """Whether a transformation of ``torch.func``, or sharding, has put something else in the place of a parameter."""
+    wrapped = bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return wrapped or tensor.is_meta or hasattr(tensor, "device_mesh")
 
 
 def _what_is_new(path: str, module: nn.Module, before: list[nn.Module]) -> str:
