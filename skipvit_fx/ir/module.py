@@ -6,7 +6,7 @@ import copy
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,9 +36,6 @@ from skipvit_fx.ops.following import in_compilation, in_jit_trace
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
 
-if TYPE_CHECKING:
-    from skipvit_fx.analysis.replacements import Replacements
-
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
 
@@ -55,6 +52,21 @@ _SMALL = 4096
 """Elements of the largest integer tensor whose values an example keeps."""
 
 Rewrite = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "SkipViTModule"]
+
+
+class Replacements(Protocol):
+    """What judges the modules that were replaced since a graph was made; ``uses`` says how the graph calls them."""
+
+    uses: dict[str, Any]
+
+    def check(self) -> None:
+        """Raise where one of them would be wrong."""
+
+    def of_copy(self, root: nn.Module) -> Replacements:
+        """The same for a copy of the model."""
+
+    def with_more(self, uses: Any) -> Replacements:
+        """The same for one more graph."""
 
 
 class Own(Switchable):

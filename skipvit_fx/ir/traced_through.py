@@ -241,7 +241,8 @@ class Traced:
                     hint=f"put it on a module that is called, such as {self._called_in(path)!r}; with "
                     "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
                 )
-        self._handles = RemovableHandle.next_id
+        if not is_compiling():
+            self._handles = RemovableHandle.next_id
 
     def _called_in(self, path: str) -> str:
         """A module below one that was traced through, and that the graph calls."""
