@@ -21,6 +21,7 @@ MIXERS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "mean": ("tokens", lambda x: x - x.mean(1, keepdim=True)),
     "weak-mean": ("tokens", lambda x: x + 0.2 * x.mean(1, keepdim=True)),
     "flip": ("tokens", lambda x: x.flip(1)),
+    "pairs": ("tokens", lambda x: x.unflatten(1, (-1, 2)).flip(2).flatten(1, 2)),
     "first": ("tokens", lambda x: x + x[:, :1]),
     "running": ("tokens", lambda x: x.cumsum(1)),
     "softmax": ("tokens", lambda x: x.softmax(1)),
@@ -78,10 +79,16 @@ def replace(model: nn.Module, path: str, then: Callable[[Tensor], Tensor]) -> No
     setattr(owner, name, Wrapped(getattr(owner, name), then))
 
 
+@pytest.fixture(scope="module")
+def untouched() -> Any:
+    return rewritten(vit())
+
+
+@pytest.mark.every_case
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_mixer_is_refused(mixer: str, place: str) -> None:
-    fast = rewritten(vit())
+def test_a_mixer_is_refused(untouched: Any, mixer: str, place: str) -> None:
+    fast = copy.deepcopy(untouched)
     kind, then = MIXERS[mixer]
     replace(fast, place, then)
     with pytest.raises(UnsupportedModelError, match=f"{place}' was replaced .* mixes the {kind}"):
@@ -90,10 +97,11 @@ def test_a_mixer_is_refused(mixer: str, place: str) -> None:
         fast(pixels())
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", APART)
-def test_what_keeps_tokens_apart_is_called(name: str, place: str) -> None:
-    model, fast = vit(), rewritten(vit())
+def test_what_keeps_tokens_apart_is_called(untouched: Any, name: str, place: str) -> None:
+    model, fast = vit(), copy.deepcopy(untouched)
     replace(model, place, APART[name])
     replace(fast, place, APART[name])
     with torch.no_grad():

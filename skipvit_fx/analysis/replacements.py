@@ -33,12 +33,12 @@ QUANTISED = 0.1
 
 _ALL = [*range(SAMPLES)], [*range(ROWS)]
 _PARTS = (
-    (_ALL[0], [1, 2], "tokens of a sample"),
-    (_ALL[0], [0, 3], "tokens of a sample"),
+    *((_ALL[0], [*pair], "tokens of a sample") for pair in itertools.combinations(_ALL[1], 2)),
     ([0], _ALL[1], "samples of a batch"),
     ([1], _ALL[1], "samples of a batch"),
 )
-"""Samples and rows: without the first and the last row, and without whatever row or sample decides for all."""
+"""Samples and rows: every pair of these, since one that lies evenly (the middle two, the outer two) does not show a
+reversal, and some pair is without whatever row decides for all."""
 
 _HINT = "rewrite the model with what replaces the module in it"
 

@@ -62,7 +62,8 @@ def _in_reach(model: nn.Module) -> Iterator[Cached]:
             yield from filter(_is_cache, nested(value))
         for kind in type(module).__mro__:
             if kind.__module__.partition(".")[0] not in _SPARED and id(kind) not in names:
-                names[id(kind)] = dict(vars(kind))
+                own = vars(kind).items()
+                names[id(kind)] = {name: getattr(value, "__func__", value) for name, value in own}
                 for value in vars(kind).values():
                     names |= {id(seen): seen for seen in _seen_by(value)}
     for seen in names.values():
