@@ -110,7 +110,7 @@ class Reference:
         parts = dict(module.named_modules(remove_duplicate=False))
         masked = Masked(self._steps, module, parts, rewriting, selections)
         with torch.no_grad():
-            output = masked(Inputs(self._forward, args, kwargs).with_tensors())
+            output = masked(Inputs(self._forward, args, kwargs).taken())
         return output, masked.returned
 
     def check(self, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:

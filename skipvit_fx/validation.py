@@ -399,7 +399,7 @@ class _Validation:
     def _run(self, run: Run, images: tuple[Any, Any]) -> Any:
         args, kwargs = images
         self.states.restore()
-        return run(Inputs(self.author.forward, args, kwargs).with_tensors())
+        return run(Inputs(self.author.forward, args, kwargs).taken())
 
     def _judge(self, what: str, findings: list[_Finding], got: Any, wanted: Any) -> float:
         try:

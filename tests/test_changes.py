@@ -14,6 +14,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 import skipvit_fx
 from client_models import classifier, pixels, rewritten, vit
 from reference import relative_error
+from skipvit_fx.ir.kept import Kept
 
 
 class Settings:
@@ -177,3 +178,11 @@ def test_equal_copies_are_no_change() -> None:
     with torch.no_grad():
         fast(pixels())
     assert fast.own.calls != [call]
+
+
+def test_a_value_under_another_name_is_a_change() -> None:
+    table = {"a": object()}
+    kept = Kept([table])
+    assert kept.is_so()
+    table["b"] = table.pop("a")
+    assert not kept.is_so()

@@ -325,8 +325,9 @@ def test_the_ways_out_work(score: Any, row: int | None) -> None:
 
 @pytest.mark.parametrize("score", ["random", lambda patches: patches.norm(dim=-1)])
 def test_other_scores_do_not_ask(score: Any) -> None:
-    skipvit_fx.rewrite(build(AMBIGUOUS), "1(50%)+3", example_inputs=(image(),), score=score)
-    skipvit_fx.rewrite(build(AMBIGUOUS), "", example_inputs=(image(),))
+    for plan, scored in (("1(50%)+3", {"score": score}), ("", {})):
+        fast = skipvit_fx.rewrite(build(AMBIGUOUS), plan, example_inputs=(image(),), **scored)
+        assert skipvit_fx.inspect(fast).class_token.startswith("none: ")
 
 
 @pytest.mark.parametrize("name", ["storage", "no-rows", "back-unread"])

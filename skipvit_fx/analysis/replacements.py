@@ -9,20 +9,22 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from skipvit_fx.analysis.axes import Axes, Batch, Tokens, axes_of, tensors_in
+from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.differences import relative_error, tolerance
 from skipvit_fx.errors import GuardError, UnsupportedModelError
 from skipvit_fx.ir.author_code import AuthorError, author_code
+from skipvit_fx.ir.kept import Contents
 from skipvit_fx.ops.following import in_compilation
 
 SAMPLES, ROWS = 2, 4
@@ -54,21 +56,26 @@ class Sketch(NamedTuple):
     axes: Axes
     dtype: torch.dtype
 
-    def sizes(self, samples: int, rows: int) -> list[int]:
-        """The lengths of all factors of its axes, in order."""
-        return [_length(factor, samples, rows) for dim in self.axes for factor in dim]
+    @property
+    def factors(self) -> list[Factor]:
+        """Those of all its axes, in order."""
+        return [factor for dim in self.axes for factor in dim]
 
-    def drawn(self, samples: int, rows: int, dtype: torch.dtype, generator: Any) -> Tensor:
+    @property
+    def sizes(self) -> list[int]:
+        """The lengths of the factors, of :data:`ROWS` tokens of :data:`SAMPLES` samples."""
+        known = {Tokens: ROWS, Batch: SAMPLES}
+        return [f if isinstance(f, int) else known[type(f)] for f in self.factors]
+
+    def drawn(self, dtype: torch.dtype, generator: Any) -> Tensor:
         """Random values, with an axis for each factor."""
-        sizes = self.sizes(samples, rows)
         if self.dtype.is_floating_point:
-            return torch.randn(sizes, generator=generator).to(dtype)
-        return torch.randint(2, sizes, generator=generator).to(self.dtype)
+            return torch.randn(self.sizes, generator=generator).to(dtype)
+        return torch.randint(2, self.sizes, generator=generator).to(self.dtype)
 
     def taken(self, values: Tensor, samples: list[int], rows: list[int]) -> Tensor:
         """Some samples and rows of what has an axis for each factor."""
-        factors = [factor for dim in self.axes for factor in dim]
-        for at, factor in enumerate(factors):
+        for at, factor in enumerate(self.factors):
             if not isinstance(factor, int):
                 wanted = samples if isinstance(factor, Batch) else rows
                 values = values.index_select(at, torch.tensor(wanted, device=values.device))
@@ -77,17 +84,7 @@ class Sketch(NamedTuple):
     def whole(self, values: Tensor) -> Tensor:
         """The tensor itself, of values that have an axis for each factor."""
         sizes = iter(values.shape)
-        shape = [
-            functools.reduce(operator.mul, itertools.islice(sizes, len(dim)), 1)
-            for dim in self.axes
-        ]
-        return values.reshape(shape)
-
-
-def _length(factor: Any, samples: int, rows: int) -> int:
-    if isinstance(factor, Tokens):
-        return rows
-    return samples if isinstance(factor, Batch) else int(factor)
+        return values.reshape([math.prod(itertools.islice(sizes, len(dim))) for dim in self.axes])
 
 
 class Use(NamedTuple):
@@ -153,8 +150,7 @@ class Replacements:
         self.uses = dict(uses)
         self._root = root
         self._parts: dict[str, list[nn.Module]] = {path: [] for path in uses}
-        self._holders: list[dict[str, Any]] = []
-        self._held: list[Any] = [] if judged else [None]
+        self._contents: Contents | None = None  # where there is something to judge
         if judged:
             self._look()
 
@@ -165,11 +161,7 @@ class Replacements:
             for module in [self._root.get_submodule(path.rpartition(".")[0]), *parts]:
                 if module._modules:
                     holders[id(module._modules)] = module._modules
-        self._holders = [*holders.values()]
-        self._held = [*self._now()]
-
-    def _now(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self._holders))
+        self._contents = Contents(holders.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Nothing: it is about modules that may not be copied, or not yet. See :meth:`of_copy`."""
@@ -184,9 +176,7 @@ class Replacements:
         return Replacements(self._root, {**self.uses, **both})
 
     def _changed(self) -> bool:
-        return sum(map(len, self._holders)) != len(self._held) or not all(
-            map(operator.is_, self._now(), self._held)
-        )
+        return self._contents is None or not self._contents.are_so()
 
     def check(self) -> None:
         """Look for modules that were replaced since the last time, and judge them.
@@ -320,7 +310,7 @@ def _apart(
 
     def draw(leaf: Any) -> Any:
         if isinstance(leaf, Sketch):
-            return leaf, leaf.drawn(SAMPLES, ROWS, dtype, generator).to(device)
+            return leaf, leaf.drawn(dtype, generator).to(device)
         return torch.ones_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
 
     drawn = pytree.tree_map(draw, use.inputs, is_leaf=_whole)
@@ -337,7 +327,7 @@ def _apart(
     every = run(lambda sketch, values: values)
     some = run(lambda sketch, values: sketch.taken(values, samples, rows))
     wanted = [
-        sketch.whole(sketch.taken(out.reshape(sketch.sizes(SAMPLES, ROWS)), samples, rows))
+        sketch.whole(sketch.taken(out.reshape(sketch.sizes), samples, rows))
         for sketch, out in zip(use.outputs, every, strict=True)
     ]
     return relative_error(some, wanted)

@@ -306,7 +306,7 @@ class TokenAnalysis:
 
 def _placeholders(capture: Capture, more_samples: int) -> dict[fx.Node, Any]:
     """The example inputs on fake tensors, of two samples at least, as data that a model sees."""
-    examples = capture.inputs.with_tensors()
+    examples = capture.inputs.taken()
     alone = any(
         leaf.ndim and leaf.shape[0] == 1
         for leaf in pytree.tree_leaves(list(examples.values()))

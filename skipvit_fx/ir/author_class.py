@@ -119,7 +119,7 @@ def own(model: nn.Module, graph: fx.Graph, inputs: Inputs, recorded: Recorded) -
     call = Call(
         "forward",
         kinds_of(signature, places, args, kwargs),
-        tuple(inputs.with_tensors()),
+        tuple(inputs.taken()),
         graph,
         child.run,
         pytree.tree_map(without_data, (args, kwargs)),

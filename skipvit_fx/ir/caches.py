@@ -8,12 +8,11 @@ import inspect
 import sys
 import weakref
 from collections.abc import Iterator
-from types import FunctionType
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from skipvit_fx.ir.nested import nested
+from skipvit_fx.ir.nested import functions_in, nested
 
 Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 
@@ -71,13 +70,10 @@ def _in_reach(model: nn.Module) -> Iterator[Cached]:
 
 
 def _seen_by(method: Any) -> Iterator[dict[str, Any]]:
-    inner = getattr(method, "__func__", method)
-    inner = inner.fget if isinstance(inner, property) else inner
-    while isinstance(inner, FunctionType):
-        yield inner.__globals__
-        if inner.__closure__:
-            yield dict(inspect.getclosurevars(inner).nonlocals)
-        inner = getattr(inner, "__wrapped__", None)
+    for function in functions_in(getattr(method, "__func__", method)):
+        yield function.__globals__
+        if function.__closure__:
+            yield dict(inspect.getclosurevars(function).nonlocals)
 
 
 def _is_cache(thing: Any) -> bool:

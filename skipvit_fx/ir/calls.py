@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import PythonCode
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.ir.direct import Direct
@@ -77,7 +78,7 @@ def fits(value: Any, kind: Any) -> bool:
         leaves, spec = pytree.tree_flatten(value)
         return spec == kind.spec and all(map(fits, leaves, kind.leaves))
     if type(kind) is Number:
-        return type(value) is kind.kind or isinstance(value, LIVE)
+        return type(value) is kind.kind
     return value is kind or (
         isinstance(kind, _PLAIN) and type(value) is type(kind) and bool(value == kind)
     )
@@ -96,7 +97,8 @@ class Call:
         example: positional and keyword arguments that it was made for, without the values of large tensors.
         recorded: what it assumes of gradients.
         record: what the rewrite did.
-        direct: its code, with the modules that it calls at hand.
+        code: what ``run`` was made of.
+        direct: the same with the modules that it calls at hand, made when it is first run.
         at_hand: a model and these modules of it; ``None`` where they are to be looked up.
     """
 
@@ -108,20 +110,24 @@ class Call:
     example: tuple[tuple[Any, ...], dict[str, Any]]
     recorded: Recorded
     record: Any = None
+    code: PythonCode | None = None
     direct: Direct | None = None
     at_hand: tuple[Any, list[Any]] | None = None
 
     def compute(self, model: Any, values: list[Any]) -> Any:
         """What the graph makes of these values in ``model``."""
-        if self.direct is None or torch.compiler.is_compiling() or in_jit_trace():
+        if torch.compiler.is_compiling() or in_jit_trace():
             return self.run(model, *values)
+        if self.direct is None:
+            assert self.code is not None
+            self.direct = Direct(self.graph, self.code)
         at_hand = self.at_hand
         if at_hand is None or at_hand[0] is not model:
             at_hand = self.at_hand = model, self.direct.modules_of(model)
         return self.direct.run(model, at_hand[1], *values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Call:
-        known = {id(self.at_hand): None, id(self.direct): self.direct}
+        known = {id(self.at_hand): None, id(self.code): self.code, id(self.direct): self.direct}
         fields = copy.deepcopy(vars(self), memo | known)
         return Call(**fields)
 

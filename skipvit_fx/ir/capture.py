@@ -108,7 +108,7 @@ def _capture(
     _refuse_hooks(model, opened)
     constants: dict[str, torch.Tensor] = {}
     graphs = []
-    if frontend == "export" and any(isinstance(v, LIVE) for v in inputs.with_tensors().values()):
+    if frontend == "export" and any(isinstance(v, LIVE) for v in inputs.taken().values()):
         raise TraceError(
             "torch.export builds in every number that a call passes", hint="pass it as a tensor"
         )
@@ -264,7 +264,7 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
 
 def _fix_input_shapes(module: SkipViTModule, inputs: Inputs) -> None:
     """Put a :class:`FixedSize` behind every input, which goes with the graph wherever that is taken."""
-    examples = inputs.with_tensors()
+    examples = inputs.taken()
     for node in list(module.graph.nodes):
         if node.op != "placeholder":
             continue

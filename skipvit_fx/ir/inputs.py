@@ -86,20 +86,20 @@ class Inputs:
                 kwargs[parameter.name] = _place(place, parameter.name, value)
         return tuple(args), kwargs
 
-    def with_tensors(self) -> dict[str, Any]:
-        """Every argument that holds a tensor, by the name of its placeholder, in the order of the signature."""
+    def taken(self) -> dict[str, Any]:
+        """Every argument that a graph takes, by the name of its placeholder, in the order of the signature."""
         found: dict[str, Any] = {}
         self.placed(found.__setitem__)
         return found
 
     @property
     def built_in(self) -> dict[str, Any]:
-        """The arguments of the call that hold no tensor, by name of the parameter."""
+        """The other arguments of the call, by name of the parameter."""
         variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        placed = self.with_tensors()
+        taken = self.taken()
         kinds = {name: p.kind for name, p in self._bound.signature.parameters.items()}
         named = {k: v for k, v in self._bound.arguments.items() if kinds[k] not in variable}
-        return {name: v for name, v in {**named, **self.kwargs}.items() if name not in placed}
+        return {name: v for name, v in {**named, **self.kwargs}.items() if name not in taken}
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -17,6 +17,28 @@ _MOST = 256
 """Things in one container that is looked into; a larger one holds data: names of classes, a vocabulary."""
 
 
+class Contents:
+    """What some containers hold, compared by identity and without a loop in Python: this is done in every call.
+
+    Args:
+        dicts: of which keys and values count.
+        rows: sequences and sets.
+    """
+
+    def __init__(self, dicts: Iterable[dict[Any, Any]], rows: Iterable[Any] = ()) -> None:
+        self._dicts, self._rows = [*dicts], [*rows]
+        self._then = self._now()
+
+    def _now(self) -> list[Any]:
+        values = map(dict.values, self._dicts)
+        return [*itertools.chain.from_iterable((*self._dicts, *values, *self._rows))]
+
+    def are_so(self) -> bool:
+        """Whether nothing was put in, taken out or replaced since."""
+        now = self._now()
+        return len(now) == len(self._then) and all(map(operator.is_, now, self._then))
+
+
 class _Held(NamedTuple):
     """One container or object, and what it held.
 
@@ -43,22 +65,17 @@ class Kept:
 
     def _look(self) -> None:
         self._held = [*_containers(self._roots)]
-        self._dicts = [held.container for held in self._held if isinstance(held.container, dict)]
-        self._rows = [held.container for held in self._held if not isinstance(held.container, dict)]
-        self._values = [*self._now()]
-
-    def _now(self) -> Iterator[Any]:
-        return itertools.chain(
-            itertools.chain.from_iterable(map(dict.values, self._dicts)),
-            itertools.chain.from_iterable(self._rows),
+        containers = [held.container for held in self._held]
+        self._contents = Contents(
+            (c for c in containers if isinstance(c, dict)),
+            (c for c in containers if not isinstance(c, dict)),
         )
 
     def is_so(self) -> bool:
         """Whether they hold the same still; plain values are compared as such, all else by identity."""
         if is_compiling():
             return all(map(_is_so, self._held))
-        now = [*self._now()]
-        if len(now) == len(self._values) and all(map(operator.is_, now, self._values)):
+        if self._contents.are_so():
             return True
         so = all(map(_is_so, self._held))
         if so:  # some are equal, and others

@@ -29,7 +29,7 @@ def refuse_other_uses(graph: fx.Graph, inputs: Inputs) -> None:
     Raises:
         TraceError: into something else than arithmetic with tensors, a guard or the output.
     """
-    given = inputs.with_tensors()
+    given = inputs.taken()
     numbers: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" and isinstance(given[str(node.target)], LIVE):

@@ -24,7 +24,6 @@ from skipvit_fx.ir.calls import (
     signature_of,
     with_live,
 )
-from skipvit_fx.ir.direct import Direct
 from skipvit_fx.ir.traced_through import (
     AUTHOR,
     NOT_THE_AUTHORS,
@@ -366,7 +365,7 @@ class SkipViTModule(fx.GraphModule):
         code, owner.forward = owner.forward, owner.call
         first = next((call for call in self.own.calls if call.graph is graph), None)
         if first is not None:
-            first.run, first.direct, first.at_hand = code, Direct(graph, made), None
+            first.run, first.code, first.direct, first.at_hand = code, made, None, None
         return made
 
     def adopt(self, owner: dict[str, Any]) -> None:

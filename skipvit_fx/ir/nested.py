@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,3 +33,11 @@ def holds(thing: Any) -> Any:
     if isinstance(thing, (dict, *_SEQUENCES)):
         return thing
     return getattr(thing, "__dict__", {})
+
+
+def functions_in(thing: Any) -> Iterator[FunctionType]:
+    """A function, or that of a property, and all that it wraps; of anything else none."""
+    inner = thing.fget if isinstance(thing, property) else thing
+    while isinstance(inner, FunctionType):
+        yield inner
+        inner = getattr(inner, "__wrapped__", None)

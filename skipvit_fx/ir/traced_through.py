@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import operator
 import sys
-from collections.abc import Iterable, Iterator
-from types import CodeType, FunctionType
+from collections.abc import Iterable
+from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -15,7 +14,8 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.kept import Kept, same
+from skipvit_fx.ir.kept import Contents, Kept, same
+from skipvit_fx.ir.nested import functions_in
 from skipvit_fx.ir.places import INSERTED
 from skipvit_fx.ops.following import sizes
 
@@ -147,15 +147,11 @@ class Traced:
         self._values = [value for _, _, value in seen]
         self._dicts = [vars(module) for module in self.read]
         self._sizes = [*map(len, self._dicts)]
-        self._holders = [module._modules for module in self.above.values()]
-        self._held = [*self._parts()]
+        self._parts = Contents(module._modules for module in self.above.values())
 
     def _is_idle(self, path: str) -> bool:
         """Whether a child of a traced module is not called, and may be read: the dropout of a fused attention."""
         return path not in self.above and path not in self.called and f"{path}." != INSERTED
-
-    def _parts(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self._holders))
 
     def of_copy(self, root: nn.Module) -> Traced:
         """The same for a copy of the model, changed if this one is."""
@@ -183,12 +179,11 @@ class Traced:
         return False
 
     def _is_as_it_was(self) -> bool:
-        """The short way, of comparisons by identity: it is gone in every call."""
+        """The short way, of comparisons by identity: it is taken at every call."""
         return (
             [*map(len, self._dicts)] == self._sizes
-            and sum(map(len, self._holders)) == len(self._held)
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
-            and all(map(operator.is_, self._parts(), self._held))
+            and self._parts.are_so()
             and self._kept.is_so()
             and not self._reshaped()
         )
@@ -300,13 +295,11 @@ def _spelled(kind: Any) -> frozenset[str]:
 def names_in(function: Any) -> set[str]:
     """The names and texts in the code of a function or property, and of all that it wraps; of anything else none."""
     found: set[str] = set()
-    inner = function.fget if isinstance(function, property) else function
-    while isinstance(inner, FunctionType):
+    for inner in functions_in(function):
         waiting = [inner.__code__]
         while waiting:
             code = waiting.pop()
             found.update(code.co_names)
             found.update(text for text in code.co_consts if isinstance(text, str))
             waiting += [part for part in code.co_consts if isinstance(part, CodeType)]
-        inner = getattr(inner, "__wrapped__", None)
     return found
