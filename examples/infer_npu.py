@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx
-from skipvit_fx.export.npu import find_device, npu_operators, synchronise
+from skipvit_fx.ascend.npu import find_device, npu_operators, synchronise
 
 
 def images_per_second(model: nn.Module, x: Tensor, seconds: float, half: bool) -> float:

@@ -11,14 +11,16 @@ from torch import Tensor, fx, nn
 
 from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
-from skipvit_fx.analysis.tokens import SDPA, carries_tokens
-from skipvit_fx.ir.sizes import SIZE_FREE, dimension_of, sizes_of
+from skipvit_fx.analysis.tokens import SDPA, NodeFacts, carries_tokens
+from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.score import ScoreByQuery
 from skipvit_fx.ops.skip import Merge
-from skipvit_fx.passes.free_token_sizes import follow_input
-from skipvit_fx.passes.insert_score import attention_operands
-from skipvit_fx.pipeline.rewriting import Rewriting
+from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.passes import Condition
+from skipvit_fx.rewriting.sizes import follow_input
 
 ALL = math.inf
 NONE = -math.inf
@@ -45,19 +47,19 @@ class EliminateDeadTokens:
     """
 
     name: ClassVar[str] = "eliminate-dead-tokens"
-    requires: ClassVar[frozenset[str]] = frozenset({"stream"})
-    provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[tuple[Condition, ...]] = (SKIPPING, RETURNED)
+    ensures: ClassVar[tuple[Condition, ...]] = ()
 
-    def run(self, rewriting: Rewriting) -> None:
+    def run(self, context: Context) -> None:
         """Narrow every edge from a node that is computed in full to one that is read in part."""
-        liveness = _Liveness(rewriting)
-        rewriting.narrow |= liveness.narrow
-        editor = rewriting.editor
+        context = context.knowing(_facts_of_inserted(context))
+        liveness = _Liveness(context)
+        context.narrow |= liveness.narrow
+        editor = context.editor
         narrowed: dict[tuple[fx.Node, int, int], fx.Node] = {}
         for node in list(editor.graph.nodes):
             if liveness.passes_through(node):
-                editor.rewire_all(node, node.all_input_nodes[0])
+                editor.rewire_all(node.users, node, node.all_input_nodes[0])
                 continue
             edges = liveness.edges_to_narrow(node)
             for key in edges:
@@ -66,30 +68,25 @@ class EliminateDeadTokens:
                     name = f"dead_tokens.narrow_{len(narrowed) + 1}"
                     op = Narrow(dim, rows)
                     narrowed[key] = editor.insert_module(name, op, (argument,), after=argument)
-                    if argument in rewriting.analysis.facts:
-                        rewriting.analysis.facts[narrowed[key]] = rewriting.analysis[argument]
+                    if argument in context.analysis.facts:
+                        context.analysis.facts[narrowed[key]] = context.analysis[argument]
                 editor.rewire(node, argument, narrowed[key])
             if liveness.is_narrow(node):
-                follow_input(rewriting, node, always=True)
+                follow_input(context, node, always=True)
 
 
 class _Liveness:
     """Which rows of every node are read (``need``), and which nodes can do with computing just these."""
 
-    def __init__(self, rewriting: Rewriting) -> None:
-        self.rewriting = rewriting
-        self.analysis = rewriting.analysis
-        for stage in rewriting.stages:
-            stream = self.analysis[stage.cut]
-            for node in (stage.shorter, *_merges(rewriting)):
-                if node is not None:
-                    self.analysis.facts[node] = stream
+    def __init__(self, context: Context) -> None:
+        self.analysis = context.analysis
+        self.shortened = {skip.kept_tokens for skip in context.skips.values()}
         self.need: dict[fx.Node, float] = {}
-        for node in reversed(rewriting.editor.graph.nodes):
+        for node in reversed(context.editor.graph.nodes):
             for argument, need in self._reads(node):
                 self.need[argument] = max(self.need.get(argument, NONE), need)
         self.narrow: set[fx.Node] = set()
-        for node in rewriting.editor.graph.nodes:
+        for node in context.editor.graph.nodes:
             if self._can_be_narrow(node):
                 self.narrow.add(node)
 
@@ -108,8 +105,8 @@ class _Liveness:
         edges = []
         arguments = node.all_input_nodes
         if node.target in SDPA:
-            query, _, mask, _ = attention_operands(node)
-            arguments = [query]
+            given = AttentionArguments.of(node)
+            arguments, mask = [given.query], given.attn_mask
             if mask is not None and any(
                 p.dim - p.operand.ndim == -2 for p in self.analysis[node].positions
             ):
@@ -157,7 +154,7 @@ class _Liveness:
         unread = need == NONE and carries_tokens(facts)
         if node.op != "output" and (unread or (need < ALL and self._row_by_row(node, need))):
             if node.target in SDPA:
-                query, *_ = attention_operands(node)
+                query = AttentionArguments.of(node).query
                 return [(a, need if a is query else ALL) for a in arguments]
             return [(a, need) for a in arguments]
         return [(a, ALL) for a in arguments]
@@ -169,8 +166,7 @@ class _Liveness:
 
     def _reads_token_size(self, node: fx.Node) -> bool:
         """Whether a size of a token axis is taken, and not just handed on as part of ``x.shape``."""
-        rank = self.rewriting.rank
-        found = dimension_of(node, rank)
+        found = dimension_of(node, self.analysis.rank)
         if found is not None:
             axes = self.analysis.axes(found[0])
             return axes is not None and tokens_of(axes[found[1]]) is not None
@@ -218,7 +214,7 @@ class _Liveness:
             or isinstance(self._op(node), Merge)
         ):
             return False
-        if any(node is stage.shorter for stage in self.rewriting.stages):
+        if node in self.shortened:
             return False
         if not self._row_by_row(node, need):
             return False
@@ -234,13 +230,16 @@ class _Liveness:
         )
 
 
-def _merges(rewriting: Rewriting) -> list[fx.Node]:
-    module = rewriting.analysis.module
-    return [
-        node
-        for node in rewriting.editor.graph.nodes
-        if node.op == "call_module" and isinstance(module.get_submodule(node.target), Merge)
-    ]
+def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
+    """Of the nodes that hold the residual stream: that it has the axes of the author's."""
+    module, facts = context.analysis.module, {}
+    for stage, skip in context.stages():
+        stream = context.analysis[stage.cut]
+        facts[skip.kept_tokens] = stream
+        for node in context.editor.graph.nodes:
+            if node.op == "call_module" and isinstance(module.get_submodule(node.target), Merge):
+                facts[node] = stream
+    return facts
 
 
 def _single_token_dim(axes: Axes | None) -> int | None:

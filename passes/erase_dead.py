@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipvit_fx.ir.editor import INSERTED_BY
-from skipvit_fx.pipeline.rewriting import Rewriting
+from skipvit_fx.graph.editor import INSERTED_BY, is_pure
+from skipvit_fx.rewriting.conditions import NOTHING_DEAD
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.passes import Condition
 
 
 @dataclass(frozen=True)
@@ -21,19 +23,14 @@ class EraseDead:
     After::
 
         y = x.reshape(b, x.size(1), -1)
-
-    The author's modules stay, read or not: they may draw random numbers.
     """
 
     name: ClassVar[str] = "erase-dead"
-    requires: ClassVar[frozenset[str]] = frozenset()
-    provides: ClassVar[frozenset[str]] = frozenset()
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[tuple[Condition, ...]] = ()
+    ensures: ClassVar[tuple[Condition, ...]] = (NOTHING_DEAD,)
 
-    def run(self, rewriting: Rewriting) -> None:
+    def run(self, context: Context) -> None:
         """Erase from the last node to the first."""
-        editor = rewriting.editor
-        for node in reversed(list(editor.graph.nodes)):
-            pure = node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
-            if not node.users and (pure or INSERTED_BY in node.meta):
-                editor.erase(node)
+        for node in reversed(list(context.editor.graph.nodes)):
+            if not node.users and (is_pure(node) or INSERTED_BY in node.meta):
+                context.editor.erase(node)

@@ -9,9 +9,11 @@ from torch import fx
 
 from skipvit_fx.analysis.rules import Position
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.places import module_path
+from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.ops.positions import GatherPositions
-from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
+from skipvit_fx.rewriting.conditions import POSITIONS_GATHERED, SIZES_FOLLOW, SKIPPING
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.passes import Condition
 
 
 @dataclass(frozen=True)
@@ -29,59 +31,44 @@ class GatherPositionOperands:
     """
 
     name: ClassVar[str] = "gather-positions"
-    requires: ClassVar[frozenset[str]] = frozenset({"skips", "live-sizes"})
-    provides: ClassVar[frozenset[str]] = frozenset({"positions"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[tuple[Condition, ...]] = (SIZES_FOLLOW, SKIPPING)
+    ensures: ClassVar[tuple[Condition, ...]] = (POSITIONS_GATHERED,)
 
-    def run(self, rewriting: Rewriting) -> None:
+    def run(self, context: Context) -> None:
         """Gather every operand of fixed token length under a drop.
 
         Raises:
             UnsupportedModelError: an operand cannot be gathered per sample.
         """
         gathered: dict[Any, fx.Node] = {}
-        for node in rewriting.span_nodes():
-            positions = rewriting.analysis[node].positions
+        for node in context.spans.nodes():
+            positions = context.analysis[node].positions
             if not positions:
                 continue
-            stage = rewriting.active(node)[-1]
-            for operand, meets in _by_operand(rewriting, node, positions).items():
+            stage = context.spans.active(node)[-1]
+            skip = context.skips[stage.index]
+            for operand, meets in _by_operand(context, node, positions).items():
                 op = _gather(node, meets)
-                key = (stage.index, operand, repr(sorted(vars_of(op).items())))
+                key = (stage.index, operand, op.place)
                 if key not in gathered:
-                    count = len(gathered) + 1
-                    assert stage.positions is not None
-                    assert stage.shorter is not None
-                    gathered[key] = rewriting.editor.insert_module(
-                        f"{stage.name}.gather_{count}",
+                    gathered[key] = context.editor.insert_module(
+                        f"{stage.name}.gather_{len(gathered) + 1}",
                         op,
-                        (operand, stage.positions),
-                        after=stage.shorter,
+                        (operand, skip.positions),
+                        after=skip.kept_tokens,
                     )
-                rewriting.editor.rewire(node, operand, gathered[key])
-                for score in _scores_at(rewriting, node):
-                    rewriting.editor.rewire(score, operand, gathered[key])
-
-
-def vars_of(op: GatherPositions) -> dict[str, Any]:
-    """What two gathers of one operand have to agree in to be the same."""
-    return {
-        "dims": op.dims,
-        "rank": op.rank,
-        "batch_dim": op.batch_dim,
-        "per_sample": op.per_sample,
-        "repeat": op.repeat,
-    }
+                readers = [node, *_scores_at(context, node)]
+                context.editor.rewire_all(readers, operand, gathered[key])
 
 
 def _by_operand(
-    rewriting: Rewriting, node: fx.Node, positions: list[Position]
+    context: Context, node: fx.Node, positions: list[Position]
 ) -> dict[fx.Node, list[Position]]:
     """The argument nodes that the operands come from."""
     found: dict[fx.Node, list[Position]] = {}
     for position in positions:
         for argument in node.all_input_nodes:
-            if rewriting.analysis.value(argument) is position.operand:
+            if context.analysis.value(argument) is position.operand:
                 found.setdefault(argument, []).append(position)
                 break
         else:
@@ -113,12 +100,11 @@ def _gather(node: fx.Node, meets: list[Position]) -> GatherPositions:
     )
 
 
-def _scores_at(rewriting: Rewriting, node: fx.Node) -> list[fx.Node]:
+def _scores_at(context: Context, node: fx.Node) -> list[fx.Node]:
     """Score nodes that read the same operands as the attention at ``node``."""
-    stages: list[StageNodes] = rewriting.stages
     return [
         score
-        for stage in stages
-        for site, score in stage.scores.items()
+        for scores in context.scores.values()
+        for site, score in scores.items()
         if site and site.node is node
     ]

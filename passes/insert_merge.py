@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from skipvit_fx.ops.skip import Merge
-from skipvit_fx.pipeline.rewriting import Rewriting
+from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.passes import Condition
 
 
 @dataclass(frozen=True)
@@ -24,31 +26,23 @@ class InsertMerge:
     """
 
     name: ClassVar[str] = "insert-merge"
-    requires: ClassVar[frozenset[str]] = frozenset({"skips"})
-    provides: ClassVar[frozenset[str]] = frozenset({"merges"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[tuple[Condition, ...]] = (SKIPPING,)
+    ensures: ClassVar[tuple[Condition, ...]] = (RETURNED,)
 
-    def run(self, rewriting: Rewriting) -> None:
-        """Insert one merge a stage behind the return node, if the plan returns."""
-        returns = rewriting.return_node
-        if returns is None:
+    def run(self, context: Context) -> None:
+        """Insert one merge per stage after the return node, if the plan returns."""
+        returns, stages = context.spans.return_node, context.stages()
+        if returns is None or not stages:
             return
-        editor, stream = rewriting.editor, rewriting.stream
-        place = (stream.dim, stream.tokens.lead, stream.tokens.tail)
-        if not rewriting.stages:
-            return
-        last = rewriting.stages[-1]
+        last, skip = stages[-1]
         # cut and return may be one node: then the sequence was shortened right there
-        start = last.shorter if last.cut is returns else returns
-        assert start is not None
+        current = start = skip.kept_tokens if last.cut is returns else returns
         readers = list(start.users)
-        current = start
-        for stage in reversed(rewriting.stages):
-            current = editor.insert_module(
+        for stage, skip in reversed(stages):
+            current = context.editor.insert_module(
                 f"{stage.name}.merge",
-                Merge(*place, fused=rewriting.plan.fused),
-                (current, stage.around, stage.kept, stage.dropped),
+                Merge(*context.place, fused=context.plan.fused),
+                (current, skip.bypassed, skip.kept, skip.dropped),
                 after=current,
             )
-        for user in readers:
-            editor.rewire(user, start, current)
+        context.editor.rewire_all(readers, start, current)

@@ -10,11 +10,14 @@ from torch import fx, nn
 
 from skipvit_fx.analysis.axes import Axes, Batch, Tokens, size, tokens_of
 from skipvit_fx.analysis.layers import AttentionSite
+from skipvit_fx.analysis.spans import StageSpan
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.places import module_path
-from skipvit_fx.ir.sdpa import AttentionArguments
+from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
-from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
+from skipvit_fx.rewriting.conditions import SCORED, SIZES_FOLLOW
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.passes import Condition
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,21 @@ class InsertScore:
     """
 
     name: ClassVar[str] = "insert-score"
-    requires: ClassVar[frozenset[str]] = frozenset({"sound-spans", "live-sizes"})
-    provides: ClassVar[frozenset[str]] = frozenset({"scores"})
-    invalidates: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[tuple[Condition, ...]] = (SIZES_FOLLOW,)
+    ensures: ClassVar[tuple[Condition, ...]] = (SCORED,)
 
-    def run(self, rewriting: Rewriting) -> None:
+    def run(self, context: Context) -> None:
         """Insert one score node a site.
 
         Raises:
             UnsupportedModelError: ``score="cls"`` on a model without class token, ``score="auto"`` where it cannot be
                 told whether there is one, or an attention whose axes the score does not know.
         """
-        asking = _asking_row(rewriting)
-        for stage in rewriting.stages:
-            if callable(rewriting.score) or rewriting.score == "random":
-                _score_stream(rewriting, stage)
+        asking = _asking_row(context)
+        for stage in context.spans.stages:
+            scores = context.scores[stage.index] = {}
+            if callable(context.options.score) or context.options.score == "random":
+                scores[None] = _score_stream(context, stage)
                 continue
             if stage.layer.unclear:
                 raise UnsupportedModelError(
@@ -57,63 +60,62 @@ class InsertScore:
                 )
             for i, site in enumerate(stage.layer.sites):
                 name = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
-                op, args = _score_of(rewriting, site, asking)
-                stage.scores[site] = rewriting.editor.insert_module(name, op, args, after=site.node)
+                op, args = _score_of(context, site, asking)
+                scores[site] = context.editor.insert_module(name, op, args, after=site.node)
 
 
-def _asking_row(rewriting: Rewriting) -> int | None:
+def _asking_row(context: Context) -> int | None:
     """The row of the sequence whose attention scores; ``None`` for the mean of all."""
-    token = rewriting.stream.class_token
-    if rewriting.score == "auto" and token.ambiguous and rewriting.stages:
+    token = context.stream.class_token
+    if context.options.score == "auto" and token.ambiguous and context.spans.stages:
         raise UnsupportedModelError(
             token.ambiguous,
             hint="pass score='cls' if the first row is the class token, score='mean' if there is none, or "
             "prefix_tokens=N if fewer rows stand in front",
         )
-    if rewriting.score == "cls" and token.row is None and not token.ambiguous:
+    if context.options.score == "cls" and token.row is None and not token.ambiguous:
         raise UnsupportedModelError(
             f"score='cls' needs a class token, and the sequence has none ({token.reason})",
             hint="score='auto' or score='mean' lets the mean query score the patches",
         )
-    if rewriting.score == "cls" and token.ambiguous:
+    if context.options.score == "cls" and token.ambiguous:
         return 0
-    return token.row if rewriting.score in ("auto", "cls") else None
+    return token.row if context.options.score in ("auto", "cls") else None
 
 
-def _score_stream(rewriting: Rewriting, stage: StageNodes) -> None:
-    stream = rewriting.stream
+def _score_stream(context: Context, stage: StageSpan) -> fx.Node:
+    stream = context.stream
     lead, tail = stream.tokens.lead, stream.tokens.tail
     op: nn.Module
-    if callable(rewriting.score):
-        op = ScoreByFunction(rewriting.score, stream.dim, lead, tail)
+    if callable(context.options.score):
+        op = ScoreByFunction(context.options.score, stream.dim, lead, tail)
     else:
         op = ScoreAtRandom(stream.dim, lead, tail)
-    stage.scores[None] = rewriting.editor.insert_module(
-        f"{stage.name}.score", op, (stage.cut,), after=stage.cut
-    )
+    return context.editor.insert_module(f"{stage.name}.score", op, (stage.cut,), after=stage.cut)
 
 
 def _score_of(
-    rewriting: Rewriting, site: AttentionSite, asking: int | None
+    context: Context, site: AttentionSite, asking: int | None
 ) -> tuple[nn.Module, tuple[Any, ...]]:
     if site.fused:
-        query, key, mask, scale = attention_operands(site.node)
-        axes = rewriting.analysis.axes(query)
-        keys = rewriting.analysis.axes(key)
+        given = AttentionArguments.of(site.node)
+        query, key, mask = given.query, given.key, given.attn_mask
+        axes = context.analysis.axes(query)
+        keys = context.analysis.axes(key)
         assert axes is not None
         assert keys is not None
-        row = None if asking is None else _query_row(rewriting, site, axes[-2], asking)
+        row = None if asking is None else _query_row(context, site, axes[-2], asking)
         heads = _heads(site, axes[:-2])
         first, tail = site.keys.lead, site.keys.tail
         args = (query, key) if mask is None else (query, key, mask)
-        return ScoreByQuery(row, first, tail, heads, scale), args
-    weights = rewriting.analysis.axes(site.node)
+        return ScoreByQuery(row, first, tail, heads, given.scale), args
+    weights = context.analysis.axes(site.node)
     assert weights is not None
     dims = [d for d, dim in enumerate(weights) if tokens_of(dim)]
     key_dim = next(d for d in dims if weights[d] == (site.keys._replace(weights=True),))
     query_dim = next(d for d in dims if d != key_dim)
     heads = _heads(site, tuple(dim for d, dim in enumerate(weights) if d not in dims))
-    row = None if asking is None else _query_row(rewriting, site, weights[query_dim], asking)
+    row = None if asking is None else _query_row(context, site, weights[query_dim], asking)
     source = site.node.all_input_nodes[0] if asking is None else site.node
     rank = len(weights)
     op = ScoreByWeights(
@@ -122,21 +124,9 @@ def _score_of(
     return op, (source,)
 
 
-def attention_operands(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, float | None]:
-    """Query, key, mask and scale of a ``scaled_dot_product_attention`` node."""
-    given = AttentionArguments(*node.args, **node.kwargs)
-    if isinstance(given.scale, fx.Node):
-        raise UnsupportedModelError(
-            "the scale of an attention is computed, not constant",
-            node=node.name,
-            hint="use score='random' or a score function, which do not need it",
-        )
-    return given.query, given.key, given.attn_mask, given.scale
-
-
-def _query_row(rewriting: Rewriting, site: AttentionSite, dim: Any, asking: int) -> int:
+def _query_row(context: Context, site: AttentionSite, dim: Any, asking: int) -> int:
     """Where the class token stands among the queries; counted from the last one if it stands after the patches."""
-    tokens, full = tokens_of(dim), rewriting.stream.tokens
+    tokens, full = tokens_of(dim), context.stream.tokens
     assert isinstance(tokens, Tokens)
     row, first, last = asking + tokens.lead - full.lead, 0, tokens.lead
     if asking >= full.lead:

@@ -1,10 +1,7 @@
 """skipvit_fx: a graph compiler that gives any Vision Transformer a token-level skip connection."""
 
-import skipvit_fx._autoload  # noqa: F401  (before torch)
-from skipvit_fx.analysis.explain import AttentionReport, find_attention
 from skipvit_fx.api import rewrite, set_skipping
-from skipvit_fx.cost.latency import measure_latency
-from skipvit_fx.cost.latency_report import LatencyReport
+from skipvit_fx.ascend.atc import AtcReport, atc_check
 from skipvit_fx.errors import (
     ExportError,
     GuardError,
@@ -16,14 +13,16 @@ from skipvit_fx.errors import (
     UnsupportedModelError,
     ValidationError,
 )
-from skipvit_fx.export.atc import AtcReport, atc_check
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
-from skipvit_fx.inspect.inspection import inspect
-from skipvit_fx.inspect.report import Inspection
-from skipvit_fx.inspect.tokens import TokenTrace, trace_tokens
 from skipvit_fx.plan import Plan, Stage
+from skipvit_fx.reports.attention import AttentionReport, find_attention
+from skipvit_fx.reports.inspection import inspect
+from skipvit_fx.reports.inspection_report import Inspection
+from skipvit_fx.reports.latency import measure_latency
+from skipvit_fx.reports.latency_report import LatencyReport
+from skipvit_fx.reports.tokens import TokenTrace, trace_tokens
 from skipvit_fx.saving import load, save
-from skipvit_fx.training.schedule import SkipSchedule
+from skipvit_fx.training import SkipSchedule
 
 __all__ = [
     "AtcReport",

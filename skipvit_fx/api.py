@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
-from skipvit_fx import validation
 from skipvit_fx.analysis.replacements import Replacements, uses_of
-from skipvit_fx.arguments import check_flag, check_model, check_prefix_tokens
-from skipvit_fx.errors import NotRewrittenError, PlanError, UnsupportedModelError
-from skipvit_fx.ir.capture import Capture
-from skipvit_fx.ir.example import example_of
-from skipvit_fx.ir.module import SkipViTModule, watch
-from skipvit_fx.ir.opening import with_capture
-from skipvit_fx.ir.places import naming_parts
+from skipvit_fx.arguments import check_flag, check_model
+from skipvit_fx.capture.capture import Capture
+from skipvit_fx.capture.example import example_of
+from skipvit_fx.capture.opening import with_capture
+from skipvit_fx.errors import NotRewrittenError, UnsupportedModelError
+from skipvit_fx.graph.module import SkipViTModule, watch
+from skipvit_fx.graph.module_paths import naming_parts
+from skipvit_fx.graph.record import RECORD, graph_lines, numbered_lines
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.pipeline.default import default_pipeline
-from skipvit_fx.pipeline.record import RECORD, graph_lines, make_record
-from skipvit_fx.pipeline.rewriting import Cut, Rewriting, Score
-from skipvit_fx.pipeline.runner import run_passes
+from skipvit_fx.options import Cut, Frontend, Options, Score
+from skipvit_fx.passes import passes_for
 from skipvit_fx.plan import Plan
 from skipvit_fx.reference import steps_of
+from skipvit_fx.rewriting.context import locate
+from skipvit_fx.rewriting.passes import run_passes
+from skipvit_fx.rewriting.recording import record_rewrite
+from skipvit_fx.rewriting.shapes import check_shapes
+from skipvit_fx.validation import NOT_ASKED
+from skipvit_fx.validation import validate as validate_rewrite
 
 
 def rewrite(
@@ -30,7 +34,7 @@ def rewrite(
     plan: Plan | str,
     *,
     example_inputs: Any = None,
-    frontend: Literal["auto", "symbolic", "export"] = "auto",
+    frontend: Frontend | Literal["auto"] = "auto",
     cut: Cut = "attention",
     score: Score = "auto",
     prefix_tokens: int | None = None,
@@ -83,116 +87,52 @@ def rewrite(
         ValidationError: the rewritten graph computes something else than the model; the first place is named.
     """
     check_model(model)
-    plan = plan if isinstance(plan, Plan) else Plan.parse(plan)
-    check_prefix_tokens(prefix_tokens)
-    for name, flag in (
-        ("fill_taps", fill_taps),
-        ("eliminate_dead_tokens", eliminate_dead_tokens),
-        ("train_only", train_only),
-        ("validate", validate),
-    ):
-        check_flag(name, flag)
-    _check_choice("frontend", frontend, ("auto", "symbolic", "export"))
-    _check_choice("cut", cut, ("attention", "block"))
-    if not callable(score):
-        _check_choice("score", score, ("auto", "cls", "mean", "random"))
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise PlanError(
-            f"multiple_of={multiple_of!r} is no number of tokens",
-            hint="pass 1 for any number, or the length of a kernel's tile, such as 8 or 16",
-        )
+    options = Options(
+        plan if isinstance(plan, Plan) else Plan.parse(plan),
+        frontend=frontend,
+        cut=cut,
+        score=score,
+        prefix_tokens=prefix_tokens,
+        fill_taps=fill_taps,
+        eliminate_dead_tokens=eliminate_dead_tokens,
+        multiple_of=multiple_of,
+        train_only=train_only,
+        validate=validate,
+    )
     if any(isinstance(module, SkipViTModule) for module in model.modules()):
         raise UnsupportedModelError(
             "the model was rewritten already",
             hint="rewrite the original model with the plan that you want",
         )
-    args, kwargs = example_of(model, example_inputs)
-    options = _Options(
-        plan,
-        cut,
-        score,
-        prefix_tokens,
-        fill_taps,
-        eliminate_dead_tokens,
-        multiple_of,
-        frontend,
-        validate,
-    )
-    fast = _rewritten(options, model, args, kwargs)
+    fast = _rewritten(options, model, *example_of(model, example_inputs))
     set_train_only(fast, train_only)
     return fast
 
 
-class _Options(NamedTuple):
-    """What :func:`rewrite` was asked for, for the graphs of other calls too."""
-
-    plan: Plan
-    cut: Cut
-    score: Score
-    prefix_tokens: int | None
-    fill_taps: bool
-    eliminate_dead_tokens: bool
-    multiple_of: int
-    frontend: Literal["auto", "symbolic", "export"]
-    validate: bool
-
-    @property
-    def drops(self) -> bool:
-        """Whether anything is left out: tokens, or what a plan without stages leaves out, rows that nobody reads."""
-        return any(stage.ratio for stage in self.plan.stages) or not self.plan.stages
-
-
 def _rewritten(
-    options: _Options, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    options: Options, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> SkipViTModule:
     """``model`` rewritten for one call of its forward."""
-    elimination = options.eliminate_dead_tokens and options.drops
 
     def work(capture: Capture) -> SkipViTModule:
-        before, captured = graph_lines(capture.module.graph), steps_of(capture.module.graph)
-        rewriting = Rewriting(
-            capture,
-            options.plan,
-            options.cut,
-            options.score,
-            options.prefix_tokens,
-            options.fill_taps,
-            options.multiple_of,
-        )
-        with naming_parts(capture.opened):
-            records = run_passes(default_pipeline(eliminate_dead_tokens=elimination), rewriting)
-        found = (
-            validation.validate(model, rewriting, captured)
-            if options.validate
-            else validation.NOT_ASKED
-        )
-        record = make_record(
-            type(model).__name__,
-            rewriting,
-            records,
-            before,
-            eliminate_dead_tokens=elimination,
-            validated=found,
-        )
         fast = capture.module
+        captured = steps_of(fast.graph)
+        before = graph_lines(fast.graph), numbered_lines(fast.graph)
+        with naming_parts(capture.opened):
+            context = locate(capture, options)
+            edits = run_passes(passes_for(options), context)
+            check_shapes(context)
+        found = validate_rewrite(model, context, captured) if options.validate else NOT_ASKED
+        record = record_rewrite(type(model).__name__, context, edits, *before, found)
         fast.meta[RECORD] = fast.own.calls[0].record = record
         fast.own.drops = options.drops
         fast.own.rewrite = functools.partial(_rewritten, options)
-        watch(fast, capture.opened, rewriting.stream.modules)
-        fast.own.replacements = Replacements(
-            fast, uses_of(rewriting.analysis, rewriting.on_fewer_tokens())
-        )
+        watch(fast, capture.opened, context.stream.modules)
+        uses = uses_of(context.analysis, context.on_fewer_tokens())
+        fast.own.replacements = Replacements(fast, uses)
         return fast
 
     return with_capture(model, args, kwargs, work, frontend=options.frontend)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise PlanError(
-            f"{name}={value!r} is none of {', '.join(map(repr, choices))}",
-            hint=f"pass one of these as {name}",
-        )
 
 
 def set_skipping(fast: nn.Module, on: bool) -> None:

@@ -22,6 +22,15 @@ def check_flag(name: str, value: object) -> None:
         )
 
 
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise PlanError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise PlanError(
+            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}",
+            hint=f"pass one of these as {name}",
+        )
+
+
 def check_prefix_tokens(value: object) -> None:
     """Raise PlanError unless ``value`` is a number of tokens, or ``None``."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):

@@ -19,15 +19,15 @@ from torch import Tensor, fx, nn
 from skipvit_fx.analysis.axes import Axes, Batch, Dim, Tokens, axes_of, tensors_in, tokens_of
 from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.rules import Position
+from skipvit_fx.analysis.spans import Spans, StageSpan
 from skipvit_fx.analysis.tokens import SDPA
+from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import ValidationError
-from skipvit_fx.inspect.tokens import Selection
-from skipvit_fx.ir.author_code import AuthorError, author_code
-from skipvit_fx.ir.places import module_path
-from skipvit_fx.ir.sdpa import AttentionArguments
-from skipvit_fx.ir.sizes import RESHAPES, SPLITS
-from skipvit_fx.ir.symbolic import attribute
-from skipvit_fx.pipeline.rewriting import Rewriting, StageNodes
+from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.sizes import RESHAPES, SPLITS
+from skipvit_fx.reports.tokens import Selection
 
 _EXPANDS = frozenset({"expand", "broadcast_to", torch.broadcast_to, torch.ops.aten.expand.default})
 
@@ -160,7 +160,7 @@ class Masked(Run):
 
     Args:
         steps, module, parts: as for :class:`Run`.
-        rewriting: the analysis of this graph, with the plan laid over it.
+        spans: the plan laid over this graph.
         selections: what each stage of the plan kept and dropped.
 
     Attributes:
@@ -172,17 +172,17 @@ class Masked(Run):
         steps: Iterable[Step],
         module: nn.Module,
         parts: Mapping[str, nn.Module],
-        rewriting: Rewriting,
+        spans: Spans,
         selections: Iterable[Selection],
     ) -> None:
         super().__init__(steps, module, parts)
-        self.rewriting = rewriting
-        self.analysis, self.stream = rewriting.analysis, rewriting.stream
+        self.spans = spans
+        self.analysis, self.stream = spans.analysis, spans.stream
         layers = self.stream.layers
-        stages = zip(rewriting.stages, selections, strict=True)
+        stages = zip(spans.stages, selections, strict=True)
         self._cuts = {stage.cut: (stage, selection) for stage, selection in stages}
         self.on_stream = {n for layer in layers for n in (layer.input, layer.cut, layer.end)}
-        never = bool(rewriting.stages) and rewriting.return_node is None
+        never = bool(spans.stages) and spans.return_node is None
         self._end = layers[-1].end if never else None
         self._left: dict[int, Left] = {}
         self._short: set[fx.Node] = set()
@@ -215,12 +215,12 @@ class Masked(Run):
         return value
 
     def lookup(self, reader: fx.Node, node: fx.Node) -> Any:
-        tapped = node in self._filled and reader in self.rewriting.taps[node]
+        tapped = node in self._filled and reader in self.spans.taps[node]
         return self._filled[node] if tapped else self.env[node]
 
     def _left_at(self, node: fx.Node) -> Left | None:
         """Who left before the node; stages are nested, so the last one that it is under tells."""
-        active = self.rewriting.active(node)
+        active = self.spans.active(node)
         return self._left[active[-1].index] if active else None
 
     # -- on the residual stream -----------------------------------------------------------------------------------
@@ -229,12 +229,12 @@ class Masked(Run):
         if left is not None:
             state = torch.where(self._rows(left.gone), left.frozen, state)
         self.see(node, state, None if left is None else left.slots)
-        if node in self.rewriting.taps:
+        if node in self.spans.taps:
             self._filled[node] = self._fill(state, left)
             self.see_filled(node, self._filled[node])
         if node in self._cuts:
             left, state = self._leave(*self._cuts[node], state, left)
-        if node is self.rewriting.return_node and self._left:
+        if node is self.spans.return_node and self._left:
             state = self.returned = self._fill(state, left)
             self.see_filled(node, state)
         if node is self._end and left is not None:
@@ -253,7 +253,7 @@ class Masked(Run):
         return state if left is None else torch.where(self._rows(left.away), left.frozen, state)
 
     def _leave(
-        self, stage: StageNodes, selection: Selection, state: Tensor, left: Left | None
+        self, stage: StageSpan, selection: Selection, state: Tensor, left: Left | None
     ) -> tuple[Left, Tensor]:
         """Who has left after a stage, and the stream with a fused token in it."""
         tokens, dim = self.stream.tokens, self.stream.dim
@@ -262,7 +262,7 @@ class Masked(Run):
         leaving = before.slots.gather(1, selection.dropped)
         own = torch.zeros_like(before.away).scatter(1, leaving, True) & ~before.away
         frozen = torch.where(self._rows(own), state, before.frozen)
-        if self.rewriting.plan.fused and leaving.shape[1]:
+        if self.spans.options.plan.fused and leaving.shape[1]:
             slot = leaving[:, :1]
             slots = torch.cat([slots, slot], 1)
             first = state if dim == 1 else state.transpose(0, 1)

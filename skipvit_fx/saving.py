@@ -6,7 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -19,23 +19,20 @@ from torch import Tensor, nn
 from skipvit_fx.api import rewrite
 from skipvit_fx.arguments import check_model
 from skipvit_fx.errors import SavedModelError
-from skipvit_fx.ir.capture import Frontend
-from skipvit_fx.ir.fingerprint import (
+from skipvit_fx.graph.fingerprint import (
     fingerprint,
     first_difference,
     module_lines,
     state_lines,
     tied_names,
 )
-from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
+from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.ops.score import ScoreByFunction
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.pipeline.record import RewriteRecord, record_of
-from skipvit_fx.plan import Plan
 
 _KEY = "skipvit"
-_FORMAT = 2
-_SCORES = ("auto", "cls", "mean", "random")
+_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -45,8 +42,8 @@ class _Header:
     Attributes:
         format: of this header.
         versions: of the packages that made the file, for a person to read.
-        model, plan, cut, score, prefix_tokens, fill_taps, eliminate_dead_tokens, multiple_of: of the rewrite.
-        train_only, frontend: of the rewrite.
+        model: class name of the model.
+        options: of the rewrite; ``frontend`` is the one that was used.
         inputs: the example inputs: positional, and by name.
         graph, modules, state: what the fingerprint is made of, so that a difference can be named.
         tied: names that are another tensor of the file.
@@ -55,15 +52,7 @@ class _Header:
     format: int
     versions: dict[str, str]
     model: str
-    plan: str
-    cut: str
-    score: str
-    prefix_tokens: int | None
-    fill_taps: bool
-    eliminate_dead_tokens: bool
-    multiple_of: int
-    train_only: bool
-    frontend: Frontend
+    options: dict[str, Any]
     inputs: list[Any]
     fingerprint: str
     graph: list[str]
@@ -85,24 +74,17 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
     record = record_of(fast)
     state = fast.state_dict()
     _check_savable(fast, record, state)
+    train_only = any(m.train_only for m in fast.modules() if isinstance(m, Switchable))
     modules, lines = module_lines(fast), state_lines(state)
     tied = tied_names(state)
     header = _Header(
         format=_FORMAT,
         versions={name: _version(name) for name in ("skipvit_fx", "torch")},
         model=record.model,
-        plan=str(record.plan),
-        cut=record.cut,
-        score=record.score,
-        prefix_tokens=record.prefix_tokens,
-        fill_taps=record.fill_taps,
-        eliminate_dead_tokens=record.eliminate_dead_tokens,
-        multiple_of=record.multiple_of,
-        frontend=record.frontend,
-        train_only=any(m.train_only for m in fast.modules() if isinstance(m, Switchable)),
+        options=replace(record.options, frontend=record.frontend, train_only=train_only).to_dict(),
         inputs=[_describe(record.args), _describe(record.kwargs)],
-        fingerprint=fingerprint(record.before, modules, lines),
-        graph=list(record.before),
+        fingerprint=fingerprint(record.computation, modules, lines),
+        graph=list(record.computation),
         modules=list(modules),
         state=list(lines),
         tied=tied,
@@ -153,17 +135,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
     args, kwargs = (_build(inputs, model) for inputs in header.inputs)
     fast = rewrite(
         model,
-        Plan.parse(header.plan),
         example_inputs=kwargs or args,
-        cut=header.cut,  # type: ignore[arg-type]
-        score=header.score,  # type: ignore[arg-type]
-        prefix_tokens=header.prefix_tokens,
-        fill_taps=header.fill_taps,
-        eliminate_dead_tokens=header.eliminate_dead_tokens,
-        multiple_of=header.multiple_of,
-        frontend=header.frontend,
-        train_only=header.train_only,
-        validate=validate,
+        **{**header.options, "validate": validate},
     )
     _check_graph(header, fast)
     weights |= {name: weights[other] for name, other in header.tied.items()}
@@ -173,9 +146,9 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
 
 def _check_savable(fast: nn.Module, record: RewriteRecord, state: Mapping[str, Any]) -> None:
     by_function = any(isinstance(m, ScoreByFunction) for m in fast.modules())
-    if by_function or record.score not in _SCORES:
+    if by_function or callable(record.options.score):
         raise SavedModelError(
-            f"the score is a function ({record.score}), and code is not saved",
+            f"the score is a function ({record.options.score_name}), and code is not saved",
             hint="save fast.state_dict(), and rewrite with the function again where it is loaded",
         )
     for name, value in state.items():
@@ -260,7 +233,7 @@ def _check_parts(header: _Header, model: nn.Module) -> None:
 
 
 def _check_graph(header: _Header, fast: SkipViTModule) -> None:
-    graph = record_of(fast).before
+    graph = record_of(fast).computation
     if difference := first_difference(header.graph, graph):
         what = "{!r} in the file, {!r} in the model".format(*difference)
         raise _another_model(header, f"it computes something else: {what}")

@@ -10,29 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.analysis.explain import locate
+from skipvit_fx.analysis.spans import lay_plan
+from skipvit_fx.author.generators import generators_kept
+from skipvit_fx.capture.example import example_of
 from skipvit_fx.differences import TOLERANCE as TOLERANCE
 from skipvit_fx.differences import badness
 from skipvit_fx.differences import relative_error as relative_error
-from skipvit_fx.inspect.tokens import (
+from skipvit_fx.graph.inputs import Inputs
+from skipvit_fx.graph.record import RewriteRecord, record_of
+from skipvit_fx.reference import Masked, steps_of
+from skipvit_fx.reports.attention import locate
+from skipvit_fx.reports.tokens import (
     Selection,
     TokenTrace,
     check_skips,
     selections_noted,
     traces_of,
 )
-from skipvit_fx.ir.example import example_of
-from skipvit_fx.ir.generators import generators_kept
-from skipvit_fx.ir.inputs import Inputs
-from skipvit_fx.passes.locate_attention import lay_plan
-from skipvit_fx.pipeline.record import RewriteRecord, record_of
-from skipvit_fx.pipeline.rewriting import Cut, Rewriting
-from skipvit_fx.reference import Masked, steps_of
 
 
 @dataclass(frozen=True)
@@ -102,13 +101,10 @@ class Reference:
             The model's output, and the residual stream where the tokens return, ``None`` if they never do.
         """
         located = self._located
-        cut = cast(Cut, record.cut)
-        rewriting = Rewriting(located.capture, record.plan, cut, fill_taps=record.fill_taps)
-        rewriting.locate(located.analysis, located.stream)
-        lay_plan(rewriting)
+        spans = lay_plan(located.analysis, located.stream, record.options)
         module = located.capture.module.eval()
         parts = dict(module.named_modules(remove_duplicate=False))
-        masked = Masked(self._steps, module, parts, rewriting, selections)
+        masked = Masked(self._steps, module, parts, spans, selections)
         with torch.no_grad():
             output = masked(Inputs(self._forward, args, kwargs).taken())
         return output, masked.returned
@@ -149,7 +145,7 @@ def check_rewrite(model: nn.Module, fast: nn.Module, *args: Any, **kwargs: Any) 
         ValueError, SkipViTError: as :class:`Reference` and its ``check`` do.
     """
     example = kwargs if kwargs and not args else args
-    reference = Reference(model, example, prefix_tokens=record_of(fast).prefix_tokens)
+    reference = Reference(model, example, prefix_tokens=record_of(fast).options.prefix_tokens)
     return reference.check(fast, *args, **kwargs)
 
 

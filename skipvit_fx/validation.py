@@ -22,33 +22,33 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Batch, Tokens, tokens_of
+from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.author.generators import GeneratorStates, generators_kept
+from skipvit_fx.capture.cloning import scratch_copy
 from skipvit_fx.differences import badness, relative_error, short, tolerance
 from skipvit_fx.errors import GuardError, ValidationError
-from skipvit_fx.inspect.tokens import Selection, selection_of
-from skipvit_fx.ir.author_code import AuthorError, author_code
-from skipvit_fx.ir.cloning import scratch_copy
-from skipvit_fx.ir.editor import INSERTED_BY
-from skipvit_fx.ir.generators import GeneratorStates, generators_kept
-from skipvit_fx.ir.inputs import Inputs
-from skipvit_fx.ir.module import OWN_CHILD
-from skipvit_fx.ir.places import module_path
+from skipvit_fx.graph.editor import INSERTED_BY
+from skipvit_fx.graph.inputs import Inputs
+from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Merge
-from skipvit_fx.pipeline.rewriting import Rewriting
 from skipvit_fx.reference import Masked, Run, Step, steps_of, take_rows
+from skipvit_fx.reports.tokens import Selection, selection_of
+from skipvit_fx.rewriting.context import Context
 
 IMAGES = 2
 NOT_ASKED = "not validated (validate=False)"
 NO_VALUES = "not validated (meta device)"
 
 
-def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...]) -> str:
+def validate(model: nn.Module, context: Context, captured: tuple[Step, ...]) -> str:
     """Compare a rewritten graph with the model that it was made from. Nothing of either is changed.
 
     Args:
         model: as its author wrote it, in any mode.
-        rewriting: after all passes.
+        context: after all passes.
         captured: its graph before them.
 
     Returns:
@@ -57,7 +57,7 @@ def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...])
     Raises:
         ValidationError: they differ, or one of them does not run.
     """
-    capture = rewriting.capture
+    capture = context.capture
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [t for t in pytree.tree_leaves((capture.args, capture.kwargs)) if is_tensor(t)]
     if any(tensor.is_meta for tensor in tensors):
@@ -66,7 +66,7 @@ def validate(model: nn.Module, rewriting: Rewriting, captured: tuple[Step, ...])
     call = capture.module.own.calls[0]
     gradients = call.recorded.told and False in call.recorded.asked  # the author asks in eval mode
     with _alone(devices) as states, torch.set_grad_enabled(gradients):
-        check = _Validation(model, rewriting, captured, states, tolerance(tensors))
+        check = _Validation(model, context, captured, states, tolerance(tensors))
         both, first, many = sets_of_images(capture.args, capture.kwargs)
         largest = max(
             _as_guarded(check.capture, first, both, many),
@@ -199,12 +199,12 @@ class _Rewritten(Run):
     def __init__(
         self,
         steps: Iterable[Step],
-        rewriting: Rewriting,
+        context: Context,
         parts: Mapping[str, nn.Module],
         devices: Iterable[torch.device],
     ) -> None:
         super().__init__(steps, parts[""], parts)
-        self.rewriting = rewriting
+        self.context = context
         self.devices = tuple(devices)
         self.selections: dict[str, Selection] = {}
         self.noted: dict[fx.Node, Tensor] = {}
@@ -224,7 +224,7 @@ class _Rewritten(Run):
         # copies: an operator in place may change the value later
         if inserted and isinstance(part, Merge):
             self.filled[_filled_at(node)] = value.clone()
-        elif self._edited and _place(self.rewriting, node) is not None:
+        elif self._edited and _place(self.context, node) is not None:
             self.noted[node] = value.clone()
         return value
 
@@ -237,7 +237,7 @@ class _Rewritten(Run):
         chosen = part(drawn)
         selection = selection_of([drawn], *chosen)
         assert selection is not None
-        _check_selection(self.rewriting, str(step.node.target), selection)
+        _check_selection(self.context, str(step.node.target), selection)
         total = torch.stack([scores, *others]).mean(0)
         path = str(step.node.target).rpartition(".")[0]
         self.selections[path] = Selection(total, selection.kept, selection.dropped)
@@ -250,18 +250,19 @@ class _Compared(Masked):
     def __init__(
         self,
         steps: Iterable[Step],
-        rewriting: Rewriting,
+        context: Context,
         parts: Mapping[str, nn.Module],
         rewritten: _Rewritten,
     ) -> None:
-        selections = [rewritten.selections[f"{OWN_CHILD}.{s.name}"] for s in rewriting.stages]
-        super().__init__(steps, parts[""], parts, rewriting, selections)
+        selections = [rewritten.selections[f"{OWN_CHILD}.{s.name}"] for s in context.spans.stages]
+        super().__init__(steps, parts[""], parts, context.spans, selections)
+        self.context = context
         self.rewritten = rewritten
         self.findings: list[_Finding] = []
 
     def see(self, node: fx.Node, value: Any, rows: Tensor | None) -> None:
         got = self.rewritten.noted.pop(node, None)
-        place = _place(self.rewriting, node)
+        place = _place(self.context, node)
         if got is None or place is None:
             return
         dim, batch_dim, tokens = place
@@ -280,9 +281,9 @@ class _Compared(Masked):
             self.findings.append(_Finding(node, _apart(got, state), filled=True))
 
 
-def _place(rewriting: Rewriting, node: fx.Node) -> tuple[int, int, Tokens] | None:
+def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
     """Where a node of the author's that is compared has tokens and samples; ``None`` if it is not compared."""
-    analysis, stream = rewriting.analysis, rewriting.stream
+    analysis, stream = context.analysis, context.stream
     if node not in analysis.facts:
         return None
     value, axes = analysis[node].value, analysis.axes(node)
@@ -306,7 +307,7 @@ def _filled_at(node: fx.Node) -> fx.Node:
     return node
 
 
-def _check_selection(rewriting: Rewriting, path: str, selection: Selection) -> None:
+def _check_selection(context: Context, path: str, selection: Selection) -> None:
     """Check that a stage's choice is a partition, in order, by the scores that it was given.
 
     Raises:
@@ -321,7 +322,7 @@ def _check_selection(rewriting: Rewriting, path: str, selection: Selection) -> N
         ordered = bool((lowest >= highest).all())
     if not partition or not ordered:
         layer = next(
-            s.layer.index for s in rewriting.stages if path == f"{OWN_CHILD}.{s.name}.select"
+            s.layer.index for s in context.spans.stages if path == f"{OWN_CHILD}.{s.name}.select"
         )
         raise ValidationError(
             f"the choice in layer {layer} does not keep the patches with the highest scores, in their order",
@@ -343,15 +344,15 @@ class _Validation:
     def __init__(
         self,
         model: nn.Module,
-        rewriting: Rewriting,
+        context: Context,
         captured: tuple[Step, ...],
         states: GeneratorStates,
         allowed: float,
     ) -> None:
         self.author = scratch_copy(model).eval()
-        copied = scratch_copy(rewriting.capture.module).eval()
+        copied = scratch_copy(context.capture.module).eval()
         self.parts = dict(copied.named_modules(remove_duplicate=False))
-        self.rewriting = rewriting
+        self.context = context
         self.captured = captured
         self.states = states
         self.allowed = allowed
@@ -386,10 +387,10 @@ class _Validation:
         Raises:
             ValidationError: they differ.
         """
-        steps = steps_of(self.rewriting.capture.module.graph)
-        rewritten = _Rewritten(steps, self.rewriting, self.parts, self.states.devices)
+        steps = steps_of(self.context.capture.module.graph)
+        rewritten = _Rewritten(steps, self.context, self.parts, self.states.devices)
         got = self._run(rewritten, images)
-        masked = _Compared(self.captured, self.rewriting, self.parts, rewritten)
+        masked = _Compared(self.captured, self.context, self.parts, rewritten)
         wanted = self._run(masked, images)
         what = (
             "the rewritten graph does not compute what the model does with the same tokens masked"
@@ -422,10 +423,10 @@ class _Validation:
         stop = order[findings[bad].node] if bad < len(findings) else len(self.captured) - 1
         between = (self.captured[i].node for i in range(start, stop + 1))
         modules = tuple(dict.fromkeys(path for node in between if (path := module_path(node))))
-        layers = self.rewriting.stream.layers
+        layers = self.context.stream.layers
         layer = sum(order[layer.input] < stop for layer in layers)
-        returns = self.rewriting.plan.return_layer
-        at_return = bad < len(findings) and findings[bad].node is self.rewriting.return_node
+        returns = self.context.plan.return_layer
+        at_return = bad < len(findings) and findings[bad].node is self.context.spans.return_node
         if at_return and findings[bad].filled and returns is not None:
             layer = returns
         elif order[layers[-1].end] < stop:

@@ -15,11 +15,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from models import BY_NAME
+from skipvit_fx.ascend import model_facts
+from skipvit_fx.ascend.atc import NOT_RUN, AtcReport, atc_check
+from skipvit_fx.ascend.checks import CHECKS
+from skipvit_fx.ascend.knowledge import LEVELS, knowledge, opsets_in, release_key
 from skipvit_fx.errors import ExportError
-from skipvit_fx.export import model_facts
-from skipvit_fx.export.atc import NOT_RUN, AtcReport, atc_check
-from skipvit_fx.export.checks import CHECKS
-from skipvit_fx.export.rules import LEVELS, knowledge, opsets_in, release_key
 from skipvit_fx.export.to_onnx import export_onnx
 
 FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import skipvit_fx
 from client_models import PLAN, pixels, vit
-from skipvit_fx.ir.caches import caches_of
+from skipvit_fx.author.caches import caches_of
 
 
 def table() -> Callable[[int], Tensor]:

@@ -14,7 +14,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 import skipvit_fx
 from client_models import classifier, pixels, rewritten, vit
 from reference import relative_error
-from skipvit_fx.ir.kept import Kept
+from skipvit_fx.graph.kept import Kept
 
 
 class Settings:

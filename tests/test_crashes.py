@@ -25,10 +25,12 @@ from models import scramble
 from odd_models import DIM, Block, Odd, image
 from skipvit_fx.analysis import layers, leaves
 from skipvit_fx.analysis.tokens import AxisMode, TokenAnalysis
-from skipvit_fx.cost import macs
+from skipvit_fx.author import attributes
+from skipvit_fx.capture import exported, fakes, modes, mutations, symbolic, watch
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
-from skipvit_fx.ir import attributes, exported, fakes, in_place, inputs, modes, symbolic, watch
+from skipvit_fx.graph import inputs
 from skipvit_fx.ops.skip import Keep
+from skipvit_fx.reports import macs
 
 PLAN = "1(40%)+2"
 FRONTENDS = ["symbolic", "export"]
@@ -65,7 +67,7 @@ def ours(kind: type[Exception], how: str) -> Callable[..., Any]:
         "raises": "raise kind('ours')",
         "calls torch": "torch.nn.functional.pad(torch.ones(2), (1, 1), mode='ours')",
     }
-    module = {"__name__": "skipvit_fx.ir.somewhere", "kind": kind, "torch": torch}
+    module = {"__name__": "skipvit_fx.capture.somewhere", "kind": kind, "torch": torch}
     exec(f"def buggy(*args, **kwargs):\n    {lines[how]}", module)
     function: Callable[..., Any] = module["buggy"]
     return function
@@ -88,7 +90,7 @@ PLACES: dict[str, tuple[Any, str, list[str]]] = {
     "fakes": (fakes.TracelessFakeMode, "twin", FRONTENDS),
     "inputs": (inputs.Inputs, "placed", FRONTENDS),
     "watching": (watch._Watch, "__torch_dispatch__", FRONTENDS),
-    "an operator": (in_place.WatchWrites, "__torch_dispatch__", FRONTENDS),
+    "an operator": (mutations.WatchWrites, "__torch_dispatch__", FRONTENDS),
     "memory": (attributes, "_leaves", FRONTENDS),
     "both modes": (modes._Union, "take_in", FRONTENDS),
     "axes": (AxisMode, "_apply", FRONTENDS),

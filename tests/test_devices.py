@@ -16,9 +16,9 @@ from odd_models import MIXERS, Block, MixingMlp, Odd, image
 from skipvit_fx.analysis import tokens
 from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import axes_of, tensors_in
-from skipvit_fx.analysis.explain import locate
+from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.fakes import TracelessFakeMode
+from skipvit_fx.reports.attention import locate
 
 CHOSEN = ("vit-layerscale-qknorm", "dinov2-reg4-swiglu", "beit", "eva02", "cait")
 

@@ -20,7 +20,7 @@ from models import scramble
 from odd_models import Block, Odd, image
 from reference import relative_error
 from skipvit_fx.errors import GuardError, TraceError, UnsupportedModelError
-from skipvit_fx.ir.module import MOST_CALLS
+from skipvit_fx.graph.module import MOST_CALLS
 
 PLAN = "2(50%)+4"
 DEPTH = 4

@@ -21,7 +21,7 @@ from models import BY_NAME, TORCHVISION, Family
 from outside import HuggingFace
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export import files, verify
-from skipvit_fx.export.aten import free_attention_matrices
+from skipvit_fx.export.decompose import free_attention_matrices
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 
 TOLERANCE = 1e-4

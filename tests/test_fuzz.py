@@ -22,7 +22,7 @@ from fuzzing.named import Named  # noqa: E402
 from fuzzing.operators import Operator  # noqa: E402
 
 from scripts import load  # noqa: E402
-from skipvit_fx.passes.check_span import CheckSpan  # noqa: E402
+from skipvit_fx.rewriting import context  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of models that are odd on purpose
 
@@ -90,7 +90,7 @@ def test_a_bug_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     model = replace(PLAIN, placed=placed, position="patches")
     case = Case(7, model, ((1, 25), (2, 50)), return_layer=4, cut="block", score="mean", batch=3)
     assert run(case).kind == "refused"
-    monkeypatch.setattr(CheckSpan, "run", lambda self, rewriting: None)
+    monkeypatch.setattr(context, "mixing_leaves", lambda spans, opened: [])
     assert run(case).kind == "wrong"
     small = shrink(case)
     assert run(small).kind == "wrong"
@@ -107,7 +107,7 @@ def test_a_bug_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bug_is_found_among_cases_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CheckSpan, "run", lambda self, rewriting: None)
+    monkeypatch.setattr(context, "mixing_leaves", lambda spans, opened: [])
     assert any(run(draw_case(seed)).kind == "wrong" for seed in (64, 111))
 
 
@@ -143,10 +143,10 @@ def test_outcomes(case: Case, kind: str, words: str) -> None:
     ("raised", "kind"), [(KeyError("x"), "crash"), (cases.SkipViTError("no"), "mute")]
 )
 def test_what_is_no_refusal(monkeypatch: pytest.MonkeyPatch, raised: Exception, kind: str) -> None:
-    def fails(self: CheckSpan, rewriting: Any) -> None:
+    def fails(spans: Any, opened: Any) -> list[str]:
         raise raised
 
-    monkeypatch.setattr(CheckSpan, "run", fails)
+    monkeypatch.setattr(context, "mixing_leaves", fails)
     outcome = run(Case(1, PLAIN, ((1, 50),)))
     assert outcome.kind == kind
     assert outcome.failed

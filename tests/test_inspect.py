@@ -14,8 +14,8 @@ from torch import nn
 
 import skipvit_fx
 from models import BY_NAME, Family
-from skipvit_fx.inspect.report import Inspection
-from skipvit_fx.pipeline.record import graph_lines, record_of
+from skipvit_fx.graph.record import graph_lines, record_of
+from skipvit_fx.reports.inspection_report import Inspection
 
 GIGA = 1e9
 
@@ -216,7 +216,7 @@ def test_diff(fast: Any, report: Inspection) -> None:
 def test_every_inserted_node_has_its_pass(report: Inspection) -> None:
     passes = {node.target: (node.inserted_by, node.layer) for node in report.inserted}
     assert passes["skipvit.stage_1.score"] == ("insert-score", 6)
-    assert passes["skipvit.stage_1.select"] == ("insert-select", 6)
+    assert passes["skipvit.stage_1.select"] == ("insert-skip", 6)
     assert passes["skipvit.stage_1.keep"] == ("insert-skip", 6)
     assert passes["skipvit.stage_1.merge"] == ("insert-merge", 11)
     for node in report.nodes:

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 
 import skipvit_fx
 from skipvit_fx.cli.app import app
-from skipvit_fx.cost import latency
-from skipvit_fx.cost.latency import measure_latency
-from skipvit_fx.cost.latency_model import LatencyModel
-from skipvit_fx.cost.latency_report import LatencyReport, LayerLatency
-from skipvit_fx.cost.macs import count_macs
 from skipvit_fx.errors import NotRewrittenError, SkipViTError
 from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.reports import latency
+from skipvit_fx.reports.latency import measure_latency
+from skipvit_fx.reports.latency_model import LatencyModel
+from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
+from skipvit_fx.reports.macs import count_macs
 
 PLAN = "1(50%)+3"
 SMALL = ["vit_tiny_patch16_224", PLAN, "--img-size", "64", "--depth", "3"]

@@ -13,9 +13,9 @@ from torchvision.models import VisionTransformer
 
 import skipvit_fx
 from models import BY_NAME
-from skipvit_fx.cost.macs import count_macs
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.reports.macs import count_macs
 
 WIDTH, HEADS, DEPTH, PATCHES = 384, 6, 12, 196
 

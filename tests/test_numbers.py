@@ -14,7 +14,7 @@ from client_models import STAGES, pixels, rewritten, vit
 from models import layout_of
 from reference import masked_reference, relative_error
 from skipvit_fx.errors import GuardError
-from skipvit_fx.ir.module import MOST_CALLS
+from skipvit_fx.graph.module import MOST_CALLS
 
 VALUES = [1.0, 0.3, 2.5, -1.0, 0.0, 7.0, *(0.1 * i for i in range(20))]
 

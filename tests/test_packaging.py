@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich"}
 
-LAYERS = ["errors", "ops", "ir", "analysis", "passes", "api", "cli"]
+LAYERS = [
+    *("errors", "differences", "arguments", "plan", "options"),
+    *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
+    *("reports", "reference", "validation", "api", "saving", "testing", "training"),
+    *("ascend", "export", "__init__", "cli", "__main__"),
+]
+"""Every package, and every module outside a package, from the lowest up."""
 
 
 def packages_in_the_tree(root: Path) -> set[str]:
@@ -44,8 +50,8 @@ def upward_imports(root: Path) -> list[str]:
                     continue
             for name in imported:
                 package, _, rest = name.partition(".")
-                target = rest.partition(".")[0]
-                if package != "skipvit_fx" or not {layer, target} <= set(LAYERS):
+                target = rest.partition(".")[0] or "__init__"
+                if package != "skipvit_fx":
                     continue
                 if LAYERS.index(target) > LAYERS.index(layer):
                     found.append(f"{file.relative_to(root)}:{node.lineno}: {layer} -> {target}")
@@ -94,16 +100,23 @@ def test_imports_point_one_way() -> None:
     assert upward_imports(ROOT) == []
 
 
+def test_every_unit_has_its_layer() -> None:
+    units = {path.stem for path in (ROOT / "skipvit_fx").iterdir() if path.suffix != ".typed"}
+    assert units - {"__pycache__"} == set(LAYERS)
+    assert len(LAYERS) == len(set(LAYERS))
+
+
 def test_an_upward_import_is_seen(tmp_path: Path) -> None:
-    (tmp_path / "skipvit_fx" / "ir").mkdir(parents=True)
+    (tmp_path / "skipvit_fx" / "graph").mkdir(parents=True)
     (tmp_path / "passes").mkdir()
-    (tmp_path / "skipvit_fx/ir/a.py").write_text("import skipvit_fx.ops\nimport skipvit_fx.api\n")
-    (tmp_path / "skipvit_fx/ir/b.py").write_text("from skipvit_fx import errors, analysis\n")
+    graph = tmp_path / "skipvit_fx" / "graph"
+    (graph / "a.py").write_text("import skipvit_fx.ops\nimport skipvit_fx.api\n")
+    (graph / "b.py").write_text("from skipvit_fx import errors, analysis\n")
     (tmp_path / "passes/c.py").write_text("def f():\n    from skipvit_fx.api import rewrite\n")
     assert upward_imports(tmp_path) == [
         "passes/c.py:2: passes -> api",
-        "skipvit_fx/ir/a.py:2: ir -> api",
-        "skipvit_fx/ir/b.py:1: ir -> analysis",
+        "skipvit_fx/graph/a.py:2: graph -> api",
+        "skipvit_fx/graph/b.py:1: graph -> analysis",
     ]
 
 

@@ -39,9 +39,3 @@ def test_every_error_is_one_of_ours_and_has_a_hint() -> None:
         if name.endswith("Error"):
             assert issubclass(value, skipvit_fx.SkipViTError), name
             assert value("what is wrong", hint="what to do").hint == "what to do"
-
-
-def test_the_function_is_not_hidden_by_its_package() -> None:
-    from skipvit_fx.inspect import report  # noqa: F401
-
-    assert callable(skipvit_fx.inspect)

@@ -53,7 +53,7 @@ from skipvit_fx.analysis.axes import (
 from skipvit_fx.analysis.rules import find_rule
 from skipvit_fx.analysis.rules.call import RULES, Rule
 from skipvit_fx.analysis.tokens import AxisMode, NodeFacts
-from skipvit_fx.ir.sdpa import AttentionArguments
+from skipvit_fx.graph.attention_ops import AttentionArguments
 from skipvit_fx.ops.positions import GatherPositions
 
 pytestmark = pytest.mark.every_case

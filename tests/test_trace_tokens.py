@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import skipvit_fx
 from models import BY_NAME, TORCHVISION, layout_of
 from reference import assert_same_tokens, masked_reference, physical_reference
-from skipvit_fx.ir.traced_through import StayAway
+from skipvit_fx.graph.traced_through import StayAway
 
 PATCHES = 24
 

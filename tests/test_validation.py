@@ -35,16 +35,15 @@ from odd_models import (
 )
 from outside import HUGGING_FACE, pixels
 from skipvit_fx import ValidationError, api, reference, validation
-from skipvit_fx.analysis import tokens
+from skipvit_fx.analysis import soundness, tokens
 from skipvit_fx.analysis.axes import axes_of, set_axes, tensors_in
+from skipvit_fx.capture import opening
 from skipvit_fx.cli.app import app
 from skipvit_fx.differences import TOLERANCE, relative_error, short, tolerance
-from skipvit_fx.ir import opening
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
-from skipvit_fx.passes import check_shapes, check_span
 from skipvit_fx.validation import sets_of_images
 
 EXAMPLE = torch.zeros(2, 3, 32, 40)
@@ -94,8 +93,8 @@ BATCH_MIXERS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def _accept_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules and checks let everything pass; what they do not know keeps the axes that it came with."""
-    monkeypatch.setattr(check_span, "why_unsound", lambda *_: "")
-    monkeypatch.setattr(check_shapes.CheckShapes, "run", lambda *_: None)
+    monkeypatch.setattr(soundness, "span_refusal", lambda *_: "")
+    monkeypatch.setattr(api, "check_shapes", lambda *_: None)
     apply = tokens.AxisMode._apply
 
     def lenient(self: Any, call: Any, outputs: list[Tensor]) -> None:
@@ -525,7 +524,7 @@ def test_what_is_drawn_under_a_drop_cannot_agree() -> None:
 def _counted(monkeypatch: pytest.MonkeyPatch, model: nn.Module, plan: str) -> tuple[int, list[int]]:
     """Operations of a validation, and the samples of each call of the first layer's MLP."""
     flops, samples = [], []
-    validate = validation.validate
+    validate = api.validate_rewrite
 
     def counted(*args: Any) -> str:
         samples.clear()
@@ -535,7 +534,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch, model: nn.Module, plan: str) -> tu
         return text
 
     model.blocks[0].mlp.register_forward_hook(lambda m, given, out: samples.append(out.shape[0]))  # type: ignore[index, union-attr]
-    monkeypatch.setattr(validation, "validate", counted)
+    monkeypatch.setattr(api, "validate_rewrite", counted)
     rewrite(model, plan)
     return flops[-1], samples
 

@@ -17,8 +17,8 @@ from reference import masked_reference
 from skipvit_fx.cli import zoo
 from skipvit_fx.cli.models import SpecError, expand, parameter_bytes, parse_spec
 from skipvit_fx.cli.zoo import Row, default_plan, page, read_rows, survey
+from skipvit_fx.graph.record import record_of
 from skipvit_fx.ops.skip import Keep, Merge
-from skipvit_fx.pipeline.record import record_of
 from skipvit_fx.plan import Plan
 from skipvit_fx.testing import Reference, check_rewrite, randomize, relative_error
 

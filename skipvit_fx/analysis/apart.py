@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from skipvit_fx.analysis.axes import Axes, Batch, axes_of, lengths, mark_data, set_axes, tensors_in
 from skipvit_fx.analysis.leaves import computes_with_counts, described, structure
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
+from skipvit_fx.author.code import AuthorError
 from skipvit_fx.errors import TraceError
-from skipvit_fx.ir.author_code import AuthorError
-from skipvit_fx.ir.sizes import PICKS, RESHAPES, SPLITS
+from skipvit_fx.graph.sizes import PICKS, RESHAPES, SPLITS
 
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:

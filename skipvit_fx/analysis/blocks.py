@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from skipvit_fx.analysis.residual import Chain, Span
 from skipvit_fx.analysis.tokens import TokenAnalysis
-from skipvit_fx.ir.places import module_calls
+from skipvit_fx.graph.module_paths import module_calls
 
 
 class Bounds(NamedTuple):

@@ -35,7 +35,7 @@ from skipvit_fx.analysis.residual import (
 )
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.places import module_path
+from skipvit_fx.graph.module_paths import module_path
 
 
 @dataclass(frozen=True)

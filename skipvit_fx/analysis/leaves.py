@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tensors_in
-from skipvit_fx.ir.author_code import author_code
-from skipvit_fx.ir.fakes import TracelessFakeMode
+from skipvit_fx.author.code import author_code
+from skipvit_fx.capture.fakes import TracelessFakeMode
 
 aten = torch.ops.aten
 

@@ -21,10 +21,10 @@ from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
+from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.differences import relative_error, tolerance
 from skipvit_fx.errors import GuardError, UnsupportedModelError
-from skipvit_fx.ir.author_code import AuthorError, author_code
-from skipvit_fx.ir.kept import Contents
+from skipvit_fx.graph.kept import Contents
 from skipvit_fx.ops.following import in_compilation
 
 SAMPLES, ROWS = 2, 4

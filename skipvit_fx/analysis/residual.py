@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.ir.places import module_calls, module_path
+from skipvit_fx.graph.module_paths import module_calls, module_path
 
 SOFTMAX = (
     torch.softmax,

@@ -31,15 +31,15 @@ from skipvit_fx.analysis.axes import (
     set_axes,
     tensors_in,
 )
+from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.capture.capture import Capture
+from skipvit_fx.capture.cloning import fake_structure
+from skipvit_fx.capture.fakes import fake_inputs
+from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import TraceError, UnsupportedModelError
-from skipvit_fx.ir.author_code import AuthorError, author_code
-from skipvit_fx.ir.capture import Capture
-from skipvit_fx.ir.cloning import fake_structure
-from skipvit_fx.ir.fakes import fake_inputs
-from skipvit_fx.ir.module import OWN_CHILD, SkipViTModule
-from skipvit_fx.ir.places import module_path
-from skipvit_fx.ir.sdpa import AttentionArguments
-from skipvit_fx.ir.symbolic import attribute
+from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.graph.module_paths import module_path
 
 SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
 
@@ -236,6 +236,12 @@ class TokenAnalysis:
 
     def axes(self, node: fx.Node) -> Axes | None:
         return self.facts[node].axes
+
+    def rank(self, node: fx.Node) -> int:
+        """Number of dimensions of a tensor node."""
+        value = self.facts[node].value
+        assert isinstance(value, Tensor)
+        return value.ndim
 
     def inputs(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The fake arguments of a node."""

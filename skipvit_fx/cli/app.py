@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.core import TyperGroup
 
 import skipvit_fx
+from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli import export, picture, zoo
 from skipvit_fx.cli.bench import bench
 from skipvit_fx.cli.models import SpecError, expand
@@ -39,7 +40,6 @@ from skipvit_fx.cli.options import (
     show,
 )
 from skipvit_fx.errors import ExportError, PlanError, SkipViTError
-from skipvit_fx.ir.example import example_of
 
 
 class _Group(TyperGroup):

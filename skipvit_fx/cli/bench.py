@@ -7,6 +7,8 @@ from typing import Annotated
 import torch
 import typer
 
+from skipvit_fx.ascend.npu import npu_is_available
+from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli.environment import hardware, versions
 from skipvit_fx.cli.models import SpecError
 from skipvit_fx.cli.options import (
@@ -27,10 +29,8 @@ from skipvit_fx.cli.options import (
     rewritten,
     show,
 )
-from skipvit_fx.cost.latency import measure_latency
 from skipvit_fx.errors import first_line
-from skipvit_fx.export.npu import npu_is_available
-from skipvit_fx.ir.example import example_of
+from skipvit_fx.reports.latency import measure_latency
 
 
 def bench(

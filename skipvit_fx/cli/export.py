@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from skipvit_fx.ascend import doctor as doctor_
+from skipvit_fx.ascend.atc import CANN, SOC, atc_check
 from skipvit_fx.cli.options import (
     REFUSED,
     Cann,
@@ -28,8 +30,6 @@ from skipvit_fx.cli.options import (
     rewritten,
 )
 from skipvit_fx.errors import ExportError
-from skipvit_fx.export import doctor as doctor_
-from skipvit_fx.export.atc import CANN, SOC, atc_check
 from skipvit_fx.export.to_onnx import export_onnx
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import skipvit_fx
 from skipvit_fx.cli.models import SOURCES, SpecError, parse_spec
 from skipvit_fx.errors import PlanError
-from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan
 
 BAD_INPUT = 2

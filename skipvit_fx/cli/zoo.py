@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import skipvit_fx
+from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli.environment import hardware, versions
 from skipvit_fx.cli.models import SpecError, need, parameter_bytes, parse_spec
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
-from skipvit_fx.ir.example import example_of
 from skipvit_fx.testing import TOLERANCE, Reference, randomize
 
 ISOTROPIC = (

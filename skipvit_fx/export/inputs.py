@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from skipvit_fx.capture.example import arguments_of, example_from_config
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
-from skipvit_fx.ir.example import arguments_of, example_from_config
-from skipvit_fx.pipeline.record import RECORD, RewriteRecord
+from skipvit_fx.graph.record import RECORD, RewriteRecord
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""

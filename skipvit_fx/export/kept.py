@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from skipvit_fx.errors import ExportError
+from skipvit_fx.graph.record import RECORD, RewriteRecord
 from skipvit_fx.ops.rows import rows_of, same_rows
-from skipvit_fx.pipeline.record import RECORD, RewriteRecord
 
 _KEPT = "skipvit.kept_positions"
 

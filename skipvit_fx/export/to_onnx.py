@@ -15,16 +15,16 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from skipvit_fx.arguments import check_model
+from skipvit_fx.ascend.atc import CANN, SOC, AtcReport, atc_check, check_target
+from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.errors import ExportError, GuardError, SkipViTError, first_line
-from skipvit_fx.export.atc import CANN, SOC, AtcReport, atc_check, check_target
-from skipvit_fx.export.aten import decompose, free_attention_matrices
+from skipvit_fx.export.decompose import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
 from skipvit_fx.export.inputs import batch_of, inputs_of
 from skipvit_fx.export.kept import add_kept
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
-from skipvit_fx.ir.cloning import clone_structure
-from skipvit_fx.ir.module import SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
 

@@ -34,6 +34,11 @@ class GatherPositions(nn.Module):
         self.per_sample = per_sample
         self.repeat = repeat
 
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What two gathers of one operand have to agree in to be the same."""
+        return self.dims, self.rank, self.batch_dim, self.per_sample, self.repeat
+
     @kept_whole
     def forward(self, operand: Tensor, positions: Tensor | None) -> Tensor:
         """Any shape that broadcasts to ``rank`` axes, and ``[batch, k]``; the result has ``rank`` axes."""

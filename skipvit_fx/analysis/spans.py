@@ -1,0 +1,163 @@
+"""A plan laid over the layers of a model: which of the author's nodes see fewer tokens, and who taps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import networkx as nx
+from torch import fx
+
+from skipvit_fx.analysis.axes import tensors_in
+from skipvit_fx.analysis.layers import Layer, Stream
+from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
+from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.graph.module_paths import module_after, module_before, module_path
+from skipvit_fx.options import Options
+from skipvit_fx.plan import Stage
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """Where the tokens of one stage of the plan are gone.
+
+    Attributes:
+        index: counts from 1.
+        stage: the plan's stage.
+        layer: the layer that it scores in.
+        cut: the author's node whose rows leave.
+        nodes: the author's nodes that work on fewer tokens because of this stage.
+        leave_after, leave_before: paths of the modules that the cut lies between.
+    """
+
+    index: int
+    stage: Stage
+    layer: Layer
+    cut: fx.Node
+    nodes: frozenset[fx.Node]
+    leave_after: str
+    leave_before: str
+
+    @property
+    def name(self) -> str:
+        """Under which its modules are inserted."""
+        return f"stage_{self.index}"
+
+
+@dataclass(frozen=True)
+class Spans:
+    """All stages of a plan on one model.
+
+    ::
+
+        x0 ── norm ─ attention ─ + ── norm ─ mlp ─ + ──   ...   ── + ── norm ── head
+              layer 1            cut └─────────── span ────────────┘ return
+
+    Attributes:
+        stages: in the order of their layers.
+        return_node: the author's node after which dropped rows return: the input of layer R, or the last layer's end;
+            ``None`` if they never do.
+        return_before: the module in front of which they return; ``None`` if they never do.
+        taps: nodes under a drop, each with those of its readers that do not lead to where the dropped tokens return.
+    """
+
+    analysis: TokenAnalysis
+    stream: Stream
+    options: Options
+    stages: tuple[StageSpan, ...]
+    return_node: fx.Node | None
+    return_before: str | None
+    taps: dict[fx.Node, list[fx.Node]]
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """The author's nodes under any drop, in graph order."""
+        under = frozenset[fx.Node]().union(*(stage.nodes for stage in self.stages))
+        return (node for node in self.analysis.module.graph.nodes if node in under)
+
+    def active(self, node: fx.Node) -> tuple[StageSpan, ...]:
+        """The stages whose drop the author's node is under."""
+        return tuple(stage for stage in self.stages if node in stage.nodes)
+
+    def is_after_the_layers(self, node: fx.Node) -> bool:
+        """Whether the node belongs to the head, and dropped tokens never return."""
+        return self.return_node is None and self.stream.layers[-1].end < node
+
+
+def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans:
+    """The spans of a plan; the graph must be as it was captured.
+
+    Raises:
+        PlanError: the model has fewer layers than the plan names.
+        UnsupportedModelError: the plan needs a place that the model does not tell.
+    """
+    plan, layers = options.plan, stream.layers
+    plan.check(len(layers))
+    _refuse_unsure_end(stream, options)
+    returns = None
+    if (at := plan.return_layer) is not None:
+        returns = layers[at - 1].input if at <= len(layers) else layers[-1].end
+    reads = _reads(analysis.module.graph)
+    beyond = frozenset(nx.descendants(reads, returns)) if returns is not None else frozenset()
+    stages = []
+    for index, stage in enumerate(plan.stages, start=1):
+        layer = layers[stage.layer - 1]
+        cut = layer.cut if options.cut == "attention" else layer.end
+        span = frozenset(nx.descendants(reads, cut)) - beyond if cut is not returns else frozenset()
+        sites = [site.node for site in layer.sites] if cut is layer.cut else []
+        leave_after = module_before(cut, stream.way, layer.input, sites)
+        leave_before = module_after(cut, stream.way)
+        stages.append(StageSpan(index, stage, layer, cut, span, leave_after, leave_before))
+    before = module_after(returns, stream.way) if returns is not None else None
+    spans = Spans(analysis, stream, options, tuple(stages), returns, before, {})
+    taps = _taps(spans, reads)
+    if (
+        options.fill_taps
+    ):  # such a reader, and all that is computed from it, will see every token again
+        full = frozenset(reader for readers in taps.values() for reader in readers)
+        full = full.union(*(nx.descendants(reads, reader) for reader in full))
+        stages = [replace(stage, nodes=stage.nodes - full) for stage in stages]
+    return replace(spans, stages=tuple(stages), taps=taps)
+
+
+def _reads(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
+    """An edge from every node to each of its readers."""
+    reads: nx.DiGraph[fx.Node] = nx.DiGraph()
+    reads.add_nodes_from(graph.nodes)
+    reads.add_edges_from((node, user) for node in graph.nodes for user in node.users)
+    return reads
+
+
+def _refuse_unsure_end(stream: Stream, options: Options) -> None:
+    """Refuse a plan that needs the end of the last layer where it cannot be told."""
+    last, plan = stream.layers[-1], options.plan
+    cuts = options.cut == "block" and any(s.layer == last.index for s in plan.stages)
+    if last.unsure and (cuts or plan.return_layer == last.index + 1):
+        raise UnsupportedModelError(
+            last.unsure,
+            node=last.end.name,
+            module_path=module_path(last.end),
+            hint="put each layer in a module of its own, or return at a layer's input and cut after the attention",
+        )
+
+
+def _taps(spans: Spans, reads: nx.DiGraph[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """Who reads tokens under a drop without being on the way to where they return, or to the last layer's end."""
+    goal = spans.return_node or spans.stream.layers[-1].end
+    way = nx.ancestors(reads, goal)
+    under = set().union(*(stage.nodes | {stage.cut} for stage in spans.stages))
+    taps = {}
+    for node in spans.analysis.module.graph.nodes:
+        if node not in way or node not in under or not carries_tokens(spans.analysis[node]):
+            continue
+        readers = [u for u in node.users if u not in way and u is not goal]
+        if readers := [u for u in readers if not _takes_prefix(spans.analysis, u)]:
+            taps[node] = readers
+    return taps
+
+
+def _takes_prefix(analysis: TokenAnalysis, node: fx.Node) -> bool:
+    """Whether a node takes nothing but prefix rows, or sizes, from the tokens that it reads."""
+    facts = analysis[node]
+    if not tensors_in(facts.value):
+        return node.op != "output"
+    return facts.reads is not None and not facts.mixing and not carries_tokens(facts)

@@ -1,0 +1,84 @@
+"""Torch's global random generators while a model runs for real: the same numbers in every run, and no trace left."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from skipvit_fx.author.this_thread import during, here
+
+
+class GeneratorStates:
+    """The states of torch's global generators, on the CPU and on ``devices``, as they are now.
+
+    They belong to all threads. So they are only set where there is no other one, or where this one drew.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.devices = tuple(devices)
+        self.drew = False
+        self._owners = [(torch, ()), *map(_owner, self.devices)]
+        self._states = self._now()
+
+    def _now(self) -> list[Any]:
+        return [owner.get_rng_state(*where) for owner, where in self._owners]
+
+    def restore(self) -> None:
+        """Set the generators to these states; those of Python and numpy are this thread's own meanwhile."""
+        here.python, here.numpy = random.Random(0), None
+        if not self.drew and (threading.active_count() > 1 or self.are_unchanged()):
+            return
+        with during(""):
+            for (owner, where), state in zip(self._owners, self._states, strict=True):
+                owner.set_rng_state(state, *where)
+
+    def are_unchanged(self) -> bool:
+        """Whether nothing was drawn since."""
+        return all(map(torch.equal, self._states, self._now()))
+
+
+def _owner(device: torch.device) -> tuple[Any, tuple[Any, ...]]:
+    """What has the generator of a device, and how it is told which device."""
+    if device.type == "cpu":
+        return torch, ()
+    return torch.get_device_module(device), () if device.type == "mps" else (device,)
+
+
+@contextlib.contextmanager
+def generators_kept(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
+    """Whatever this thread draws within, the generators are afterwards as they were before; these states are yielded.
+
+    To be entered while Python's and numpy's functions are replaced: :func:`skipvit_fx.author.side_effects.contained`.
+    """
+    states = GeneratorStates(devices)
+    alone = threading.active_count() == 1
+    try:
+        with contextlib.nullcontext() if alone else _NoteDraws(states):
+            yield states
+    finally:
+        states.restore()
+
+
+class _NoteDraws(TorchDispatchMode):
+    """Which thread draws does not show in a generator's state, but in the operators that run in this one."""
+
+    def __init__(self, states: GeneratorStates) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._states = states
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            names = [argument.name for argument in func._schema.arguments]
+            given = dict(zip(names, args, strict=False)) | kwargs
+            idle = "dropout_p" in names and not given.get("dropout_p")  # an attention
+            self._states.drew |= not idle
+        return func(*args, **kwargs)

@@ -1,0 +1,340 @@
+"""A model called several times: does a call compute the same whatever was called before, and for one sample alone?"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.author.nested import nested
+from skipvit_fx.author.questions import (
+    OF_GRADIENTS,
+    asked_by_a_library,
+    author_frame,
+    spelled_place,
+)
+from skipvit_fx.capture.cloning import fake_structure
+from skipvit_fx.capture.fakes import TracelessFakeMode, fake_inputs
+from skipvit_fx.errors import TraceError
+from skipvit_fx.graph.inputs import Inputs
+
+_PLAIN = (bool, int, float, str)
+
+Place = tuple[str, int, str]
+"""Of a line of source: file, number, function."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a batch of one shows.
+
+    Attributes:
+        differs: whether another computation runs than for several samples.
+        asked: the functions, methods and attributes of tensors, such as ``dtype``, that the code around attention uses;
+            of those that are about gradients, what the author's own code asks for.
+    """
+
+    differs: bool
+    asked: frozenset[str]
+
+
+def refuse_calls_that_remember(
+    model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
+) -> None:
+    """Call the model in eval mode, with a larger batch in train mode, and both again.
+
+    Raises:
+        TraceError: around attention, a call reads what another one left, or computes something else after it.
+    """
+    calls = _Calls(model, mode, inputs, opened)
+    firsts = []
+    for training in (False, True):
+        kept = _numbers_kept(calls.model, opened)
+        firsts.append((training, kept, _called(calls, training)))
+    for training, kept, first in firsts:
+        meanwhile = _numbers_kept(calls.model, opened)
+        again = _called(calls, training)
+        if first is None or again is None:
+            continue  # tracing fails as well, and says why
+        if step := _first_difference(first, again):
+            changed = [name for name, numbers in meanwhile.items() if numbers != kept.get(name)]
+            raise TraceError(
+                "the model computes another thing in its second call than in its first, by what it keeps: "
+                f"{', '.join(changed) or 'something outside the model'}, in {spelled_place(*step.place)}",
+                hint="a graph is the same in every call; keep what changes in a module that runs no attention",
+            )
+
+
+def _called(calls: _Calls, training: bool) -> list[_Step] | None:
+    """What is computed in a call in this mode, each with a batch of its own; None if the model cannot be called so."""
+    calls.model.train(training)
+    seen = calls.surroundings.watched() if training else contextlib.nullcontext()
+    try:
+        with seen:
+            return calls.try_run(calls.batch + training)
+    except _StaleError as error:
+        raise _remembers(calls.model, error) from error
+
+
+def call_alone(
+    model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
+) -> Alone:
+    """Compare a batch of one with larger ones, in eval mode. What is asked is noted in train mode as well.
+
+    Raises:
+        TraceError: around attention, a call reads what another one left.
+    """
+    calls = _Calls(model, mode, inputs, opened)
+    try:
+        runs = [calls.try_run(batch) for batch in (1, 2, 3)]
+        calls.model.train()
+        calls.try_run(2)
+    except _StaleError as error:
+        raise _remembers(calls.model, error) from error
+    alike = None not in runs and all(len(run or ()) == len(runs[1] or ()) for run in runs)
+    differs = not alike or not all(map(_alike, *(run or () for run in runs)))
+    return Alone(differs, frozenset(calls.recorder.asked))
+
+
+class _StaleError(Exception):
+    """A tensor that an earlier call made of its inputs is read."""
+
+    def __init__(self, tensor: Tensor, place: Place) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.place = place
+
+
+# -- one call ---------------------------------------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    """A function of torch that worked on what came from the inputs, or a leaf module.
+
+    Attributes:
+        function: its name, or the module's path.
+        operands: where its tensors came from: the place of the step of this call, ``id`` of one that was there before,
+            None for one that was made without the inputs.
+        numbers, others: its other arguments.
+        place: where the author wrote it.
+    """
+
+    function: str
+    operands: tuple[int | None, ...]
+    numbers: tuple[float, ...]
+    others: tuple[str, ...]
+    place: Place
+
+
+def _first_difference(one: list[_Step], other: list[_Step]) -> _Step | None:
+    for a, b in zip(one, other, strict=False):
+        if a[:-1] != b[:-1]:
+            return b
+    longer = max(one, other, key=len)
+    return longer[min(len(one), len(other))] if len(one) != len(other) else None
+
+
+def _alike(one: _Step, two: _Step, three: _Step) -> bool:
+    """Whether a step of batches of one, two and three is the same, but for numbers that grow with the batch."""
+    kinds = {(s.function, s.operands, s.others, len(s.numbers)) for s in (one, two, three)}
+    numbers = zip(one.numbers, two.numbers, three.numbers, strict=True) if len(kinds) == 1 else ()
+    return len(kinds) == 1 and all(b - a == c - b for a, b, c in numbers)
+
+
+class _Origin(NamedTuple):
+    """Where a tensor came from: a call, and its step in it; None if the inputs had no part in it."""
+
+    tensor: Tensor
+    call: int
+    step: int | None
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes what is computed from the inputs around attention. What leaf modules compute is their own affair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = 0
+        self.in_leaves = 0
+        self.steps: list[_Step] = []
+        self.asked: dict[str, None] = {}
+        self._origins: dict[int, _Origin] = {}
+
+    def begin(self, inputs: Any) -> None:
+        """Another call begins."""
+        self.call += 1
+        self.steps = []
+        self._made(_tensors(inputs), 0)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.in_leaves:
+            return func(*args, **(kwargs or {}))
+        self.see((args, kwargs))
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", str(func))
+        question = func.__self__.__name__ if name == "__get__" else name
+        if question not in OF_GRADIENTS or not asked_by_a_library(sys._getframe(1)):
+            self.asked[question] = None
+        self.note(name, (args, kwargs), args[0] if name == "__setitem__" else out)
+        return out
+
+    def note(self, function: str, given: Any, out: Any) -> None:
+        """Something was computed."""
+        outs, leaves = _tensors(out), _leaves(given)
+        tensors = _tensors(leaves)
+        if not outs:
+            return
+        if not any(self._of_inputs(tensor) for tensor in tensors):
+            self._made(outs, None)
+            return
+        place = _author_place()
+        rest = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+        numbers = tuple(leaf for leaf in rest if isinstance(leaf, (bool, int, float)))
+        others = tuple(str(leaf) for leaf in rest if not isinstance(leaf, (bool, int, float)))
+        operands = tuple(map(self._operand, tensors))
+        self.steps.append(_Step(function, operands, numbers, others, place))
+        self._made(outs, len(self.steps))
+
+    def see(self, given: Any) -> None:
+        """Tensors are about to be read.
+
+        Raises:
+            _StaleError: an earlier call made one of them.
+        """
+        for tensor in _tensors(given):
+            if self._of_inputs(tensor) and self._origins[id(tensor)].call != self.call:
+                raise _StaleError(tensor, _author_place())
+
+    def _of_inputs(self, tensor: Tensor) -> bool:
+        origin = self._origins.get(id(tensor))
+        return origin is not None and origin.step is not None
+
+    def _operand(self, tensor: Tensor) -> int | None:
+        before = _Origin(tensor, 0, None)  # kept, so that no other tensor gets its id
+        origin = self._origins.setdefault(id(tensor), before)
+        return origin.step if origin.call else id(tensor)
+
+    def _made(self, tensors: list[Tensor], step: int | None) -> None:
+        for tensor in tensors:
+            self._origins[id(tensor)] = _Origin(tensor, self.call, step)
+
+
+class _Calls:
+    """Calls of one fake copy of a model, one after another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: TracelessFakeMode,
+        inputs: Inputs,
+        opened: frozenset[str],
+    ) -> None:
+        self.recorder = _Recorder()
+        self.model = fake_structure(model, mode).eval()
+        self.batch = max(
+            (t.shape[0] for t in _tensors(inputs.by_parameter(_same)) if t.ndim), default=1
+        )
+        self.surroundings = mode.surroundings
+        self._mode = mode
+        self._arguments = pytree.tree_map(_first_sample, (inputs.args, inputs.kwargs))
+        for path, module in self.model.named_modules():
+            if path not in opened:
+                module.register_forward_pre_hook(self._enter, with_kwargs=True)
+                module.register_forward_hook(
+                    lambda _, args, kwargs, out, path=path: self._leave(path, (args, kwargs), out),
+                    with_kwargs=True,
+                    always_call=True,
+                )
+
+    def run(self, batch: int) -> list[_Step]:
+        """What is computed in a call of so many samples."""
+        args, kwargs = fake_inputs(self._mode, self._arguments, more_batch=batch - 1)
+        self.recorder.begin((args, kwargs))
+        quiet = warnings.catch_warnings(action="ignore")  # it warns again when it is traced
+        with quiet, self._mode, torch.no_grad(), self.recorder, author_code():
+            out = self.model(*args, **kwargs)
+        self.recorder.see(out)
+        return self.recorder.steps
+
+    def try_run(self, batch: int) -> list[_Step] | None:
+        """The same; None if the model cannot be called so."""
+        try:
+            return self.run(batch)
+        except AuthorError:
+            self.recorder.in_leaves = 0
+            return None
+
+    def _enter(self, _: nn.Module, *given: Any) -> None:
+        if not self.recorder.in_leaves:
+            self.recorder.see(given)
+        self.recorder.in_leaves += 1
+
+    def _leave(self, path: str, given: Any, out: Any) -> None:
+        self.recorder.in_leaves -= 1
+        if not self.recorder.in_leaves:
+            self.recorder.note(path, given, out)
+
+
+def _same(leaf: Any) -> Any:
+    return leaf
+
+
+def _first_sample(leaf: Any) -> Any:
+    return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _leaves(value: Any) -> list[Any]:
+    """The parts of arguments, also those of slices."""
+    parts = pytree.tree_map(
+        lambda v: (v.start, v.stop, v.step) if isinstance(v, slice) else v, value
+    )
+    return pytree.tree_leaves(parts)
+
+
+def _author_place() -> Place:
+    frame = author_frame()
+    return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
+
+
+# -- where it was left ------------------------------------------------------------------------------------------------
+
+
+def _numbers_kept(model: nn.Module, paths: frozenset[str]) -> dict[str, list[Any]]:
+    """What is no tensor in the attributes of modules, however nested."""
+    return {
+        f"{path}.{name}".removeprefix("."): [p for p in nested(value) if isinstance(p, _PLAIN)]
+        for path in sorted(paths)
+        for name, value in vars(model.get_submodule(path)).items()
+        if name != "training"
+    }
+
+
+def _remembers(model: nn.Module, stale: _StaleError) -> TraceError:
+    where = next(_holders(model, stale.tensor), "something outside the model")
+    return TraceError(
+        f"the model reads in {spelled_place(*stale.place)} what an earlier call left in {where}",
+        hint="a graph remembers nothing; keep it in a module that runs no attention, or compute it anew in every call",
+    )
+
+
+def _holders(model: nn.Module, tensor: Tensor) -> Iterator[str]:
+    """Attributes of the model that hold a tensor, however nested."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if any(part is tensor for part in nested(value)):
+                yield f"{path}.{name}".removeprefix(".")

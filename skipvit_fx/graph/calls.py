@@ -1,0 +1,258 @@
+"""The ways in which a rewritten model is called, and the graph that computes each."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import PythonCode
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.author.questions import Recorded
+from skipvit_fx.graph.direct import Direct
+from skipvit_fx.graph.inputs import LIVE, live
+from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
+
+Place = int | str
+"""Where a call passes an argument: a position, or a keyword."""
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_EMPTY = inspect.Parameter.empty
+
+
+class Like(NamedTuple):
+    """What a graph assumes of a tensor that it is given.
+
+    Attributes:
+        dtype: of its elements.
+        shape: all axes but the first, which is the batch.
+        ndim: number of all axes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    ndim: int
+
+
+class Nest(NamedTuple):
+    """What a graph assumes of a container of tensors and other values."""
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+
+
+class Number(NamedTuple):
+    """What a graph assumes of a number that it takes: its class alone."""
+
+    kind: type
+
+
+def kind_of_argument(value: Any) -> Any:
+    """What a graph that was made for this argument assumes of it.
+
+    :class:`Like`, :class:`Nest`, :class:`Number`, or its very value.
+    """
+    if isinstance(value, LIVE):
+        return Number(type(value).__base__)  # type: ignore[arg-type]
+    if isinstance(value, Tensor):
+        return Like(value.dtype, tuple(value.shape[1:]), value.ndim)
+    leaves, spec = pytree.tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        return value
+    return Nest(spec, tuple(map(kind_of_argument, leaves)))
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether an argument is what :func:`kind_of_argument` made ``kind`` of another one."""
+    if type(kind) is Like:
+        if not isinstance(value, Tensor) or value.dtype != kind.dtype or value.ndim != kind.ndim:
+            return False
+        return tuple(sizes(value)[1:]) == kind.shape
+    if type(kind) is Nest:
+        leaves, spec = pytree.tree_flatten(value)
+        return spec == kind.spec and all(map(fits, leaves, kind.leaves))
+    if type(kind) is Number:
+        return type(value) is kind.kind
+    return value is kind or (
+        isinstance(kind, _PLAIN) and type(value) is type(kind) and bool(value == kind)
+    )
+
+
+@dataclass(eq=False)
+class Call:
+    """A graph, and the calls that it computes.
+
+    Attributes:
+        method: of the author's that it stands for.
+        kinds: what it assumes of each argument, by name; those that a call leaves at their default are not in here.
+        takes: names of the arguments that the graph takes; the others are built in.
+        graph: of the rewritten computation.
+        run: its code, a function that takes the module first.
+        example: positional and keyword arguments that it was made for, without the values of large tensors.
+        recorded: what it assumes of gradients.
+        record: what the rewrite did.
+        code: what ``run`` was made of.
+        direct: the same with the modules that it calls at hand, made when it is first run.
+        at_hand: a model and these modules of it; ``None`` where they are to be looked up.
+    """
+
+    method: str
+    kinds: dict[str, Any]
+    takes: tuple[str, ...]
+    graph: fx.Graph
+    run: Callable[..., Any]
+    example: tuple[tuple[Any, ...], dict[str, Any]]
+    recorded: Recorded
+    record: Any = None
+    code: PythonCode | None = None
+    direct: Direct | None = None
+    at_hand: tuple[Any, list[Any]] | None = None
+
+    def compute(self, model: Any, values: list[Any]) -> Any:
+        """What the graph makes of these values in ``model``."""
+        if torch.compiler.is_compiling() or in_jit_trace():
+            return self.run(model, *values)
+        if self.direct is None:
+            assert self.code is not None
+            self.direct = Direct(self.graph, self.code)
+        at_hand = self.at_hand
+        if at_hand is None or at_hand[0] is not model:
+            at_hand = self.at_hand = model, self.direct.modules_of(model)
+        return self.direct.run(model, at_hand[1], *values)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        known = {id(self.at_hand): None, id(self.code): self.code, id(self.direct): self.direct}
+        fields = copy.deepcopy(vars(self), memo | known)
+        return Call(**fields)
+
+    @property
+    def numbers(self) -> set[str]:
+        """Names of the numbers that the graph takes."""
+        return {name for name, kind in self.kinds.items() if type(kind) is Number}
+
+
+class Form(NamedTuple):
+    """One way to pass the arguments of a :class:`Call`.
+
+    Attributes:
+        args, kwargs: what it assumes of them.
+        places: where the arguments are that the graph takes.
+    """
+
+    call: Call
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    places: tuple[Place, ...]
+
+    def fits(self, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call passes its arguments this way."""
+        return (
+            self.call.method == method
+            and len(args) == len(self.args)
+            and kwargs.keys() == self.kwargs.keys()
+            and all(map(fits, args, self.args))
+            and all(fits(kwargs[name], kind) for name, kind in self.kwargs.items())
+        )
+
+    def values(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The arguments that the graph takes, in its order."""
+        return [args[p] if isinstance(p, int) else kwargs[p] for p in self.places]
+
+
+def form_of(call: Call, places: Mapping[str, Place], args: Any, kwargs: Mapping[str, Any]) -> Form:
+    """The form of a call whose arguments are at these places."""
+    return Form(
+        call,
+        tuple(map(kind_of_argument, args)),
+        {name: kind_of_argument(value) for name, value in kwargs.items()},
+        tuple(places[name] for name in call.takes),
+    )
+
+
+def differing_numbers(kinds: Mapping[str, Any], others: Mapping[str, Any]) -> set[str] | None:
+    """Names of the numbers in which two calls differ; ``None`` if they differ in anything else."""
+    if kinds.keys() != others.keys():
+        return None
+    found = {name for name in kinds if kinds[name] != others[name]}
+    numbers = all(
+        type(kinds[name]) in (int, float) and _class_of(kinds[name]) is _class_of(others[name])
+        for name in found
+    )
+    return found if numbers else None
+
+
+def _class_of(kind: Any) -> Any:
+    return kind.kind if type(kind) is Number else type(kind)
+
+
+def with_live(
+    names: Iterable[str], places: Mapping[str, Place], args: tuple[Any, ...], kwargs: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with these numbers live."""
+    where = {places[name] for name in names}
+    return (
+        tuple(live(value) if i in where else value for i, value in enumerate(args)),
+        {name: live(value) if name in where else value for name, value in kwargs.items()},
+    )
+
+
+@functools.cache
+def signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function that takes a module first, without that."""
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def places_of(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
+) -> dict[str, Place]:
+    """Where each argument is, by the name that its placeholder has: of the parameter, or within ``*args``.
+
+    Raises:
+        TypeError: as the function itself would, for arguments that it does not take.
+    """
+    bound = signature.bind(*range(len(args)), **{name: name for name in kwargs})
+    places: dict[str, Place] = {}
+    for name, place in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            places |= {f"{name}_{i}": at for i, at in enumerate(place)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            places |= place
+        else:
+            places[name] = place
+    return places
+
+
+def kinds_of(
+    signature: inspect.Signature,
+    places: Mapping[str, Place],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a graph made for this call assumes of each argument, by name, without those that equal their default."""
+    kinds = {}
+    for name, place in places.items():
+        value = args[place] if isinstance(place, int) else kwargs[place]
+        parameter = signature.parameters.get(name)
+        if (
+            parameter is None
+            or isinstance(value, LIVE)
+            or not _is_default(value, parameter.default)
+        ):
+            kinds[name] = kind_of_argument(value)
+    return kinds
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if (
+        in_jit_trace() and isinstance(value, Tensor) and not value.ndim
+    ):  # it passes numbers as tensors
+        value = quietly(value.item)
+    return default is not _EMPTY and fits(default, kind_of_argument(value))

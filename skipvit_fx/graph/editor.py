@@ -1,0 +1,105 @@
+"""The only way in which passes change a graph: every edit is an event, and "modified" is whether there were any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+
+Predicate = Callable[[fx.Node], bool]
+INSERTED_BY = "skipvit_pass"
+"""Key in ``node.meta``: name of the pass that inserted the node. The author's nodes do not have it."""
+
+
+class Event(NamedTuple):
+    """One edit.
+
+    Attributes:
+        kind: ``insert``, ``rewire`` (a node reads something else) or ``erase``.
+        node: name of the node that was inserted, rewired or erased.
+        detail: what it computes or reads now.
+    """
+
+    kind: str
+    node: str
+    detail: str
+
+
+class GraphEditor:
+    """Edits the graph of one module on behalf of the pass that runs."""
+
+    def __init__(self, module: SkipViTModule) -> None:
+        self.module = module
+        self.graph = module.graph
+        self.events: list[Event] = []
+        self.running = ""
+
+    def insert_module(
+        self, name: str, op: nn.Module, args: Iterable[Any], *, after: fx.Node
+    ) -> fx.Node:
+        """Insert a call of ``op``, kept as ``skipvit.<name>``, behind ``after`` and everything in ``args``."""
+        args = tuple(args)
+        parent = self.module.get_submodule(OWN_CHILD)
+        *groups, leaf = name.split(".")
+        for group in groups:
+            if group not in parent._modules:
+                parent.add_module(group, nn.Module().train(self.module.training))
+            parent = parent.get_submodule(group)
+        parent.add_module(leaf, op.train(self.module.training))
+        with self.graph.inserting_after(max([after, *_nodes(args)])):
+            node = self.graph.call_module(f"{OWN_CHILD}.{name}", args)
+        return self._inserted(node)
+
+    def insert_call(
+        self, target: Callable[..., Any] | str, args: tuple[Any, ...], *, before: fx.Node
+    ) -> fx.Node:
+        """Insert a call of a function, or of the method with this name, in front of ``before``."""
+        kind = "call_method" if isinstance(target, str) else "call_function"
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node(kind, target, args)
+        return self._inserted(node)
+
+    def rewire(self, user: fx.Node, old: fx.Node, new: Any) -> None:
+        """Let ``user`` read ``new`` where it read ``old``."""
+        user.args = fx.node.map_arg(user.args, lambda n: new if n is old else n)
+        user.kwargs = fx.node.map_arg(user.kwargs, lambda n: new if n is old else n)
+        self.events.append(Event("rewire", user.name, f"{old.name} -> {new}"))
+
+    def rewire_all(self, users: Iterable[fx.Node], old: fx.Node, new: fx.Node) -> None:
+        """Let each of the users of ``old`` read ``new``."""
+        for user in list(users):
+            self.rewire(user, old, new)
+
+    def set_args(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give ``node`` other arguments."""
+        node.args, node.kwargs = args, kwargs
+        self.events.append(Event("rewire", node.name, f"{args}, {kwargs}"))
+
+    def erase(self, node: fx.Node) -> None:
+        """Remove a node that nobody reads; of an inserted one, its module too."""
+        self.events.append(Event("erase", node.name, node.format_node() or ""))
+        self.graph.erase_node(node)
+        if node.op == "call_module" and INSERTED_BY in node.meta:
+            self.module.delete_submodule(str(node.target))
+
+    def _inserted(self, node: fx.Node) -> fx.Node:
+        node.meta[INSERTED_BY] = self.running
+        self.events.append(Event("insert", node.name, node.format_node() or ""))
+        return node
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether a node computes nothing but its value, so that it may go if nobody reads it.
+
+    The author's modules are not: they may draw random numbers.
+    """
+    return node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
+
+
+def _nodes(args: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(args, found.append)
+    return found

@@ -1,0 +1,157 @@
+"""What a rewrite did, kept with the rewritten module: names and numbers, no nodes and no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from skipvit_fx.errors import NotRewrittenError
+from skipvit_fx.graph.editor import Event
+from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.options import Frontend, Options
+from skipvit_fx.plan import Plan
+
+RECORD = "skipvit"
+"""Key of the record in ``fast.meta``."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One layer, by names of the author's nodes in the graph; see :class:`skipvit_fx.analysis.layers.Layer`."""
+
+    index: int
+    input: str
+    cut: str
+    end: str
+    attention: str
+    module_path: str
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of the plan.
+
+    Attributes:
+        index, layer: of the stage and of the layer that it scores in, from 1.
+        path: where its modules live in the rewritten model, e.g. ``skipvit.stage_1``.
+        leave_after, leave_before: the author's modules that its tokens leave between.
+        return_before: the one that they return in front of; ``None`` if they never do.
+    """
+
+    index: int
+    layer: int
+    path: str
+    leave_after: str
+    leave_before: str
+    return_before: str | None
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did.
+
+    Attributes:
+        name: of the pass.
+        events: its edits, in order; empty if it changed nothing.
+    """
+
+    name: str
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True)
+class RewriteRecord:
+    """Everything that is known of a rewrite.
+
+    Attributes:
+        model: class name of the model.
+        options: what was asked for.
+        frontend, frontend_reason: how the model was captured, and why so.
+        token_dim: which dimension of the residual stream carries the tokens.
+        prefix, patches, tail: rows of the full sequence.
+        class_token: which of them is the class token, and what tells.
+        args, kwargs: the example inputs, as tensors on the meta device.
+        layers, stages: what was found and inserted.
+        passes: every edit, pass by pass.
+        before: the captured graph before any pass, a line per node.
+        computation: the same with nodes by number, whatever torch names them.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not.
+    """
+
+    model: str
+    options: Options
+    frontend: Frontend
+    frontend_reason: str
+    token_dim: int
+    prefix: int
+    patches: int
+    tail: int
+    class_token: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    layers: tuple[LayerRecord, ...]
+    stages: tuple[StageRecord, ...]
+    passes: tuple[PassRecord, ...]
+    before: tuple[str, ...]
+    computation: tuple[str, ...]
+    validated: str
+
+    @property
+    def plan(self) -> Plan:
+        return self.options.plan
+
+    def within(self, group: str) -> RewriteRecord:
+        """The same, where the inserted modules are in a group of their own."""
+        stages = (
+            replace(stage, path=stage.path.replace(OWN_CHILD, f"{OWN_CHILD}.{group}", 1))
+            for stage in self.stages
+        )
+        return replace(self, stages=tuple(stages))
+
+
+def record_of(fast: nn.Module) -> RewriteRecord:
+    """The record of a rewritten module.
+
+    Raises:
+        NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+    """
+    record = fast.meta.get(RECORD) if isinstance(fast, fx.GraphModule) else None
+    if not isinstance(record, RewriteRecord):
+        raise NotRewrittenError(
+            f"this {type(fast).__name__} was not made by skipvit_fx.rewrite",
+            hint="pass what rewrite(model, plan) returned; unwrap it first where it was compiled or made parallel",
+        )
+    return record
+
+
+def graph_lines(graph: fx.Graph) -> tuple[str, ...]:
+    """One line per node, without user counts, so that lines of two graphs can be compared."""
+    return tuple(_line(node) for node in graph.nodes)
+
+
+def numbered_lines(graph: fx.Graph) -> tuple[str, ...]:
+    """One line per node, with nodes by number: equal for graphs that compute the same, whatever their nodes are called."""
+    numbers = {node: _Number(i) for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        target = getattr(node.target, "__qualname__", str(node.target))
+        lines.append(f"{numbers[node]} = {node.op} {target}{args} {kwargs}")
+    return tuple(lines)
+
+
+class _Number(int):
+    def __repr__(self) -> str:
+        return f"%{int(self)}"
+
+    __str__ = __repr__
+
+
+def _line(node: fx.Node) -> str:
+    if node.op == "output":
+        return f"return {node.args[0]}"
+    target = node._pretty_print_target(node.target)
+    arguments = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
+    return f"{node.name} = {node.op} {target}({', '.join(arguments)})"

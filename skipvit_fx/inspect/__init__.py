@@ -1,1 +1,0 @@
-"""Looking at a rewritten model: layer table, diff, graph, and the tokens it keeps."""

@@ -1,1 +1,0 @@
-"""The graph: how it is captured, interpreted on fake tensors, edited and owned."""

@@ -1,0 +1,84 @@
+"""What a rewrite is asked for, as one value: in the context of the passes, in the record and in the saved file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self, get_args
+
+from torch import Tensor
+
+from skipvit_fx.arguments import check_choice, check_flag, check_prefix_tokens
+from skipvit_fx.errors import PlanError
+from skipvit_fx.plan import Plan
+
+Frontend = Literal["symbolic", "export"]
+Cut = Literal["attention", "block"]
+NamedScore = Literal["auto", "cls", "mean", "random"]
+Score = NamedScore | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`skipvit_fx.rewrite`, which says what each means.
+
+    Raises (from the constructor):
+        PlanError: an argument is not one of its choices.
+    """
+
+    plan: Plan
+    frontend: Frontend | Literal["auto"] = "auto"
+    cut: Cut = "attention"
+    score: Score = "auto"
+    prefix_tokens: int | None = None
+    fill_taps: bool = False
+    eliminate_dead_tokens: bool = True
+    multiple_of: int = 1
+    train_only: bool = False
+    validate: bool = True
+
+    def __post_init__(self) -> None:
+        check_prefix_tokens(self.prefix_tokens)
+        for name in ("fill_taps", "eliminate_dead_tokens", "train_only", "validate"):
+            check_flag(name, getattr(self, name))
+        check_choice("frontend", self.frontend, ("auto", *get_args(Frontend)))
+        check_choice("cut", self.cut, get_args(Cut))
+        if not callable(self.score):
+            check_choice("score", self.score, get_args(NamedScore))
+        multiple = self.multiple_of
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+            raise PlanError(
+                f"multiple_of must be an integer of 1 or more, got {multiple!r}",
+                hint="pass 1 for any number of tokens, or the length of a kernel's tile, such as 8 or 16",
+            )
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is left out: tokens, or what a plan without stages leaves out, rows that nobody reads."""
+        return any(stage.ratio for stage in self.plan.stages) or not self.plan.stages
+
+    @property
+    def eliminates(self) -> bool:
+        """Whether rows that nobody reads are left out."""
+        return self.eliminate_dead_tokens and self.drops
+
+    @property
+    def score_name(self) -> str:
+        """The score by name, also if it is a function."""
+        if isinstance(self.score, str):
+            return self.score
+        return str(getattr(self.score, "__name__", "function"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, the plan in the paper's notation and a score function by its name."""
+        return {**asdict(self), "plan": str(self.plan), "score": self.score_name}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What :meth:`to_dict` returned, as options again.
+
+        Raises:
+            PlanError: a value is not one of its choices, such as the name of a score function.
+            KeyError, TypeError: a field is missing, or there are others.
+        """
+        return cls(**{**values, "plan": Plan.parse(values["plan"])})

@@ -1,1 +1,0 @@
-"""Passes, the order they run in, and the record of what they did."""

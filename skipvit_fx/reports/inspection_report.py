@@ -1,0 +1,257 @@
+"""What :func:`skipvit_fx.inspect` returns, as a table, as plain values and for networkx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import networkx as nx
+
+from skipvit_fx.reports.table import columns
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of the rewritten model, as it runs on one image.
+
+    Attributes:
+        index: counts from 1.
+        module_path: of the layer's first attention, in the original model.
+        attention_tokens: tokens that the attention runs over: its keys.
+        queries: tokens that the attention computes; fewer than its keys where the others are never read.
+        ffn_tokens: rows that come out of the feed-forward network.
+        dropped: rows that leave in this layer.
+        returned: rows that the sequence gains at this layer's input, where dropped patches return; a fused token that
+            goes at the same time is subtracted. 0 where nobody reads those that would return.
+        macs, baseline_macs: multiply-adds, now and with skipping off.
+        bytes, baseline_bytes: read and written by operators that multiply no matrices, likewise.
+    """
+
+    index: int
+    module_path: str
+    attention_tokens: int
+    queries: int
+    ffn_tokens: int
+    dropped: int
+    returned: int
+    macs: int
+    baseline_macs: int
+    bytes: int
+    baseline_bytes: int
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of the plan, by the author's modules.
+
+    Attributes:
+        layer: the layer that it scores in, from 1.
+        leave_after, leave_before: the modules that its tokens leave between.
+        return_before: the module in front of which they return; ``None`` if they never do.
+    """
+
+    layer: int
+    leave_after: str
+    leave_before: str
+    return_before: str | None
+
+    def __str__(self) -> str:
+        back = (
+            "never return" if self.return_before is None else f"return before {self.return_before}"
+        )
+        return f"leave after {self.leave_after}, before {self.leave_before}; {back}"
+
+
+@dataclass(frozen=True)
+class RestReport:
+    """What is computed outside the layers: before the first (embedding) or after the last (head).
+
+    Attributes:
+        returned: rows that the sequence gains behind the last layer; see :class:`LayerReport`.
+        macs, baseline_macs: multiply-adds per image, now and with skipping off.
+        bytes, baseline_bytes: see :class:`LayerReport`.
+    """
+
+    returned: int
+    macs: int
+    baseline_macs: int
+    bytes: int
+    baseline_bytes: int
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One node of the rewritten graph.
+
+    Attributes:
+        name, op, target: as in ``torch.fx``; the target as text.
+        inserted_by: name of the pass that inserted it; ``None`` for the author's own.
+        layer: the layer that it runs in, from 1; ``None`` before the first and after the last.
+        shape: of its value for a batch of one; ``None`` where the value is not one tensor.
+        macs: multiply-adds per image.
+        reads: names of the nodes that it reads.
+    """
+
+    name: str
+    op: str
+    target: str
+    inserted_by: str | None
+    layer: int | None
+    shape: tuple[int, ...] | None
+    macs: int
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A rewritten model, looked at with skipping on. ``str()`` is a table of its layers.
+
+    Attributes:
+        model: class name of the original model.
+        plan, cut, score, eliminate_dead_tokens: of the rewrite, as text and flag.
+        frontend, frontend_reason: how the model was captured, ``"symbolic"`` or ``"export"``, and why so.
+        skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not.
+        prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
+        class_token: which of these rows is the class token and what tells, such as ``row 0: read by the head``.
+        stages: where tokens leave and return.
+        layers: from first to last.
+        embedding, head: what runs before and after them.
+        macs, baseline_macs: multiply-adds per image of the whole model, now and with skipping off.
+        nodes: the rewritten graph, in order.
+    """
+
+    model: str
+    plan: str
+    cut: str
+    score: str
+    frontend: str
+    frontend_reason: str
+    eliminate_dead_tokens: bool
+    skipping: bool
+    validated: str
+    prefix: int
+    patches: int
+    tail: int
+    class_token: str
+    stages: tuple[StageReport, ...]
+    layers: tuple[LayerReport, ...]
+    embedding: RestReport
+    head: RestReport
+    macs: int
+    baseline_macs: int
+    nodes: tuple[NodeReport, ...] = field(repr=False)
+    _diff: tuple[str, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        return _layer_table(self)
+
+    @property
+    def inserted(self) -> tuple[NodeReport, ...]:
+        """The nodes that passes inserted, in graph order."""
+        return tuple(node for node in self.nodes if node.inserted_by is not None)
+
+    def diff(self) -> str:
+        """The captured graph against the rewritten one, as a unified diff that names the pass behind every change.
+
+        Empty if no node changed.
+        """
+        return "\n".join(self._diff)
+
+    def to_networkx(self) -> nx.DiGraph:
+        """The rewritten graph, from each node to those that read it.
+
+        Nodes are named as in ``torch.fx`` and carry ``op``, ``target``, ``inserted_by``, ``layer``, ``shape`` and
+        ``macs``, as in :class:`NodeReport`.
+        """
+        graph = nx.DiGraph()
+        for node in self.nodes:
+            attributes = ("op", "target", "inserted_by", "layer", "shape", "macs")
+            graph.add_node(node.name, **{name: getattr(node, name) for name in attributes})
+            graph.add_edges_from((read, node.name) for read in node.reads)
+        return graph
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the author's nodes and the diff, as plain values for ``json.dumps``."""
+        plain = asdict(self)
+        del plain["nodes"], plain["_diff"]
+        plain["layers"], plain["stages"] = list(plain["layers"]), list(plain["stages"])
+        plain["inserted"] = [
+            {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(node).items()}
+            for node in self.inserted
+        ]
+        return plain
+
+
+# -- table ------------------------------------------------------------------------------------------------------------
+
+_HEAD = ("layer", "attention in", "keys", "queries", "FFN rows", "GMACs", "before", "")
+
+
+def _layer_table(report: Inspection) -> str:
+    """What was asked for, one line a layer, the totals, where tokens leave and return, and the inserted nodes."""
+    parts = ["\n".join(_header(report)), "\n".join(columns(_rows(report), to_the_left=(1, 7)))]
+    if report.stages:
+        parts.append("\n".join(f"layer {stage.layer}: {stage}" for stage in report.stages))
+    if report.inserted:
+        parts.append("\n".join(_inserted(report)))
+    return "\n\n".join(parts)
+
+
+def _header(report: Inspection) -> Iterator[str]:
+    plan = f"plan {report.plan}" if report.plan else "an empty plan"
+    yield f"{report.model} with {plan}, cut after the {report.cut}, score {report.score}"
+    sequence = f"{report.prefix} prefix + {report.patches} patch"
+    if report.tail:
+        sequence += f" + {report.tail} trailing"
+    dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
+    yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
+    yield f"class token: {report.class_token}"
+    yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
+    yield report.validated
+    if not report.skipping:
+        yield "Skipping is switched off at the moment; the table shows it on."
+
+
+def _rows(report: Inspection) -> Iterator[Sequence[str]]:
+    yield _HEAD
+    yield _row("embedding", "", macs=(report.embedding.macs, report.embedding.baseline_macs))
+    for layer in report.layers:
+        notes = []
+        if layer.returned:
+            notes.append(f"{layer.returned} return")
+        if layer.dropped:
+            notes.append(f"{layer.dropped} leave")
+        yield _row(
+            str(layer.index),
+            layer.module_path,
+            (layer.attention_tokens, layer.queries, layer.ffn_tokens),
+            (layer.macs, layer.baseline_macs),
+            ", ".join(notes),
+        )
+    head = f"{report.head.returned} return" if report.head.returned else ""
+    yield _row("head", "", macs=(report.head.macs, report.head.baseline_macs), note=head)
+    saved = f"{report.macs / report.baseline_macs:.1%}" if report.baseline_macs else ""
+    yield _row("total", "", macs=(report.macs, report.baseline_macs), note=saved)
+
+
+def _row(
+    name: str, place: str, tokens: Sequence[int] = (), macs: Sequence[int] = (), note: str = ""
+) -> Sequence[str]:
+    counts = [str(count) for count in tokens] or ["", "", ""]
+    return (name, place, *counts, *(f"{count / 1e9:.4f}" for count in macs), note)
+
+
+def _inserted(report: Inspection) -> Iterator[str]:
+    yield "Inserted:"
+    rows = [
+        (
+            f"  {node.target if node.op == 'call_module' else node.name}",
+            f"layer {node.layer}" if node.layer else "outside the layers",
+            node.inserted_by or "",
+            f"reads {', '.join(node.reads)}" if node.reads else "",
+        )
+        for node in report.inserted
+    ]
+    yield from columns(rows, to_the_left=range(4))

@@ -1,0 +1,132 @@
+"""How long the layers of a rewritten model take: predicted from what they compute and move, and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.arguments import check_model
+from skipvit_fx.capture.cloning import clone_structure
+from skipvit_fx.errors import SkipViTError
+from skipvit_fx.graph.record import record_of
+from skipvit_fx.reports.latency_model import LatencyModel
+from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
+from skipvit_fx.reports.layers import by_region, regions_of
+from skipvit_fx.reports.macs import batch_size, count_macs, placeholder_values, skip_as_planned
+
+WARM_UP = 2
+"""Rounds before those that count."""
+
+
+@torch.no_grad()
+def measure_latency(
+    model: nn.Module,
+    fast: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    rounds: int = 10,
+) -> LatencyReport:
+    """Time a rewritten model and its original in turns, layer by layer and as a whole, in eval mode.
+
+    Args:
+        model: the original.
+        fast: what :func:`skipvit_fx.rewrite` made of it; timed with skipping on as its plan says, whatever it is now.
+            Neither it nor the model changes.
+        args, kwargs: what both are called with, on their device.
+        rounds: of every measurement; the table shows medians.
+
+    Raises:
+        NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
+        TypeError: ``model`` is not a module, or ``args`` not a tuple.
+        SkipViTError: there are no rounds or no images.
+        TraceError: the model's work cannot be counted on these inputs.
+    """
+    record = record_of(fast)
+    check_model(model)
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args must be a tuple of arguments, got {type(args).__name__}")
+    kwargs = dict(kwargs or {})
+    batch = batch_size(args, kwargs)
+    if not isinstance(rounds, int) or rounds < 1 or not batch:
+        raise SkipViTError(
+            f"{rounds!r} rounds of {batch or 0} images cannot be timed",
+            hint="at least one round, and a batch of images as the input",
+        )
+    device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    wait = _waiting_for(device)
+    original = clone_structure(model).eval()
+    timers = []
+    for skipping in (False, True):
+        copy = clone_structure(fast).eval()
+        skip_as_planned(copy, skipping)
+        assert isinstance(copy, fx.GraphModule)
+        timers.append(_NodeTimer(copy, wait))
+    whole: list[list[float]] = [[], []]
+    for _ in range(WARM_UP + rounds):
+        for times, module in zip(whole, (original, timers[1].module), strict=True):
+            start = perf_counter()
+            module(*args, **kwargs)
+            wait()
+            times.append(perf_counter() - start)
+        for timer in timers:
+            timer.run(*placeholder_values(fast.graph, args, kwargs))  # type: ignore[arg-type]
+
+    counts = [count_macs(fast, args, kwargs, skipping=skipping) for skipping in (False, True)]
+    seconds = [timer.medians() for timer in timers]
+    nodes = list(seconds[0])
+    law = LatencyModel.fitted(
+        [batch * counts[0].nodes[name] for name in nodes],
+        [batch * counts[0].bytes[name] for name in nodes],
+        [seconds[0][name] for name in nodes],
+    )
+    regions, depth = regions_of(fast.graph, record.layers), len(record.layers)  # type: ignore[arg-type]
+    columns = []
+    for count, measured in zip(counts, seconds, strict=True):
+        macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
+        predicted = [law.seconds(batch * m, batch * b) for m, b in zip(macs, bytes_, strict=True)]
+        columns.append((macs, bytes_, predicted, by_region(measured, regions, depth)))
+    names = ["embedding", *map(str, range(1, depth + 1)), "head"]
+    before, after = (list(zip(*column, strict=True)) for column in columns)
+    layers = tuple(
+        LayerLatency(name, m, m0, b, b0, p, p0, t, t0)
+        for name, (m0, b0, p0, t0), (m, b, p, t) in zip(names, before, after, strict=True)
+    )
+    baseline, rewritten = (tuple(times[WARM_UP:]) for times in whole)
+    return LatencyReport(
+        record.model, str(record.plan), str(device), batch, law, layers, rewritten, baseline
+    )
+
+
+def _waiting_for(device: torch.device) -> Callable[[], None]:
+    """What returns when everything that was started on a device is done."""
+    if device.type == "cpu":
+        return lambda: None
+    synchronize: Callable[[], None] = torch.get_device_module(device).synchronize
+    return synchronize
+
+
+class _NodeTimer(fx.Interpreter):
+    """Notes the seconds of every node in every run."""
+
+    def __init__(self, module: fx.GraphModule, wait: Callable[[], None]) -> None:
+        super().__init__(module)
+        self.wait = wait
+        self.seconds: dict[str, list[float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        start = perf_counter()
+        value = super().run_node(n)
+        self.wait()
+        self.seconds.setdefault(n.name, []).append(perf_counter() - start)
+        return value
+
+    def medians(self) -> dict[str, float]:
+        """Of each node, without the warm-up."""
+        return {name: median(times[WARM_UP:]) for name, times in self.seconds.items()}

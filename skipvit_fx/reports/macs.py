@@ -1,0 +1,225 @@
+"""Multiply-adds and memory traffic of one image, counted on fake tensors: nothing is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.author.side_effects import contained
+from skipvit_fx.capture.cloning import fake_structure
+from skipvit_fx.capture.fakes import TracelessFakeMode
+from skipvit_fx.errors import GuardError, TraceError
+from skipvit_fx.ops.guard import guard
+from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.switch import Switchable
+
+aten = torch.ops.aten
+
+
+def _attention_flops(
+    query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Both products of an attention, from the shapes ``[..., tokens, channels]``; key heads may be shared."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+# Every fused attention that a device may choose. Which of them the counter knows by itself depends on torch's version,
+# and one that it does not know would count as nothing.
+_ATTENTION = dict.fromkeys(
+    (
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_fused_attention_overrideable,
+    ),
+    _attention_flops,
+)
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-adds of one image: matrix products, convolutions and attention products.
+
+    Attributes:
+        total: of the whole module.
+        nodes: by name of the graph node, in graph order; they sum up to ``total``. Empty for a module without graph.
+        bytes: by name as well: read and written by operators that multiply no matrices. Views move nothing.
+        shapes: of every node whose value is one tensor, for a batch of one.
+    """
+
+    total: int
+    nodes: dict[str, int]
+    bytes: dict[str, int]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def count_macs(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    skipping: bool | None = None,
+) -> MacCount:
+    """Count the multiply-adds of one image in eval mode.
+
+    The module is neither run nor changed: a copy of its structure is interpreted on fake tensors.
+
+    Args:
+        args, kwargs: example inputs, batch first; their first sample is counted. Only shapes are read, so that tensors
+            on the meta device will do. They are taken to the device and floating dtype of the module.
+        skipping: count a rewritten module with skipping off, or on as its plan says, whatever switch and schedule are
+            at now; None: as it is now.
+
+    Raises:
+        TraceError: the module does not run on inputs of this kind, or not without data.
+    """
+    with contained(module):
+        return _count(module, args, kwargs or {}, skipping)
+
+
+def _count(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], skipping: bool | None
+) -> MacCount:
+    mode = TracelessFakeMode(module)
+    faked = fake_structure(module, mode).eval()
+    if skipping is not None:
+        skip_as_planned(faked, skipping)
+    flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    traffic = _Traffic(frozenset(flops.flop_registry))
+    try:
+        around = mode.surroundings
+        with around.kept(), around.watched(), mode, torch.no_grad(), flops, traffic:
+            fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs))
+            if not isinstance(module, fx.GraphModule):
+                with author_code():
+                    faked(*fake_args, **fake_kwargs)
+                return MacCount(flops.get_total_flops() // 2, {}, {}, {})
+            counter = _NodeCounter(faked, module.graph, flops, traffic)
+            values = list(placeholder_values(module.graph, fake_args, fake_kwargs))
+            with author_code():
+                counter.run(*values)
+    except (AuthorError, GuardError) as error:
+        raise TraceError(
+            f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
+            f"{error.message}",
+            hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
+        ) from error
+    return MacCount(sum(counter.macs.values()), counter.macs, counter.bytes, counter.shapes)
+
+
+def skip_as_planned(copy: nn.Module, on: bool) -> None:
+    """Switch a copy's skipping off, or on as its plan says, whatever switch, mode and schedule are at."""
+    for child in copy.modules():
+        if isinstance(child, Switchable):
+            child.enabled, child.train_only = on, False
+        if isinstance(child, Select):
+            child.current = child.ratio
+
+
+class _Traffic(TorchDispatchMode):
+    """Sums up what operators read and write, but for matrix products and views."""
+
+    def __init__(self, products: frozenset[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.products = products
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket not in self.products:
+            read, written = _tensors((args, kwargs)), _tensors(out)
+            known = {_storage(tensor) for tensor in read}
+            if func._schema.is_mutable or any(_storage(t) not in known for t in written):
+                self.bytes += sum(_size(tensor) for tensor in [*read, *written]) if read else 0
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes of a tensor's own elements, each counted once where it is expanded."""
+    distinct = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
+    return math.prod(distinct) * tensor.element_size()
+
+
+class _NodeCounter(fx.Interpreter):
+    """Notes for every node what the counters gained while it ran, and the shape of its value."""
+
+    def __init__(
+        self, owner: nn.Module, graph: fx.Graph, flops: FlopCounterMode, traffic: _Traffic
+    ) -> None:
+        super().__init__(owner, graph=graph)
+        self.flops = flops
+        self.traffic = traffic
+        self.macs: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
+        value = None if n.target is guard else super().run_node(n)  # one sample stands for any
+        self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
+        self.bytes[n.name] = self.traffic.bytes - bytes_
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = tuple(value.shape)
+        return value
+
+
+def _one_sample(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs cut to a batch of one, on the device and of the dtype that the module has now."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    batch = batch_size(args, kwargs)
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        dtype = like.dtype if leaf.is_floating_point() else leaf.dtype
+        shape = (1, *leaf.shape[1:]) if leaf.ndim and leaf.shape[0] == batch else leaf.shape
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+    one: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(fake, (args, kwargs))
+    return one
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Samples in the largest floating-point tensor of a call; ``None`` if there is none."""
+    tensors = [tensor for tensor in _tensors((args, dict(kwargs))) if tensor.is_floating_point()]
+    images = max(tensors, key=Tensor.numel, default=None)
+    return images.shape[0] if images is not None and images.ndim else None
+
+
+def placeholder_values(
+    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Any]:
+    """One value a placeholder, by name where it was passed by name. Arguments without tensors have no placeholder."""
+    positional = iter([a for a in args if _has_tensor(a)])
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target in kwargs:
+            yield kwargs[node.target]
+        else:
+            yield next(positional, node.args[0] if node.args else None)
+
+
+def _has_tensor(value: Any) -> bool:
+    return bool(_tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -1,0 +1,104 @@
+"""What passes require and ensure, each read off the graph as it is."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from skipvit_fx.analysis.axes import tokens_of
+from skipvit_fx.graph.editor import INSERTED_BY, is_pure
+from skipvit_fx.graph.sizes import RESHAPES
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.passes import Condition
+from skipvit_fx.rewriting.sizes import sizes_argument
+
+
+def _unfollowed_size(context: Context) -> str:
+    for node in context.spans.nodes():
+        axes = context.analysis.axes(node)
+        if node.target not in RESHAPES or axes is None:
+            continue
+        _, sizes, _ = sizes_argument(context, node)
+        if isinstance(sizes, fx.Node) or len(sizes) != len(axes):
+            continue
+        for size, dim in zip(sizes, axes, strict=True):
+            if tokens_of(dim) and isinstance(size, int) and size != -1:
+                return f"{node.name} has the number {size} for a length that a drop changes"
+    return ""
+
+
+def _unscored(context: Context) -> str:
+    nodes = set(context.editor.graph.nodes)
+    for stage in context.spans.stages:
+        scores = context.scores.get(stage.index, {})
+        if not scores or not nodes.issuperset(scores.values()):
+            return f"{stage.name} has no score node"
+    return ""
+
+
+def _unskipped(context: Context) -> str:
+    for stage in context.spans.stages:
+        if stage.index not in context.skips:
+            return f"{stage.name} takes no tokens out of the sequence"
+        full = context.full_stream_readers(stage.cut)
+        for reader in stage.cut.users:
+            if INSERTED_BY not in reader.meta and reader in stage.nodes and reader not in full:
+                return f"{reader.name} reads {stage.cut.name}, with all tokens, under the drop"
+    return ""
+
+
+def _ungathered(context: Context) -> str:
+    for node in context.spans.nodes():
+        operands = [p.operand for p in context.analysis[node].positions]
+        for argument in node.all_input_nodes:
+            if any(context.analysis.value(argument) is operand for operand in operands):
+                return f"{node.name} reads {argument.name}, which has a row for every position"
+    return ""
+
+
+def _unreturned(context: Context) -> str:
+    returns = context.spans.return_node
+    if returns is None:
+        return ""
+    for stage in context.spans.stages:
+        taken = context.skips[stage.index].kept_tokens if stage.cut is returns else returns
+        for reader in taken.users:
+            if INSERTED_BY not in reader.meta and not context.spans.active(reader):
+                return f"{reader.name} reads {taken.name}, where tokens have not returned"
+    return ""
+
+
+def _unfilled(context: Context) -> str:
+    for node, readers in context.spans.taps.items():
+        for reader in readers:
+            if context.spans.active(node) and node in reader.all_input_nodes:
+                return f"{reader.name} reads {node.name}, where tokens are gone"
+    return ""
+
+
+def _unread(context: Context) -> str:
+    for node in context.editor.graph.nodes:
+        if not node.users and (is_pure(node) or INSERTED_BY in node.meta):
+            return f"nobody reads {node.name}"
+    return ""
+
+
+SIZES_FOLLOW = Condition("sizes-follow", _unfollowed_size)
+"""No reshape under a drop has a literal for a length that the drop changes."""
+
+SCORED = Condition("scored", _unscored)
+"""Every stage has a score of its patches."""
+
+SKIPPING = Condition("skipping", _unskipped)
+"""At every cut the author's nodes under the drop read the sequence without the dropped tokens."""
+
+TAPS_FILLED = Condition("taps-filled", _unfilled)
+"""Who reads the stream off the way to the return reads all tokens."""
+
+POSITIONS_GATHERED = Condition("positions-gathered", _ungathered)
+"""No node under a drop reads a value with one row per position."""
+
+RETURNED = Condition("returned", _unreturned)
+"""After the return every reader gets all tokens."""
+
+NOTHING_DEAD = Condition("nothing-dead", _unread)
+"""Every inserted node, and every pure one, is read."""

@@ -1,0 +1,71 @@
+"""What a pass is, and how passes run: in order, with what each needs and promises checked on the graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from skipvit_fx.graph.record import PassRecord
+from skipvit_fx.rewriting.context import Context
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Something that holds between two passes.
+
+    Attributes:
+        name: kebab-case.
+        fault: what is wrong, in a sentence that names a node; empty if the condition holds.
+    """
+
+    name: str
+    fault: Callable[[Context], str]
+
+
+class Pass(Protocol):
+    """A frozen dataclass with a name, what it needs, what it promises, and ``run``."""
+
+    @property
+    def name(self) -> str:
+        """Kebab-case, unique."""
+
+    @property
+    def requires(self) -> tuple[Condition, ...]:
+        """What must hold before it runs."""
+
+    @property
+    def ensures(self) -> tuple[Condition, ...]:
+        """What holds afterwards."""
+
+    def run(self, context: Context) -> None:
+        """Edit the graph through ``context.editor``, or raise."""
+
+
+class PassError(Exception):
+    """A pass did not get, or did not do, what it says. A mistake in this package or in a pass, never in a model."""
+
+
+def run_passes(passes: Iterable[Pass], context: Context) -> tuple[PassRecord, ...]:
+    """Run the passes in order.
+
+    Raises:
+        PassError: the graph is not as a pass requires, or not as it promised to leave it.
+    """
+    records = []
+    editor = context.editor
+    for step in passes:
+        _check(step.name, "requires", step.requires, context)
+        editor.events, editor.running = [], step.name
+        step.run(context)
+        editor.graph.lint()
+        _check(step.name, "ensures", step.ensures, context)
+        records.append(PassRecord(step.name, tuple(editor.events)))
+    context.capture.module.recompile()
+    return tuple(records)
+
+
+def _check(name: str, verb: str, conditions: Iterable[Condition], context: Context) -> None:
+    for condition in conditions:
+        if fault := condition.fault(context):
+            raise PassError(f"pass {name!r} {verb} {condition.name!r}, but {fault}")

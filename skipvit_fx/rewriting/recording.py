@@ -1,0 +1,74 @@
+"""The record of a finished rewrite."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.record import LayerRecord, PassRecord, RewriteRecord, StageRecord
+from skipvit_fx.rewriting.context import Context
+
+
+def record_rewrite(
+    model: str,
+    context: Context,
+    edits: tuple[PassRecord, ...],
+    before: tuple[str, ...],
+    computation: tuple[str, ...],
+    validated: str,
+) -> RewriteRecord:
+    """What was found in ``model`` and done to it, by names and numbers; see :class:`RewriteRecord`."""
+    stream, capture, spans = context.stream, context.capture, context.spans
+    layers = tuple(
+        LayerRecord(
+            layer.index,
+            layer.input.name,
+            layer.cut.name,
+            layer.end.name,
+            layer.attention.name,
+            module_path(layer.attention),
+        )
+        for layer in stream.layers
+    )
+    stages = tuple(
+        StageRecord(
+            stage.index,
+            stage.layer.index,
+            f"{OWN_CHILD}.{stage.name}",
+            stage.leave_after,
+            stage.leave_before,
+            spans.return_before,
+        )
+        for stage in spans.stages
+    )
+    return RewriteRecord(
+        model=model,
+        options=context.options,
+        frontend=capture.frontend,
+        frontend_reason=capture.frontend_reason,
+        token_dim=stream.dim,
+        prefix=stream.tokens.lead,
+        patches=stream.tokens.patches,
+        tail=stream.tokens.tail,
+        class_token=str(stream.class_token),
+        args=_on_meta(capture.args),
+        kwargs=_on_meta(capture.kwargs),
+        layers=layers,
+        stages=stages,
+        passes=edits,
+        before=before,
+        computation=computation,
+        validated=validated,
+    )
+
+
+def _on_meta(example: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: torch.empty_like(leaf, device="meta") if isinstance(leaf, Tensor) else leaf,
+        example,
+    )

@@ -1,1 +1,0 @@
-"""What changes from epoch to epoch."""
