@@ -23,10 +23,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from fuzzing.cases import FAILURES, Case, Outcome, as_test, draw_case, run, shrink
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fuzzing.cases import FAILURES, Case, Outcome, as_test, draw_case, run, shrink
 from skipvit_fx.cli.environment import hardware, versions
 
 TIMEOUT = 60

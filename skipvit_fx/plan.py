@@ -5,14 +5,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tomllib
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 from skipvit_fx.errors import PlanError
 
@@ -152,59 +148,6 @@ class Plan:
         return_layer, fused = _parse_suffix(match["suffix"])
         return cls(tuple(map(Stage, layers, ratios)), return_layer, fused)
 
-    @classmethod
-    def from_toml(cls, text: str) -> Plan:
-        """Read what :meth:`to_toml` writes; a ratio may also be a number, such as 0.55."""
-        if not isinstance(text, str):
-            raise PlanError(
-                f"a plan's TOML is text, not {text!r}", hint="read a file with Plan.load(path)"
-            )
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise PlanError(
-                f"the plan is not TOML: {error}",
-                hint="Plan.from_toml reads TOML text, Plan.load a file, Plan.parse 6(55%)+11",
-            ) from error
-        _check_keys(table, "a plan", required=(), optional=("return_layer", "fused", "stages"))
-        stages = table.get("stages", [])
-        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
-            raise PlanError(
-                f"stages must be an array of tables, not {stages!r}",
-                hint="begin each stage with a line [[stages]]",
-            )
-        for stage in stages:
-            _check_keys(stage, "a stage", required=("layer", "ratio"), optional=())
-        return cls(
-            tuple(Stage(stage["layer"], stage["ratio"]) for stage in stages),
-            table.get("return_layer"),
-            table.get("fused", False),
-        )
-
-    def to_toml(self) -> str:
-        """The plan as TOML text, exact; ``Plan.from_toml`` gives the plan back."""
-        lines = []
-        if self.return_layer is not None:
-            lines.append(f"return_layer = {self.return_layer}\n")
-        if self.fused:
-            lines.append("fused = true\n")
-        lines += [
-            f'\n[[stages]]\nlayer = {stage.layer}\nratio = "{_percent(stage.ratio)}"\n'
-            for stage in self.stages
-        ]
-        return "".join(lines).lstrip()
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a TOML file: :meth:`from_toml` of its text."""
-        try:
-            return cls.from_toml(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as error:
-            raise PlanError(
-                f"the plan file {os.fspath(path)!r} is not text: {error}",
-                hint="save it as TOML in UTF-8",
-            ) from error
-
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -275,15 +218,3 @@ def _parse_suffix(text: str) -> tuple[int | None, bool]:
             hint="only +LAYER, +fused or +LAYER+fused may follow",
         )
     return (_parse_layer(items[0]) if items else None), fused
-
-
-def _check_keys(
-    table: dict[str, Any], what: str, *, required: tuple[str, ...], optional: tuple[str, ...]
-) -> None:
-    known = required + optional
-    for key in table:
-        if key not in known:
-            raise PlanError(f"unknown key {key!r} in {what}", hint=f"{what} has {', '.join(known)}")
-    for key in required:
-        if key not in table:
-            raise PlanError(f"{what} lacks the key {key!r}", hint=f"{what} has {', '.join(known)}")

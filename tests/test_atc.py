@@ -520,18 +520,6 @@ def test_the_same_norm_with_a_vector_epsilon_is_not_fused(tmp_path: Path) -> Non
     assert "epsilon is not a scalar constant" in finding.places[0]
 
 
-def test_baseline(tmp_path: Path) -> None:
-    good = save(tmp_path / "good.onnx", attention(), **ATTENTION)
-    bad = save(
-        tmp_path / "bad.onnx",
-        attention(extra=True),
-        outputs={"y": (FLOAT, None), "score": (FLOAT, None)},
-        **ATTENTION,
-    )
-    assert "F-BASELINE" in rules_of(atc_check(bad, baseline=good), "slow")
-    assert "F-BASELINE" not in rules_of(atc_check(good, baseline=good))
-
-
 def test_external_data(tmp_path: Path) -> None:
     weights = {"w": np.ones(64, np.float32)}
     path = save(

@@ -70,8 +70,6 @@ class World:
         (folder / "text.txt").write_text("no model")
         (folder / "empty").write_bytes(b"")
         (folder / "half").write_bytes(self.saved.read_bytes()[:2000])
-        (folder / "plan.toml").write_text("return_layer = 3\n[[stages]]\nlayer = 1\nratio = 'x'\n")
-        (folder / "binary.toml").write_bytes(b"\xff\xfe\x00")
         safetensors.torch.save_file({"a": torch.zeros(1)}, folder / "weights")
         weights = safetensors.torch.load_file(self.saved)
         for name, header in (
@@ -497,13 +495,6 @@ OTHERS: list[Bad] = [
     ("atc-empty", lambda w: sv.atc_check(w.path("empty")),
      ExportError, ("holds no ONNX model", "export it again")),
     ("atc-cann", lambda w: sv.atc_check(w.path("model.onnx"), cann="next"), ExportError, ("'next'",)),
-    ("toml-none", lambda w: Plan.from_toml(None), PlanError, ("TOML is text", "Plan.load")),
-    ("toml-notation", lambda w: Plan.from_toml("6(55%)"), PlanError, ("not TOML", "Plan.parse")),
-    ("toml-key", lambda w: Plan.from_toml("layers = 3"), PlanError, ("unknown key 'layers'", "stages")),
-    ("toml-lacks", lambda w: Plan.from_toml("[[stages]]\nlayer = 1"),
-     PlanError, ("lacks the key 'ratio'", "layer, ratio")),
-    ("toml-ratio", lambda w: Plan.load(w.path("plan.toml")), PlanError, ("'x'", "below 1")),
-    ("toml-binary", lambda w: Plan.load(w.path("binary.toml")), PlanError, ("is not text", "UTF-8")),
 ]
 # fmt: on
 
@@ -571,7 +562,7 @@ LINES: list[Line] = [
     ("command", ("rewritte", VIT), BAD_INPUT, ("rewritte",)),
     ("option", ("rewrite", VIT, PLAN, "--sped", "3"), BAD_INPUT, ("--sped",)),
     ("no-model", ("rewrite",), BAD_INPUT, ("Missing argument 'model'",)),
-    ("three-arguments", ("inspect", VIT, PLAN, "more"), BAD_INPUT, ("more",)),
+    ("three-arguments", ("rewrite", VIT, PLAN, "more"), BAD_INPUT, ("more",)),
     ("unknown-model", ("sites", "vit_tny_patch16_224"),
      BAD_INPUT, ("no model 'vit_tny_patch16_224'", "close to it")),
     ("empty-model", ("sites", ""), BAD_INPUT, ("cannot read the model ''", "timm:NAME")),
@@ -605,25 +596,16 @@ LINES: list[Line] = [
      BAD_INPUT, ("--prefix-tokens", "greater than or equal to 0")),
     ("prefix-text", ("sites", VIT, *SMALL, "--prefix-tokens", "one"),
      BAD_INPUT, ("--prefix-tokens", "integer")),
-    ("no-plan", ("inspect", VIT), BAD_INPUT, ("no plan given", "--plan-file")),
-    ("two-plans", ("inspect", VIT, PLAN, "--plan-file", "x"), BAD_INPUT, ("two plans given",)),
-    ("plan-nonsense", ("inspect", VIT, "drop some"),
+    ("no-plan", ("rewrite", VIT), BAD_INPUT, ("PLAN",)),
+    ("plan-nonsense", ("rewrite", VIT, "drop some"),
      BAD_INPUT, ("cannot read the plan 'drop some'", "6(55%)+11")),
     ("plan-no-percent", ("rewrite", VIT, "1(30)+3"), BAD_INPUT, ("'30' is not a percentage",)),
     ("plan-backwards", ("rewrite", VIT, "3(30%)+1"), BAD_INPUT, ("return at layer 1", "or later")),
     ("plan-too-deep", ("rewrite", VIT, "9(30%)", *SMALL), BAD_INPUT, ("layer 9 is out of range", "1 to 2")),
-    ("diff-too-deep", ("diff", VIT, "9(30%)", *SMALL), BAD_INPUT, ("layer 9 is out of range", "1 to 2")),
-    ("plan-file-missing", ("inspect", VIT, "--plan-file", "FOLDER/none"),
-     BAD_INPUT, ("cannot read the plan file", "path")),
-    ("plan-file-folder", ("inspect", VIT, "--plan-file", "FOLDER/"),
-     BAD_INPUT, ("cannot read the plan file", "path")),
-    ("plan-file-text", ("inspect", VIT, "--plan-file", "FOLDER/text.txt"), BAD_INPUT, ("not TOML", "hint: ")),
-    ("plan-file-binary", ("inspect", VIT, "--plan-file", "FOLDER/binary.toml"),
-     BAD_INPUT, ("is not text", "UTF-8")),
-    ("plan-file-ratio", ("inspect", VIT, "--plan-file", "FOLDER/plan.toml"), BAD_INPUT, ("'x'", "below 1")),
-    ("cut", ("inspect", VIT, PLAN, *SMALL, "--cut", "here"), BAD_INPUT, ("--cut 'here'", "attention, block")),
-    ("score", ("inspect", VIT, PLAN, *SMALL, "--score", "best"), BAD_INPUT, ("--score 'best'", "mean")),
-    ("refused", ("inspect", "resnet18", PLAN), REFUSED, ("no attention", "hint: ")),
+    ("diff-too-deep", ("rewrite", VIT, "9(30%)", *SMALL, "--diff"), BAD_INPUT, ("layer 9 is out of range", "1 to 2")),
+    ("cut", ("rewrite", VIT, PLAN, *SMALL, "--cut", "here"), BAD_INPUT, ("--cut 'here'", "attention, block")),
+    ("score", ("rewrite", VIT, PLAN, *SMALL, "--score", "best"), BAD_INPUT, ("--score 'best'", "mean")),
+    ("refused", ("rewrite", "resnet18", PLAN), REFUSED, ("no attention", "hint: ")),
     ("refused-sites", ("rewrite", "mixer_s32_224", PLAN), REFUSED, ("error: ", "hint: ")),
     ("refused-json", ("rewrite", "resnet18", PLAN, "--json"), REFUSED, ("error: ", "hint: ")),
     ("save-nowhere", ("rewrite", VIT, "1(50%)", *SMALL, "--save", "FOLDER/none/out"),
@@ -636,7 +618,7 @@ LINES: list[Line] = [
      BAD_INPUT, ("not a readable image", "PNG")),
     ("trace-folder", ("trace", VIT, "FOLDER/", "1(50%)", *SMALL), BAD_INPUT, ("not a readable image", "PNG")),
     ("trace-no-image", ("trace", VIT), BAD_INPUT, ("Missing argument 'image'",)),
-    ("trace-no-plan", ("trace", VIT, PICTURE), BAD_INPUT, ("no plan given", "--plan-file")),
+    ("trace-no-plan", ("trace", VIT, PICTURE), BAD_INPUT, ("PLAN",)),
     ("trace-empty-plan", ("trace", VIT, PICTURE, "", *SMALL), BAD_INPUT, ("drops nothing", "hint: ")),
     ("trace-format", ("trace", VIT, PICTURE, "1(50%)", *SMALL, "--out", "FOLDER/kept.xyz"),
      BAD_INPUT, ("cannot write", ".png")),
@@ -671,9 +653,6 @@ LINES: list[Line] = [
     ("atc-missing", ("atc-check", "FOLDER/none.onnx"), BAD_INPUT, ("cannot be read", "hint: ")),
     ("atc-corrupt", ("atc-check", "FOLDER/model.onnx"), BAD_INPUT, ("not an ONNX model", "hint: ")),
     ("atc-fail-on", ("atc-check", "FOLDER/model.onnx", "--fail-on", "all"), BAD_INPUT, ("--fail-on", "all")),
-    ("zoo-nothing", ("zoo",), BAD_INPUT, ("no models named", "--isotropic")),
-    ("zoo-no-match", ("zoo", "timm:qqq*", "--out", "FOLDER/z.md"), BAD_INPUT, ("no model matches", "hint: ")),
-    ("zoo-wildcard", ("zoo", "hf:v*", "--out", "FOLDER/z.md"), BAD_INPUT, ("no wildcards", "timm")),
 ]
 # fmt: on
 

@@ -14,7 +14,6 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from skipvit_fx.cli.app import app
-from skipvit_fx.plan import Plan
 
 PICTURE = str(Path(__file__).parents[1] / "examples" / "images" / "chelsea.png")
 VIT = "vit_tiny_patch16_224"
@@ -78,19 +77,12 @@ class TestRewrite:
         assert result.exit_code == 0, result.output
         assert "blocks.1.attn" in result.stdout
 
-    @pytest.mark.parametrize("command", ["rewrite", "inspect"])
-    def test_json(self, command: str) -> None:
-        said = said_as_json(command, VIT, PLAN, *SMALL)
+    def test_json(self) -> None:
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL)
         assert [layer["attention_tokens"] for layer in said["layers"]] == [17, 13, 17]
 
-    def test_plan_file(self, tmp_path: Path) -> None:
-        file = tmp_path / "plan.toml"
-        file.write_text(Plan.parse(PLAN).to_toml())
-        given = said_as_json("inspect", VIT, PLAN, *SMALL)
-        assert said_as_json("inspect", VIT, "--plan-file", str(file), *SMALL) == given
-
     def test_options_reach_the_compiler(self) -> None:
-        said = said_as_json("inspect", VIT, PLAN, *SMALL, "--cut", "block", "--keep-dead-tokens")
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--cut", "block", "--keep-dead-tokens")
         assert [layer["ffn_tokens"] for layer in said["layers"]] == [17, 13, 17]
 
     def test_save(self, tmp_path: Path) -> None:
@@ -106,16 +98,16 @@ class TestRewrite:
             f"def make():\n    return timm.create_model({VIT!r}, img_size=64, depth=3)\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
-        assert len(said_as_json("inspect", "module:own_vit:make", PLAN)["layers"]) == 3
+        assert len(said_as_json("rewrite", "module:own_vit:make", PLAN)["layers"]) == 3
 
 
 class TestDiff:
     def test_text(self) -> None:
-        result = skipvit("diff", VIT, PLAN, *SMALL)
+        result = skipvit("rewrite", VIT, PLAN, *SMALL, "--diff")
         assert "+skipvit_stage_1_score" in result.stdout
 
     def test_json(self) -> None:
-        said = said_as_json("diff", VIT, PLAN, *SMALL)
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--diff")
         assert said["plan"] == PLAN
         assert any("skipvit_stage_1_merge" in line for line in said["diff"])
 
@@ -155,39 +147,17 @@ class TestTrace:
         assert_fails(result, BAD_INPUT, "cannot write", ".png")
 
 
-class TestZoo:
-    def test_page_and_rows(self, tmp_path: Path) -> None:
-        out = tmp_path / "zoo.md"
-        result = skipvit("zoo", VIT, *SMALL, "--out", str(out))
-        assert result.exit_code == 0, result.output
-        assert f"exact    timm:{VIT}" in result.stdout
-        assert f"| timm:{VIT} | 3 | 1 | 16 |" in out.read_text()
-        # a second run takes the row from beside the page
-        out.with_suffix(".jsonl").write_text(
-            out.with_suffix(".jsonl").read_text().replace('"exact"', '"wrong"')
-        )
-        again = skipvit("zoo", VIT, *SMALL, "--out", str(out), "--json")
-        assert again.exit_code == REFUSED
-        assert json.loads(again.stdout)[0]["status"] == "wrong"
-        assert skipvit("zoo", VIT, *SMALL, "--out", str(out), "--fresh").exit_code == 0
-
-    def test_nothing_named(self) -> None:
-        assert_fails(skipvit("zoo"), BAD_INPUT, "no models named", "hint: ")
-
-
 class TestFailures:
     @pytest.mark.parametrize(
         ("args", "words"),
         [
-            (["inspect", VIT, "1(30)+3"], ["'30' is not a percentage", "hint: "]),
-            (["inspect", VIT, "9(30%)", *SMALL], ["layer 9 is out of range", "layers 1 to 3"]),
-            (["inspect", VIT], ["no plan given", "--plan-file"]),
-            (["inspect", VIT, PLAN, "--plan-file", "x"], ["two plans given"]),
-            (["inspect", VIT, "--plan-file", "none.toml"], ["cannot read the plan file"]),
-            (["inspect", "vit_tny_patch16_224", PLAN], ["close to it: vit_tiny_patch16_224"]),
+            (["rewrite", VIT, "1(30)+3"], ["'30' is not a percentage", "hint: "]),
+            (["rewrite", VIT, "9(30%)", *SMALL], ["layer 9 is out of range", "layers 1 to 3"]),
+            (["rewrite", VIT], ["PLAN"]),
+            (["rewrite", "vit_tny_patch16_224", PLAN], ["close to it: vit_tiny_patch16_224"]),
             (["sites", "flax:vit"], ["cannot read the model 'flax:vit'", "timm:NAME"]),
-            (["inspect", VIT, PLAN, "--cut", "here"], ["--cut 'here'", "attention, block"]),
-            (["inspect", VIT, PLAN, "--score", "best"], ["--score 'best'", "mean"]),
+            (["rewrite", VIT, PLAN, "--cut", "here"], ["--cut 'here'", "attention, block"]),
+            (["rewrite", VIT, PLAN, "--score", "best"], ["--score 'best'", "mean"]),
             (["sites", VIT, "--img-size", "many"], ["Usage: "]),
         ],
     )
@@ -195,10 +165,10 @@ class TestFailures:
         assert_fails(skipvit(*args), BAD_INPUT, *words)
 
     def test_refusal(self) -> None:
-        assert_fails(skipvit("inspect", "resnet18", PLAN), REFUSED, "error: ", "hint: ")
+        assert_fails(skipvit("rewrite", "resnet18", PLAN), REFUSED, "error: ", "hint: ")
 
     def test_json_keeps_stdout_clean(self) -> None:
-        assert_fails(skipvit("inspect", "resnet18", PLAN, "--json"), REFUSED)
+        assert_fails(skipvit("rewrite", "resnet18", PLAN, "--json"), REFUSED)
 
     def test_without_typer(self) -> None:
         code = "import sys\nsys.modules['typer'] = None\nfrom skipvit_fx.cli import main\nmain()\n"
@@ -215,15 +185,15 @@ class TestFailures:
 
 def test_it_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["skipvit", "inspect", "--help"])
+        patch.setattr(sys, "argv", ["skipvit", "rewrite", "--help"])
         with pytest.raises(SystemExit) as left:
             runpy.run_module("skipvit_fx", run_name="__main__")
     assert left.value.code == 0
-    assert "inspect" in capsys.readouterr().out
+    assert "rewrite" in capsys.readouterr().out
 
 
 def test_every_command_has_help() -> None:
-    for command in ("sites", "rewrite", "inspect", "diff", "trace", "bench", "zoo"):
+    for command in ("sites", "rewrite", "trace", "bench"):
         result = skipvit(command, "--help")
         assert result.exit_code == 0
         assert "--json" in result.stdout

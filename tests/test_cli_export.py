@@ -81,16 +81,12 @@ def test_an_unreadable_file_is_told_from_a_finding(tmp_path: Path) -> None:
 
 
 def test_export_takes_the_options_of_a_rewrite(tmp_path: Path) -> None:
-    plan, out = tmp_path / "plan.toml", tmp_path / "m.onnx"
-    plan.write_text(skipvit_fx.Plan.parse("1(50%)").to_toml())
+    out = tmp_path / "m.onnx"
     small = ["vit_tiny_patch16_224", "--depth", "1", "--img-size", "32"]
-    how = ["--plan-file", str(plan), "--score", "mean", "--keep-dead-tokens", "-o", str(out)]
+    how = ["1(50%)", "--score", "mean", "--keep-dead-tokens", "-o", str(out)]
     result = runner.invoke(skipvit, ["export", *small, *how])
     assert result.exit_code == 0, result.output
     assert "TopK" in {node.op_type for node in onnx.load(out).graph.node}
-    result = runner.invoke(skipvit, ["export", *small, "1(50%)", *how])
-    assert result.exit_code == 2
-    assert "two plans given" in result.stderr
 
 
 # -- export --------------------------------------------------------------------------------------------------------

@@ -12,17 +12,15 @@ from typing import Any
 
 import pytest
 
+from fuzzing import cases
+from fuzzing.cases import Case, Outcome, as_test, draw_case, run, shrink
+from fuzzing.compose import Composition, Placed
+from fuzzing.named import Named
+from fuzzing.operators import Operator
+from scripts import load
+from skipvit_fx.rewriting import context
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-
-from fuzzing import cases  # noqa: E402
-from fuzzing.cases import Case, Outcome, as_test, draw_case, run, shrink  # noqa: E402
-from fuzzing.compose import Composition, Placed  # noqa: E402
-from fuzzing.named import Named  # noqa: E402
-from fuzzing.operators import Operator  # noqa: E402
-
-from scripts import load  # noqa: E402
-from skipvit_fx.rewriting import context  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of models that are odd on purpose
 

@@ -5,7 +5,6 @@ import math
 import pickle
 from dataclasses import FrozenInstanceError, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,9 +81,8 @@ def test_text_that_is_not_canonical(text: str, canonical: str) -> None:
 
 @settings(deadline=None)
 @given(plans())
-def test_text_and_toml_round_trip(plan: Plan) -> None:
+def test_text_round_trip(plan: Plan) -> None:
     assert Plan.parse(str(plan)) == plan
-    assert Plan.from_toml(plan.to_toml()) == plan
 
 
 @settings(deadline=None)
@@ -228,9 +226,6 @@ def test_text_of_the_wrong_type(text: Any) -> None:
     with pytest.raises(PlanError) as error:
         Plan.parse(text)
     assert_plan_error(error, "a plan's notation is text, not")
-    with pytest.raises(PlanError) as error:
-        Plan.from_toml(text)
-    assert_plan_error(error, "a plan's TOML is text, not")
 
 
 @pytest.mark.parametrize(
@@ -322,67 +317,4 @@ def test_plan_fits_twelve_layers(text: str) -> None:
 def test_plan_does_not_fit_twelve_layers(text: str, message: str) -> None:
     with pytest.raises(PlanError) as error:
         Plan.parse(text).check(12)
-    assert_plan_error(error, message)
-
-
-# TOML.
-
-
-def test_toml_text() -> None:
-    text = """\
-return_layer = 10
-fused = true
-
-[[stages]]
-layer = 4
-ratio = "30%"
-
-[[stages]]
-layer = 7
-ratio = "100/3%"
-"""
-    assert Plan.parse("4,7(30%,100/3%)+10+fused").to_toml() == text
-    assert Plan().to_toml() == ""
-
-
-def test_toml_takes_numbers() -> None:
-    assert Plan.from_toml("stages = [{layer = 6, ratio = 0.29}]") == Plan.parse("6(29%)")
-
-
-def test_load(tmp_path: Path) -> None:
-    plan = Plan.parse("6(55%)+11")
-    path = tmp_path / "plan.toml"
-    path.write_text(plan.to_toml(), encoding="utf-8")
-    assert Plan.load(path) == plan
-    assert Plan.load(str(path)) == plan
-    path.write_bytes(b"\xff")
-    with pytest.raises(PlanError) as error:
-        Plan.load(path)
-    assert_plan_error(error, "plan.toml' is not text")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("6(55%)+11", "the plan is not TOML"),
-        ("fused = true\nfused = true", "the plan is not TOML"),
-        ("layers = [6]", "unknown key 'layers' in a plan"),
-        ("[[stages]]\nlayer = 6\nratio = 0.5\nreturn = 11", "unknown key 'return' in a stage"),
-        ("[[stages]]\nlayer = 6", "a stage lacks the key 'ratio'"),
-        ("[[stages]]\nratio = 0.5", "a stage lacks the key 'layer'"),
-        ("stages = 6", "stages must be an array of tables, not 6"),
-        ("stages = [6]", "stages must be an array of tables, not [6]"),
-        ("[stages]\nlayer = 6\nratio = 0.5", "stages must be an array of tables"),
-        ("[[stages]]\nlayer = '6'\nratio = 0.5", "layer '6' is not an integer"),
-        ("[[stages]]\nlayer = 6\nratio = 55", "ratio 55 is outside [0, 1)"),
-        ("[[stages]]\nlayer = 6\nratio = nan", "ratio nan is not a number in [0, 1)"),
-        ("[[stages]]\nlayer = 6\nratio = true", "ratio True is not a number"),
-        ("fused = 'yes'", "fused must be true or false, not 'yes'"),
-        ("return_layer = 1.5", "return layer 1.5 is not an integer"),
-        ("return_layer = 11", "a plan without stages has nothing to return or fuse"),
-    ],
-)
-def test_bad_toml(text: str, message: str) -> None:
-    with pytest.raises(PlanError) as error:
-        Plan.from_toml(text)
     assert_plan_error(error, message)

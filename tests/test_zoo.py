@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import fx, nn
+from typer.testing import CliRunner
 
 import skipvit_fx
+import zoo
 from models import BY_NAME, layout_of
 from reference import masked_reference
-from skipvit_fx.cli import zoo
-from skipvit_fx.cli.models import SpecError, expand, parameter_bytes, parse_spec
-from skipvit_fx.cli.zoo import Row, default_plan, page, read_rows, survey
+from skipvit_fx.cli.models import SpecError, parse_spec
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.ops.skip import Keep, Merge
 from skipvit_fx.plan import Plan
 from skipvit_fx.testing import Reference, check_rewrite, randomize, relative_error
+from zoo import Row, default_plan, expand, page, parameter_bytes, read_rows, survey
 
+VIT = "vit_tiny_patch16_224"
 TINY = {"img_size": 64, "depth": 4}
 PLAN = "1,3(30%,40%)+4"
 GIB = 2**30
@@ -294,8 +299,8 @@ def test_page() -> None:
         Row("timm:a", "exact", 12, 1, 196, "4(30%)+6", 1.23e-6, 1.51, note="made 4 layers deep"),
         Row("timm:b", "refused", reason="tokens | mix\nhere"),
     ]
-    text = page(rows, "skipvit zoo a b")
-    assert "`skipvit zoo a b`" in text
+    text = page(rows, "python benchmarks/zoo.py a b")
+    assert "`python benchmarks/zoo.py a b`" in text
     assert "random" in text
     assert "torch 2" in text
     assert "- 1 exact" in text
@@ -303,6 +308,37 @@ def test_page() -> None:
     line = "| timm:a | 12 | 1 | 196 | `4(30%)+6` | exact | 1.2e-06 | 1.5 | made 4 layers deep |"
     assert line in text
     assert "| timm:b |  |  |  |  | refused |  |  | tokens \\| mix here |" in text
+
+
+def test_the_script_writes_a_page_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(zoo.main)
+    runner, out = CliRunner(), tmp_path / "zoo.md"
+    asked = [VIT, "--img-size", "64", "--depth", "3", "--out", str(out)]
+    result = runner.invoke(app, asked)
+    assert result.exit_code == 0, result.output
+    assert f"exact    timm:{VIT}" in result.stdout
+    assert f"| timm:{VIT} | 3 | 1 | 16 |" in out.read_text()
+    # a second run takes the row from beside the page
+    rows = out.with_suffix(".jsonl")
+    rows.write_text(rows.read_text().replace('"exact"', '"wrong"'))
+    again = runner.invoke(app, [*asked, "--json"])
+    assert again.exit_code == 1
+    assert json.loads(again.stdout)[0]["status"] == "wrong"
+    assert runner.invoke(app, [*asked, "--fresh"]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [([], "no models named"), (["timm:qqq*"], "no model matches"), (["hf:v*"], "no wildcards")],
+)
+def test_bad_names(names: list[str], words: str, tmp_path: Path) -> None:
+    command = [sys.executable, zoo.__file__, *names, "--out", str(tmp_path / "zoo.md")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {words}")
+    assert "hint: " in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

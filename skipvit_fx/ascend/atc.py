@@ -179,7 +179,6 @@ def atc_check(
     *,
     cann: str = CANN,
     soc: str = SOC,
-    baseline: str | PathLike[str] | None = None,
 ) -> AtcReport:
     """Check any ONNX file against what is publicly known of ATC. ATC is not run.
 
@@ -187,7 +186,6 @@ def atc_check(
         path: the file.
         cann: release of CANN, such as ``"8.0.0"`` or ``"8.0.RC3"``.
         soc: the chip, as ATC's ``--soc_version``.
-        baseline: the original model's file, whose fusion patterns this one should still have.
 
     Raises:
         ExportError: the file cannot be read, or ``cann`` or ``soc`` makes no sense.
@@ -202,7 +200,7 @@ def atc_check(
     known = knowledge()
     check_target(cann, soc)
     facts = read_model(path)
-    case = Case(facts, known, cann, None if baseline is None else read_model(baseline))
+    case = Case(facts, known, cann)
     findings = []
     for rule in known.rules:
         if rule.applies(cann):

@@ -23,7 +23,6 @@ class Case:
     facts: ModelFacts
     knowledge: Knowledge
     cann: str
-    baseline: ModelFacts | None = None
 
     @cached_property
     def attentions(self) -> list[Pattern]:
@@ -345,19 +344,6 @@ def _layer_norm(case: Case, rule: Rule) -> Iterator[str]:
     for pattern in case.layer_norms:
         if pattern.broken:
             yield f"at ReduceMean {pattern.node!r}: {pattern.broken}"
-
-
-@_check
-def _baseline(case: Case, rule: Rule) -> Iterator[str]:
-    if case.baseline is None:
-        return
-    for what, find in (("attention", attentions), ("LayerNorm", layer_norms)):
-        before, now = (
-            sum(not pattern.broken for pattern in find(facts))
-            for facts in (case.baseline, case.facts)
-        )
-        if now < before:
-            yield f"{now} {what} patterns, {before} in {case.baseline.path.name}"
 
 
 @_check

@@ -61,6 +61,7 @@ class Surroundings:
         self._names: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._put: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: set[CodeType] = set()
+        self._spared: set[str] = set()
         self._made: dict[int, Any] = {}
         self._of_class: list[str] = []
 
@@ -78,6 +79,7 @@ class Surroundings:
                 self._kept,
                 self._names,
                 self._seen,
+                self._spared,
                 self._made,
                 self._of_class,
             ):
@@ -127,7 +129,10 @@ class Surroundings:
     # -- what code can reach --------------------------------------------------------------------------------------
 
     def _enter(self, frame: FrameType, event: str, _: Any) -> None:
-        if event != "call" or _is_spared(frame.f_globals.get("__name__")):
+        if event != "call" or (module := str(frame.f_globals.get("__name__"))) in self._spared:
+            return
+        if _is_spared(module):  # asked once: this runs at every call of a function
+            self._spared.add(module)
             return
         values = list(frame.f_locals.values())
         if frame.f_code.co_name == "__init__" and values:  # empty yet, and not to be emptied later

@@ -18,25 +18,23 @@ from skipvit_fx.cli.options import (
     Json,
     KeepDead,
     Model,
-    PlanFile,
     PlanText,
     PrefixTokens,
     Pretrained,
     Score,
     Validate,
     build,
-    plan_of,
     rewritten,
     show,
 )
 from skipvit_fx.errors import first_line
+from skipvit_fx.plan import Plan
 from skipvit_fx.reports.latency import measure_latency
 
 
 def bench(
     model: Model,
-    plan: PlanText = None,
-    plan_file: PlanFile = None,
+    plan: PlanText,
     device: Annotated[str, typer.Option(help="such as cpu, cuda or npu")] = "cpu",
     batch: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
     rounds: Annotated[int, typer.Option(min=1, help="of every measurement")] = 10,
@@ -51,7 +49,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time a rewritten model and the original in turns: predicted and measured, layer by layer."""
-    wanted = plan_of(plan, plan_file)
+    wanted = Plan.parse(plan)
     place = _device(device)
     original = build(model, img_size, depth, pretrained).to(place)
     fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)

@@ -19,18 +19,17 @@ from skipvit_fx.cli.options import (
     Json,
     KeepDead,
     Model,
-    PlanFile,
     PrefixTokens,
     Pretrained,
     Score,
     Soc,
     Validate,
     build,
-    plan_of,
     rewritten,
 )
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.to_onnx import export_onnx
+from skipvit_fx.plan import Plan
 
 
 class TargetName(StrEnum):
@@ -63,7 +62,6 @@ def export(
             metavar="[PLAN]", help="such as 6(55%)+11; without: the original", show_default=False
         ),
     ] = None,
-    plan_file: PlanFile = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")] = Path(
         "model.onnx"
     ),
@@ -94,7 +92,7 @@ def export(
 ) -> None:
     """Write a model as ONNX, rewritten with PLAN or as it is."""
     size = _batch(batch)
-    wanted = plan_of(plan, plan_file) if plan or plan_file else None
+    wanted = Plan.parse(plan) if plan is not None else None
     module = build(model, img_size, depth, pretrained)
     if wanted is not None:
         module = rewritten(module, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
@@ -129,18 +127,12 @@ def check(
     file: Annotated[Path, typer.Argument(help="any ONNX file", show_default=False)],
     cann: Cann = CANN,
     soc: Soc = SOC,
-    baseline: Annotated[
-        Path | None,
-        typer.Option(
-            help="the original model's file, to compare fusible patterns", show_default=False
-        ),
-    ] = None,
     fail_on: Annotated[FailOn, typer.Option(help="exit with 1 from this level on")] = FailOn.fail,
     as_json: Json = False,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="for continuous integration")] = False,
 ) -> None:
     """Check an ONNX file against what is publicly known of Ascend's ATC, without running it."""
-    report = atc_check(file, cann=cann, soc=soc, baseline=baseline)
+    report = atc_check(file, cann=cann, soc=soc)
     typer.echo(report.to_sarif() if as_sarif else report.to_json() if as_json else str(report))
     levels = ("fail", "slow", "unknown")
     counted = levels[: levels.index(fail_on.value) + 1]

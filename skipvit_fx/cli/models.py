@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
 
 from skipvit_fx.errors import SkipViTError
@@ -62,28 +60,6 @@ def parse_spec(text: str, *, pretrained: bool = False, **options: Any) -> Spec:
         raise SpecError(f"cannot read the model {text!r}", hint=f"write {SOURCES}")
     given = {key: value for key, value in options.items() if value is not None}
     return Spec(source, name, pretrained, given)
-
-
-def expand(text: str) -> list[str]:
-    """The models that a name stands for: itself, or every one that its wildcards match.
-
-    Raises:
-        SpecError: nothing matches.
-    """
-    spec = parse_spec(text)
-    if not any(mark in spec.name for mark in "*?["):
-        return [str(spec)]
-    if spec.source == "timm":
-        names = need("timm", "timm").list_models(spec.name)
-    elif spec.source == "torchvision":
-        names = fnmatch.filter(need("torchvision", "demo").models.list_models(), spec.name)
-    else:
-        raise SpecError(
-            f"no wildcards in {text!r}", hint="only timm and torchvision list their models"
-        )
-    if not names:
-        raise SpecError(f"no model matches {text!r}", hint="try fewer letters before the *")
-    return [f"{spec.source}:{name}" for name in names]
 
 
 def need(module: str, extra: str) -> ModuleType:
@@ -217,20 +193,3 @@ BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {
     "open_clip": _open_clip,
     "module": _own,
 }
-
-
-def parameter_bytes(spec: Spec) -> int:
-    """Bytes of the model's parameters and buffers, found without allocating them.
-
-    Raises:
-        SpecError: it cannot be built, or not on the meta device.
-    """
-    try:
-        with torch.device("meta"):
-            model = spec.build()
-    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise SpecError(
-            f"{spec} cannot be built on the meta device: {error}", hint="check its options"
-        ) from error
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

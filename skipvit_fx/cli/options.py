@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 import skipvit_fx
 from skipvit_fx.cli.models import SOURCES, SpecError, parse_spec
-from skipvit_fx.errors import PlanError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan
 
@@ -23,10 +21,7 @@ REFUSED = 1
 """Exit status where the answer is no: a model that is refused, a check that found something."""
 
 Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
-PlanText = Annotated[
-    str | None, typer.Argument(metavar="[PLAN]", help="such as 6(55%)+11", show_default=False)
-]
-PlanFile = Annotated[Path | None, typer.Option(help="the plan as a TOML file", show_default=False)]
+PlanText = Annotated[str, typer.Argument(metavar="PLAN", help="such as 6(55%)+11")]
 ImgSize = Annotated[
     int | None, typer.Option(min=1, help="image size, if not the model's own", show_default=False)
 ]
@@ -64,26 +59,6 @@ def build(spec: str, img_size: int | None, depth: int | None, pretrained: bool) 
             f"{wanted} with random weights; --pretrained fetches the published ones", err=True
         )
     return model
-
-
-def plan_of(text: str | None, file: Path | None) -> Plan:
-    """The one plan that was given, as text or as a file.
-
-    Raises:
-        PlanError: none was given, or two, or it cannot be read.
-    """
-    if (text is None) == (file is None):
-        raise PlanError(
-            "no plan given" if text is None else "two plans given",
-            hint="write one such as 6(55%)+11 behind the model, or name a TOML file with --plan-file",
-        )
-    if text is not None:
-        return Plan.parse(text)
-    assert file is not None
-    try:
-        return Plan.load(file)
-    except OSError as error:
-        raise PlanError(f"cannot read the plan file: {error}", hint="check the path") from error
 
 
 def rewritten(

@@ -132,7 +132,7 @@ def graph_lines(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def numbered_lines(graph: fx.Graph) -> tuple[str, ...]:
-    """One line per node, with nodes by number: equal for graphs that compute the same, whatever their nodes are called."""
+    """One line per node, with nodes by number: the same for graphs that differ in names alone."""
     numbers = {node: _Number(i) for i, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:

@@ -1,24 +1,35 @@
-"""Rewrite many models, compare each with the mask-and-freeze reference, and write down how it went."""
+"""Rewrite many models, compare each with the mask-and-freeze reference, and write down how it went.
+
+``python benchmarks/zoo.py --isotropic --elsewhere --out docs/zoo.md``. Interrupt it and run it again: finished models
+are skipped. Weights are random.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import gc
 import json
 import math
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import skipvit_fx
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli.environment import hardware, versions
-from skipvit_fx.cli.models import SpecError, need, parameter_bytes, parse_spec
+from skipvit_fx.cli.models import Spec, SpecError, need, parse_spec
+from skipvit_fx.cli.options import REFUSED, Depth, ImgSize, Json, show
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
 from skipvit_fx.testing import TOLERANCE, Reference, randomize
 
@@ -239,6 +250,48 @@ def _same_bits(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) for x, y in pairs if isinstance(y, Tensor))
 
 
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def expand(text: str) -> list[str]:
+    """The models that a name stands for: itself, or every one that its wildcards match.
+
+    Raises:
+        SpecError: nothing matches.
+    """
+    spec = parse_spec(text)
+    if not any(mark in spec.name for mark in "*?["):
+        return [str(spec)]
+    if spec.source == "timm":
+        names = need("timm", "timm").list_models(spec.name)
+    elif spec.source == "torchvision":
+        names = fnmatch.filter(need("torchvision", "demo").models.list_models(), spec.name)
+    else:
+        raise SpecError(
+            f"no wildcards in {text!r}", hint="only timm and torchvision list their models"
+        )
+    if not names:
+        raise SpecError(f"no model matches {text!r}", hint="try fewer letters before the *")
+    return [f"{spec.source}:{name}" for name in names]
+
+
+def parameter_bytes(spec: Spec) -> int:
+    """Bytes of the model's parameters and buffers, found without allocating them.
+
+    Raises:
+        SpecError: it cannot be built, or not on the meta device.
+    """
+    try:
+        with torch.device("meta"):
+            model = spec.build()
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise SpecError(
+            f"{spec} cannot be built on the meta device: {error}", hint="check its options"
+        ) from error
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 # -- many models ----------------------------------------------------------------------------------------------
 
 
@@ -334,3 +387,79 @@ def _line(row: Row) -> str:
 def _cell(text: str, most: int = 200) -> str:
     flat = " ".join(text.split()).replace("|", "\\|")
     return flat if len(flat) <= most else f"{flat[: most - 1]}…"
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def main(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="models; timm: and torchvision: take wildcards", show_default=False),
+    ] = None,
+    isotropic: Annotated[
+        bool, typer.Option("--isotropic", help="all isotropic models of timm")
+    ] = False,
+    others: Annotated[
+        bool, typer.Option("--others", help="one model of every other module of timm")
+    ] = False,
+    elsewhere: Annotated[
+        bool, typer.Option("--elsewhere", help="torchvision, Hugging Face and open_clip")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="the page to write; rows are kept beside it as .jsonl")
+    ] = Path("zoo.md"),
+    limit: Annotated[
+        float, typer.Option(help="GiB of parameters; larger models are made shallower")
+    ] = 3.0,
+    img_size: ImgSize = None,
+    depth: Depth = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="forget the rows of an earlier run")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Rewrite many models with random weights, compare each with the reference, write a table.
+
+    Interrupt it and run it again: finished models are skipped.
+    """
+    wanted = [full for name in names or () for full in expand(name)]
+    wanted += isotropic_names() if isotropic else []
+    wanted += other_names() if others else []
+    wanted += ELSEWHERE if elsewhere else []
+    wanted = list(dict.fromkeys(wanted))
+    if not wanted:
+        raise SpecError(
+            "no models named", hint="name some, such as 'timm:vit_tiny*', or --isotropic"
+        )
+    log = out.with_suffix(".jsonl")
+    if fresh:
+        log.unlink(missing_ok=True)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(wanted))
+
+        def advance(name: str) -> None:
+            progress.update(task, description=name, completed=wanted.index(name))
+
+        options = {"img_size": img_size, "depth": depth}
+        rows = run(wanted, log, advance, limit=limit * 2**30, **options)
+        progress.update(task, description="", completed=len(wanted))
+    text = page(rows, " ".join(["python benchmarks/zoo.py", *map(shlex.quote, sys.argv[1:])]))
+    out.write_text(text, encoding="utf-8")
+    summary = "\n".join(f"{row.status:<8} {row.name}  {row.reason}".rstrip() for row in rows)
+    show([asdict(row) for row in rows], f"{summary}\nwritten to {out}", as_json)
+    if any(row.status in ("wrong", "error") for row in rows):
+        raise typer.Exit(REFUSED)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except SkipViTError as error:
+        sys.exit(f"error: {error}")
