@@ -33,17 +33,21 @@ class EliminateDeadTokens:
 
     Before::
 
-        q, k, v = split(qkv(norm(x)))
-        x = x + proj(attention(q, k, v))
-        x = x + mlp(norm2(x))
-        head(norm3(x)[:, 0])
+        blocks_2_norm1 = blocks.2.norm1(stage_1_returned)
+        blocks_2_q = blocks.2.q(blocks_2_norm1)
+        blocks_2_k = blocks.2.k(blocks_2_norm1)
+        add_4 = stage_1_returned + squeeze_2
+        getitem_10 = norm[:, 0]                                 # the class token alone
 
     After::
 
-        q, k, v = split(qkv(norm(x)))
-        c = narrow(x) + proj(attention(narrow(q), k, v))
-        c = c + mlp(norm2(c))
-        head(norm3(c)[:, 0])
+        stage_1_returned_read = skipvit.dead_tokens.narrow_2(stage_1_returned)
+        blocks_2_norm1 = blocks.2.norm1(stage_1_returned)
+        blocks_2_norm1_read = skipvit.dead_tokens.narrow_1(blocks_2_norm1)
+        blocks_2_q = blocks.2.q(blocks_2_norm1_read)
+        blocks_2_k = blocks.2.k(blocks_2_norm1)
+        add_4 = stage_1_returned_read + squeeze_2
+        getitem_10 = norm[:, 0]
     """
 
     name: ClassVar[str] = "eliminate-dead-tokens"
@@ -65,9 +69,11 @@ class EliminateDeadTokens:
             for key in edges:
                 argument, dim, rows = key
                 if key not in narrowed:
-                    name = f"dead_tokens.narrow_{len(narrowed) + 1}"
-                    op = Narrow(dim, rows)
-                    narrowed[key] = editor.insert_module(name, op, (argument,), after=argument)
+                    path = f"dead_tokens.narrow_{len(narrowed) + 1}"
+                    name = f"{argument.name}_read"
+                    narrowed[key] = editor.insert_module(
+                        path, Narrow(dim, rows), (argument,), after=argument, name=name
+                    )
                     if argument in context.analysis.facts:
                         context.analysis.facts[narrowed[key]] = context.analysis[argument]
                 editor.rewire(node, argument, narrowed[key])

@@ -17,12 +17,15 @@ class EraseDead:
 
     Before::
 
-        n = x.size(1)                  # read by nobody: the reshape follows its input
-        y = x.reshape(b, x.size(1), -1)
+        blocks_2_v = blocks.2.v(blocks_2_norm1)
+        getattr_6 = blocks_2_q.shape                            # the reshape follows its input now
+        getitem_11 = getattr_6[1]
+        getattr_7 = blocks_2_q.shape
 
     After::
 
-        y = x.reshape(b, x.size(1), -1)
+        blocks_2_v = blocks.2.v(blocks_2_norm1)
+        getattr_7 = blocks_2_q.shape
     """
 
     name: ClassVar[str] = "erase-dead"

@@ -15,16 +15,18 @@ from skipvit_fx.rewriting.passes import Condition
 class FillTaps:
     """A reader that is not on the way to the return sees all tokens: the dropped ones as they were when they left.
 
-    Before (``y`` has fewer tokens)::
+    Before::
 
-        feature = y.transpose(1, 2).reshape(b, c, h, w)      # returned by the model
-        y = y + mlp(norm(y))
+        add_1 = stage_1_kept_tokens + blocks_0_mlp              # fewer tokens, and returned by the model
+        blocks_1_norm1 = blocks.1.norm1(add_1)
+        return [head, add_1]
 
     After::
 
-        full = stage_1.tap_1(y, around, kept, dropped)
-        feature = full.transpose(1, 2).reshape(b, c, h, w)
-        y = y + mlp(norm(y))
+        add_1 = stage_1_kept_tokens + blocks_0_mlp
+        stage_1_tap_1 = skipvit.stage_1.tap_1(add_1, stage_1_bypassed, stage_1_kept, stage_1_dropped)
+        blocks_1_norm1 = blocks.1.norm1(add_1)
+        return [head, stage_1_tap_1]
     """
 
     name: ClassVar[str] = "fill-taps"
@@ -42,6 +44,7 @@ class FillTaps:
                     Merge(*context.place, fused=context.plan.fused),
                     (current, skip.bypassed, skip.kept, skip.dropped),
                     after=current,
+                    name=f"{stage.name}_tap_{count}",
                 )
             if current is not node:
                 context.editor.rewire_all(readers, node, current)

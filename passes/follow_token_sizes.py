@@ -25,18 +25,22 @@ from skipvit_fx.rewriting.sizes import follow_input, is_live, sizes_argument
 class FollowTokenSizes:
     """Two kinds of size come from one expression; this pass tells them apart.
 
-    Before (``n`` is a literal, or was read before the drop)::
+    Before::
 
-        y = x.reshape(b, n, heads, -1)
-        table = cos[:n]; y * table
+        getitem_6 = getattr_4[1]                                # the length of blocks_1_q
+        mul_1 = blocks_1_q * getitem_6                          # a number that the author computes with
+        reshape_1 = mul_1.reshape(getitem_7, 17, 2, 4)          # a length under the drop
 
-    After (``table`` keeps its full length, and its rows are gathered later)::
+    After::
 
-        y = x.reshape(b, x.size(1), heads, -1)
-        table = cos[:197]; y * table
+        getitem_6 = getattr_4[1]
+        mul_1 = blocks_1_q * 17
+        mul_1_tokens = mul_1.size(1)
+        reshape_1 = mul_1.reshape(getitem_7, mul_1_tokens, 2, 4)
 
-    So a drop never changes what the author computes from a token count, such as a position table or a scale. The full
-    count is a constant, since every input is bound to the size that it had in the example.
+    A drop never changes what the author computes from a token count, such as a position table or a scale: where a size
+    was read from the shortened sequence, such a use gets the full count, which is a constant, since every input is
+    bound to the size that it had in the example.
     """
 
     name: ClassVar[str] = "follow-token-sizes"
@@ -113,11 +117,13 @@ def _redirect_shape(context: Context, node: fx.Node, axes: Axes) -> None:
         parts: Any = tuple(
             _full_size(context, user, axes[d])
             if tokens_of(axes[d])
-            else editor.insert_call(operator.getitem, (node, i), before=user)
+            else editor.insert_call(
+                operator.getitem, (node, i), before=user, name=f"{node.name}_{i}"
+            )
             for i, d in enumerate(dims)
         )
         if getattr(user.target, "__module__", None) == "_operator":
-            parts = editor.insert_call(as_shape, parts, before=user)
+            parts = editor.insert_call(as_shape, parts, before=user, name=f"{node.name}_full")
         editor.rewire(user, node, parts)
 
 

@@ -18,16 +18,20 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class GatherPositionOperands:
-    """Before (``cos`` has one row per position, ``q`` only the kept tokens)::
+    """Each token meets the row of its own position.
 
-        q = q * cos
+    Before::
+
+        blocks_1_table = blocks.1.table                         # one row per position
+        mul_1 = blocks_1_q * blocks_1_table                     # the query of the kept tokens
 
     After::
 
-        near = stage_1.positions_1(cos, positions)
-        q = q * near
+        blocks_1_table = blocks.1.table
+        stage_1_blocks_1_table = skipvit.stage_1.gather_1(blocks_1_table, stage_1_kept)
+        mul_1 = blocks_1_q * stage_1_blocks_1_table
 
-    An operand that many layers share is gathered once a stage.
+    An operand that many layers share is gathered once per stage.
     """
 
     name: ClassVar[str] = "gather-positions"
@@ -56,6 +60,7 @@ class GatherPositionOperands:
                         op,
                         (operand, skip.positions),
                         after=skip.kept_tokens,
+                        name=f"{stage.name}_{operand.name}",
                     )
                 readers = [node, *_scores_at(context, node)]
                 context.editor.rewire_all(readers, operand, gathered[key])

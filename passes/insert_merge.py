@@ -17,12 +17,16 @@ class InsertMerge:
 
     Before::
 
-        y = y + mlp(norm(y))     # the stream in front of layer R
+        add_3 = add_2 + blocks_1_mlp                            # the stream in front of layer R
+        blocks_2_norm1 = blocks.2.norm1(add_3)
+        add_4 = add_3 + squeeze_2
 
     After::
 
-        y = y + mlp(norm(y))
-        x = stage_1.merge(y, around, kept, dropped)
+        add_3 = add_2 + blocks_1_mlp
+        stage_1_returned = skipvit.stage_1.merge(add_3, stage_1_bypassed, stage_1_kept, stage_1_dropped)
+        blocks_2_norm1 = blocks.2.norm1(stage_1_returned)
+        add_4 = stage_1_returned + squeeze_2
     """
 
     name: ClassVar[str] = "insert-merge"
@@ -44,5 +48,6 @@ class InsertMerge:
                 Merge(*context.place, fused=context.plan.fused),
                 (current, skip.bypassed, skip.kept, skip.dropped),
                 after=current,
+                name=f"{stage.name}_returned",
             )
         context.editor.rewire_all(readers, start, current)

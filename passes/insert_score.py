@@ -26,12 +26,14 @@ class InsertScore:
 
     Before::
 
-        a = scaled_dot_product_attention(q, k, v, mask)
+        scaled_dot_product_attention = scaled_dot_product_attention(getitem_1, getitem_2, getitem_3)
+        squeeze = scaled_dot_product_attention.squeeze(1)
 
     After::
 
-        a = scaled_dot_product_attention(q, k, v, mask)
-        score = stage_1.score(q, k, mask)
+        scaled_dot_product_attention = scaled_dot_product_attention(getitem_1, getitem_2, getitem_3)
+        stage_1_scores = skipvit.stage_1.score(getitem_1, getitem_2)
+        squeeze = scaled_dot_product_attention.squeeze(1)
     """
 
     name: ClassVar[str] = "insert-score"
@@ -59,9 +61,11 @@ class InsertScore:
                     hint="drop at another layer, or use score='random' or a score function",
                 )
             for i, site in enumerate(stage.layer.sites):
-                name = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
+                path = f"{stage.name}.score" if i == 0 else f"{stage.name}.score_{i + 1}"
                 op, args = _score_of(context, site, asking)
-                scores[site] = context.editor.insert_module(name, op, args, after=site.node)
+                scores[site] = context.editor.insert_module(
+                    path, op, args, after=site.node, name=f"{stage.name}_scores"
+                )
 
 
 def _asking_row(context: Context) -> int | None:
@@ -91,7 +95,9 @@ def _score_stream(context: Context, stage: StageSpan) -> fx.Node:
         op = ScoreByFunction(context.options.score, stream.dim, lead, tail)
     else:
         op = ScoreAtRandom(stream.dim, lead, tail)
-    return context.editor.insert_module(f"{stage.name}.score", op, (stage.cut,), after=stage.cut)
+    return context.editor.insert_module(
+        f"{stage.name}.score", op, (stage.cut,), after=stage.cut, name=f"{stage.name}_scores"
+    )
 
 
 def _score_of(

@@ -22,22 +22,26 @@ class InsertSkip:
 
     Before::
 
-        score = stage_1.score(q, k)
-        x = x + attention        # the cut
-        x = x + mlp(norm(x))
+        add = cat + squeeze                                     # the cut
+        blocks_0_norm2 = blocks.0.norm2(add)
+        blocks_0_mlp = blocks.0.mlp(blocks_0_norm2)
+        add_1 = add + blocks_0_mlp
 
     After::
 
-        score = stage_1.score(q, k)
-        x = x + attention
-        kept, dropped = stage_1.select(score)
-        y = stage_1.keep(x, kept)
-        around = stage_1.around(x, dropped)
-        y = y + mlp(norm(y))
+        add = cat + squeeze
+        stage_1_choice = skipvit.stage_1.select(stage_1_scores)
+        stage_1_kept = stage_1_choice[0]
+        stage_1_dropped = stage_1_choice[1]
+        stage_1_kept_tokens = skipvit.stage_1.keep(add, stage_1_kept)
+        stage_1_bypassed = skipvit.stage_1.around(add, stage_1_dropped)
+        blocks_0_norm2 = blocks.0.norm2(stage_1_kept_tokens)
+        blocks_0_mlp = blocks.0.mlp(blocks_0_norm2)
+        add_1 = stage_1_kept_tokens + blocks_0_mlp
 
     A later stage also gets the positions of its survivors in the full sequence. With a fused token ("EViT: Expediting
-    Vision Transformers via Token Reorganizations", section 3.2), ``stage_1.fuse(y, around, dropped, score)`` is ``y``
-    with one row more.
+    Vision Transformers via Token Reorganizations", section 3.2), the kept tokens get one row more, made of the dropped
+    ones and their scores.
     """
 
     name: ClassVar[str] = "insert-skip"
@@ -61,27 +65,46 @@ def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
     others = tokens.lead + tokens.tail + int(plan.fused)
     selector = Select(stage.stage.ratio, context.options.multiple_of, others)
     scores = tuple(context.scores[stage.index].values())
-    choice = editor.insert_module(f"{stage.name}.select", selector, scores, after=stage.cut)
-    kept = editor.insert_call(operator.getitem, (choice, 0), before=choice.next)
-    dropped = editor.insert_call(operator.getitem, (choice, 1), before=kept.next)
+    choice = editor.insert_module(
+        f"{stage.name}.select", selector, scores, after=stage.cut, name=f"{stage.name}_choice"
+    )
+    kept = editor.insert_call(
+        operator.getitem, (choice, 0), before=choice.next, name=f"{stage.name}_kept"
+    )
+    dropped = editor.insert_call(
+        operator.getitem, (choice, 1), before=kept.next, name=f"{stage.name}_dropped"
+    )
     positions = kept
     if before is not None and not plan.fused:
-        name = f"{stage.name}.positions"
-        positions = editor.insert_module(name, Survivors(), (before, kept), after=dropped)
-    place = context.place
-    shorter = editor.insert_module(
-        f"{stage.name}.keep", Keep(*place), (stage.cut, kept), after=dropped
+        positions = editor.insert_module(
+            f"{stage.name}.positions",
+            Survivors(),
+            (before, kept),
+            after=dropped,
+            name=f"{stage.name}_positions",
+        )
+    kept_tokens = editor.insert_module(
+        f"{stage.name}.keep",
+        Keep(*context.place),
+        (stage.cut, kept),
+        after=dropped,
+        name=f"{stage.name}_kept_tokens",
     )
-    around = None
-    if context.spans.return_node is not None or plan.fused or context.spans.taps:
-        around = editor.insert_module(
-            f"{stage.name}.around", PassAround(*place), (stage.cut, dropped), after=shorter
-        )
+    if context.spans.return_node is None and not plan.fused and not context.spans.taps:
+        return Skip(selector, kept, dropped, positions, kept_tokens, None)
+    bypassed = editor.insert_module(
+        f"{stage.name}.around",
+        PassAround(*context.place),
+        (stage.cut, dropped),
+        after=kept_tokens,
+        name=f"{stage.name}_bypassed",
+    )
     if plan.fused:
-        shorter = editor.insert_module(
+        kept_tokens = editor.insert_module(
             f"{stage.name}.fuse",
-            Fuse(*place),
-            (shorter, around, dropped, *scores),
-            after=around or shorter,
+            Fuse(*context.place),
+            (kept_tokens, bypassed, dropped, *scores),
+            after=bypassed,
+            name=f"{stage.name}_with_fused",
         )
-    return Skip(selector, kept, dropped, positions, shorter, around)
+    return Skip(selector, kept, dropped, positions, kept_tokens, bypassed)

@@ -104,12 +104,12 @@ class TestRewrite:
 class TestDiff:
     def test_text(self) -> None:
         result = skipvit("rewrite", VIT, PLAN, *SMALL, "--diff")
-        assert "+skipvit_stage_1_score" in result.stdout
+        assert "+stage_1_scores" in result.stdout
 
     def test_json(self) -> None:
         said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--diff")
         assert said["plan"] == PLAN
-        assert any("skipvit_stage_1_merge" in line for line in said["diff"])
+        assert any("stage_1_returned" in line for line in said["diff"])
 
 
 class TestTrace:

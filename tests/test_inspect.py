@@ -202,7 +202,7 @@ def test_diff(fast: Any, report: Inspection) -> None:
     assert lines[:2] == ["--- VisionTransformer", "+++ VisionTransformer with 6(55%)+11"]
     added = [line[1:] for line in lines[2:] if line.startswith("+")]
     assert any(
-        line.startswith("skipvit_stage_1_keep = call_module skipvit.stage_1.keep(add_11, ")
+        line.startswith("stage_1_kept_tokens = call_module skipvit.stage_1.keep(add_11, ")
         and line.endswith("  # insert-skip")
         for line in added
     )
@@ -230,7 +230,7 @@ def test_networkx(fast: Any, report: Inspection) -> None:
     assert nx.is_directed_acyclic_graph(graph)
     for node in fast.graph.nodes:
         assert set(graph.predecessors(node.name)) == {n.name for n in node.all_input_nodes}
-    assert graph.nodes["skipvit_stage_1_keep"] == {
+    assert graph.nodes["stage_1_kept_tokens"] == {
         "op": "call_module",
         "target": "skipvit.stage_1.keep",
         "inserted_by": "insert-skip",

@@ -78,8 +78,8 @@ def test_one_node_at_a_time(vit: nn.Module) -> None:
     assert count.nodes["blocks_6_attn_qkv"] == 3 * 90 * WIDTH**2
     assert count.nodes["scaled_dot_product_attention_5"] == 2 * 197**2 * WIDTH
     assert count.nodes["scaled_dot_product_attention_6"] == 2 * 90**2 * WIDTH
-    assert count.nodes["skipvit_stage_1_score"] == SCORE
-    assert count.nodes["skipvit_stage_1_merge"] == 0
+    assert count.nodes["stage_1_scores"] == SCORE
+    assert count.nodes["stage_1_returned"] == 0
     assert count.shapes["blocks_6_mlp"] == (1, 90, WIDTH)
 
 

@@ -38,28 +38,31 @@ class GraphEditor:
         self.running = ""
 
     def insert_module(
-        self, name: str, op: nn.Module, args: Iterable[Any], *, after: fx.Node
+        self, path: str, op: nn.Module, args: Iterable[Any], *, after: fx.Node, name: str
     ) -> fx.Node:
-        """Insert a call of ``op``, kept as ``skipvit.<name>``, behind ``after`` and everything in ``args``."""
+        """Insert a call of ``op``, kept as ``skipvit.<path>``, after ``after`` and everything in ``args``.
+
+        ``name`` says what the node holds; a number is appended where another node has it.
+        """
         args = tuple(args)
         parent = self.module.get_submodule(OWN_CHILD)
-        *groups, leaf = name.split(".")
+        *groups, leaf = path.split(".")
         for group in groups:
             if group not in parent._modules:
                 parent.add_module(group, nn.Module().train(self.module.training))
             parent = parent.get_submodule(group)
         parent.add_module(leaf, op.train(self.module.training))
         with self.graph.inserting_after(max([after, *_nodes(args)])):
-            node = self.graph.call_module(f"{OWN_CHILD}.{name}", args)
+            node = self.graph.create_node("call_module", f"{OWN_CHILD}.{path}", args, name=name)
         return self._inserted(node)
 
     def insert_call(
-        self, target: Callable[..., Any] | str, args: tuple[Any, ...], *, before: fx.Node
+        self, target: Callable[..., Any] | str, args: tuple[Any, ...], *, before: fx.Node, name: str
     ) -> fx.Node:
-        """Insert a call of a function, or of the method with this name, in front of ``before``."""
+        """Insert a call of a function, or of the method with this name, before ``before``; ``name`` as above."""
         kind = "call_method" if isinstance(target, str) else "call_function"
         with self.graph.inserting_before(before):
-            node = self.graph.create_node(kind, target, args)
+            node = self.graph.create_node(kind, target, args, name=name)
         return self._inserted(node)
 
     def rewire(self, user: fx.Node, old: fx.Node, new: Any) -> None:

@@ -40,11 +40,14 @@ def _follow_in_reshape(
     editor = context.editor
     for d, slot in enumerate(slots):
         if slot is None and d not in token_dims:
-            slots[d] = editor.insert_call(operator.getitem, (sizes, d), before=node)
+            slots[d] = editor.insert_call(
+                operator.getitem, (sizes, d), before=node, name=f"{sizes.name}_{d}"
+            )
     for d in moved:
         own = _dim_with(context, source, axes[d], token_dims.index(d))
         if own is not None:
-            slots[d] = editor.insert_call("size", (source, own), before=node)
+            name = f"{source.name}_tokens"
+            slots[d] = editor.insert_call("size", (source, own), before=node, name=name)
             continue
         for other, slot in enumerate(slots):
             if slot == -1 and other != d:
@@ -120,9 +123,13 @@ def _follow_in_split(context: Context, node: fx.Node) -> None:
     at = next(i for i, part in enumerate(parts) if _part_has_patches(part, dim))
     editor = context.editor
     rest = sum(part.shape[dim] for i, part in enumerate(parts) if i != at)
-    live = editor.insert_call("size", (source, dim % len(axes)), before=node)
+    live = editor.insert_call(
+        "size", (source, dim % len(axes)), before=node, name=f"{source.name}_tokens"
+    )
     if rest:
-        live = editor.insert_call(operator.sub, (live, rest), before=node)
+        live = editor.insert_call(
+            operator.sub, (live, rest), before=node, name=f"{source.name}_patches"
+        )
     fixed = [live if i == at else part.shape[dim] for i, part in enumerate(parts)]
     kwargs = {k: v for k, v in node.kwargs.items() if k == "dim"}
     editor.set_args(node, (source, fixed, *node.args[2:]), kwargs)

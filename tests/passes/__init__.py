@@ -1,0 +1,1 @@
+"""Each pass alone, on a model whose graph can be read."""

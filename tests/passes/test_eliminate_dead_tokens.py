@@ -1,0 +1,36 @@
+"""Rows that nobody reads are not computed."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from passes.tiny import Tiny, assert_documented, run_up_to
+from skipvit_fx.passes.eliminate_dead_tokens import EliminateDeadTokens
+
+
+def test_as_documented() -> None:
+    assert_documented(run_up_to(EliminateDeadTokens, Tiny()))
+
+
+def test_keys_and_values_stay_whole() -> None:
+    ran = run_up_to(EliminateDeadTokens, Tiny(), "")
+    assert "blocks_2_k = blocks.2.k(blocks_2_norm1)" in ran.after
+    assert "blocks_2_v = blocks.2.v(blocks_2_norm1)" in ran.after
+    names = {node.name for node in ran.context.narrow}
+    assert {"blocks_2_q", "blocks_2_mlp", "norm"} <= names
+    assert names.isdisjoint({"blocks_2_k", "blocks_2_v", "blocks_1_mlp"})
+
+
+def test_tokens_that_nobody_reads_do_not_return() -> None:
+    ran = run_up_to(EliminateDeadTokens, Tiny(), "1(50%)+4")
+    assert not any("stage_1_returned" in line for line in ran.after if ".merge" not in line)
+
+
+def test_where_all_rows_are_read_nothing_changes() -> None:
+    class Pooled(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.tokens(x).mean(1)
+
+    ran = run_up_to(EliminateDeadTokens, Pooled(), "")
+    assert ran.events == ()
+    assert not ran.context.narrow

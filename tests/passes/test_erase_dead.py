@@ -1,0 +1,35 @@
+"""What nobody reads goes."""
+
+from __future__ import annotations
+
+from passes.tiny import Tiny, assert_documented, run_up_to
+from skipvit_fx.passes.erase_dead import EraseDead
+
+
+def test_as_documented() -> None:
+    assert_documented(run_up_to(EraseDead, Tiny(sizes="read")))
+
+
+def test_each_erased_node_is_an_event() -> None:
+    ran = run_up_to(EraseDead, Tiny(sizes="read"))
+    gone = {line.partition(" = ")[0] for line in ran.before} - {
+        line.partition(" = ")[0] for line in ran.after
+    }
+    assert (
+        {node for kind, node in ran.events if kind == "erase"}
+        == gone
+        == {"getattr_6", "getitem_11"}
+    )
+
+
+def test_the_module_of_an_erased_node_goes_too() -> None:
+    """The merge of tokens that nobody reads."""
+    ran = run_up_to(EraseDead, Tiny(), "1(50%)+4")
+    assert ("erase", "stage_1_returned") in ran.events
+    paths = {path for path, _ in ran.context.capture.module.named_modules()}
+    assert "skipvit.stage_1.keep" in paths
+    assert "skipvit.stage_1.merge" not in paths
+
+
+def test_where_all_is_read_nothing_changes() -> None:
+    assert run_up_to(EraseDead, Tiny()).events == ()

@@ -1,0 +1,1 @@
+"""How passes run, and what is checked of their result."""
