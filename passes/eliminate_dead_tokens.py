@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
-from skipvit_fx.analysis.tokens import SDPA, NodeFacts, carries_tokens
-from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.analysis.tokens import NodeFacts, carries_tokens
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.score import ScoreByQuery

@@ -20,16 +20,16 @@ from skipvit_fx.analysis.axes import Axes, Batch, Dim, Tokens, axes_of, tensors_
 from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.rules import Position
 from skipvit_fx.analysis.spans import Spans, StageSpan
-from skipvit_fx.analysis.tokens import SDPA
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import ValidationError
-from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.graph.sizes import RESHAPES, SPLITS
 from skipvit_fx.reports.tokens import Selection
+from skipvit_fx.torch_internals import aten
 
-_EXPANDS = frozenset({"expand", "broadcast_to", torch.broadcast_to, torch.ops.aten.expand.default})
+_EXPANDS = frozenset({"expand", "broadcast_to", torch.broadcast_to, aten.expand.default})
 
 
 class Step(NamedTuple):

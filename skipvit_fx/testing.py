@@ -32,6 +32,7 @@ from skipvit_fx.reports.tokens import (
     selections_noted,
     traces_of,
 )
+from skipvit_fx.torch_internals import BATCH_NORM
 
 
 @dataclass(frozen=True)
@@ -174,10 +175,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             else:
                 normal(parameter, 0.3)
         for module in model.modules():
-            if (
-                isinstance(module, nn.modules.batchnorm._BatchNorm)
-                and module.running_var is not None
-            ):
+            if isinstance(module, BATCH_NORM) and module.running_var is not None:
                 assert module.running_mean is not None
                 normal(module.running_mean, 0.3)
                 module.running_var.uniform_(0.5, 1.5, generator=generator)

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Batch, Tokens, tokens_of
 from skipvit_fx.author.code import AuthorError, author_code
@@ -37,6 +36,7 @@ from skipvit_fx.ops.skip import Merge
 from skipvit_fx.reference import Masked, Run, Step, steps_of, take_rows
 from skipvit_fx.reports.tokens import Selection, selection_of
 from skipvit_fx.rewriting.context import Context
+from skipvit_fx.torch_internals import pytree
 
 IMAGES = 2
 NOT_ASKED = "not validated (validate=False)"

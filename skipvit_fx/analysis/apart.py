@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Axes, Batch, axes_of, lengths, mark_data, set_axes, tensors_in
 from skipvit_fx.analysis.leaves import computes_with_counts, described, structure
@@ -17,6 +16,7 @@ from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.author.code import AuthorError
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.sizes import PICKS, RESHAPES, SPLITS
+from skipvit_fx.torch_internals import pytree
 
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:

@@ -7,12 +7,12 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.residual import Chain, Span
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.graph.module_paths import module_calls
+from skipvit_fx.torch_internals import aten
 
 
 class Bounds(NamedTuple):
@@ -189,7 +189,7 @@ def _last_end(
     return end, ""
 
 
-_SLICES = (operator.getitem, torch.ops.aten.slice.Tensor)
+_SLICES = (operator.getitem, aten.slice.Tensor)
 """What takes the whole of a sequence where it takes all rows: nothing is computed."""
 
 

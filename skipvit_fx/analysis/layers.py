@@ -33,8 +33,9 @@ from skipvit_fx.analysis.residual import (
     refuse_sequence,
     residual_chain,
 )
-from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis, stream_axes
+from skipvit_fx.analysis.tokens import TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.graph.attention_ops import SDPA
 from skipvit_fx.graph.module_paths import module_path
 
 

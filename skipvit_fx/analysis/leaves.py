@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tensors_in
 from skipvit_fx.author.code import author_code
 from skipvit_fx.capture.fakes import TracelessFakeMode
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import (
+    ConstantSource,
+    DimDynamic,
+    TorchDispatchMode,
+    aten,
+    expression_of,
+    pytree,
+    symbol_of,
+)
 
 COUNTS = "a module computes with the number of tokens"
 BRANCHES = "a module asks how many samples there are, and may do something else for another number"
@@ -119,11 +122,9 @@ class _Counts(TorchDispatchMode):
 
     def _depends(self, number: Any, kind: type) -> bool:
         """Whether a size, a number or a guard is made of counts of this kind."""
-        if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            number = number.node
-        expression = getattr(number, "expr", None)
+        expression = expression_of(number)
         return expression is not None and not expression.free_symbols.isdisjoint(
-            size.node._expr for (own, _), size in self._lengths.items() if own is kind
+            symbol_of(size) for (own, _), size in self._lengths.items() if own is kind
         )
 
     def verdict(self, out: Any) -> str:

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.residual import Span, keys_of
-from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.graph.attention_ops import SDPA
 from skipvit_fx.graph.module_paths import module_path
 
 SUMS_TOKENS = "a sum over the token axis"

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
@@ -26,6 +25,7 @@ from skipvit_fx.differences import relative_error, tolerance
 from skipvit_fx.errors import GuardError, UnsupportedModelError
 from skipvit_fx.graph.kept import Contents
 from skipvit_fx.ops.following import in_compilation
+from skipvit_fx.torch_internals import BATCH_NORM, children_of, is_wrapped_by_functorch, pytree
 
 SAMPLES, ROWS = 2, 4
 """On so few, whatever mixes them makes a large difference."""
@@ -159,8 +159,8 @@ class Replacements:
         for path in self.uses:
             parts = self._parts[path] = [*self._root.get_submodule(path).modules()]
             for module in [self._root.get_submodule(path.rpartition(".")[0]), *parts]:
-                if module._modules:
-                    holders[id(module._modules)] = module._modules
+                if children_of(module):
+                    holders[id(children_of(module))] = children_of(module)
         self._contents = Contents(holders.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -205,7 +205,7 @@ class Replacements:
 
 def _stands_in(tensor: Tensor) -> bool:
     """Whether a transformation of ``torch.func``, or sharding, has put something else in the place of a parameter."""
-    wrapped = bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    wrapped = is_wrapped_by_functorch(tensor)
     return wrapped or tensor.is_meta or hasattr(tensor, "device_mesh")
 
 
@@ -254,7 +254,7 @@ def _judge(path: str, named: str, module: nn.Module, uses: list[Use], dtype: tor
     Raises:
         UnsupportedModelError: the results differ, or it does not run.
     """
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
+    if any(isinstance(part, BATCH_NORM) for part in module.modules()):
         raise UnsupportedModelError(
             f"{named}, whose batch norm mixes tokens and samples in training",
             module_path=path,

@@ -9,16 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import is_data, tensors_in
-from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.graph.attention_ops import SDPA, SOFTMAX
 from skipvit_fx.graph.module_paths import module_calls, module_path
-
-SOFTMAX = (
-    torch.softmax,
-    torch.nn.functional.softmax,
-    torch.ops.aten.softmax.int,
-    torch.ops.aten._softmax.default,
-)
 
 
 @dataclass(frozen=True)

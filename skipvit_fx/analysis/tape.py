@@ -7,12 +7,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.analysis.axes import tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import TorchDispatchMode, aten
 
 Index: TypeAlias = list[int]
 

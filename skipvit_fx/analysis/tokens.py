@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.analysis import rules
 from skipvit_fx.analysis.axes import (
@@ -37,11 +34,10 @@ from skipvit_fx.capture.cloning import fake_structure
 from skipvit_fx.capture.fakes import fake_inputs
 from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import TraceError, UnsupportedModelError
-from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
 from skipvit_fx.graph.module_paths import module_path
-
-SDPA = (scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+from skipvit_fx.torch_internals import TorchDispatchMode, aten, is_writing, pytree
 
 
 @dataclass
@@ -94,7 +90,7 @@ class AxisMode(TorchDispatchMode):
         elif any(is_lost(t) for t in inputs):
             for tensor in outputs:
                 mark_lost(tensor)
-        elif func.overloadpacket is torch.ops.aten.cat:
+        elif func.overloadpacket is aten.cat:
             _see_prefix(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0), out)
         return out
 
@@ -103,7 +99,7 @@ class AxisMode(TorchDispatchMode):
         try:
             if rule is None:
                 raise MixesTokens(f"{call.func} is not known to keep tokens apart")
-            if call.func._schema.is_mutable and any(axes_of(t) is None for t in outputs):
+            if is_writing(call.func) and any(axes_of(t) is None for t in outputs):
                 raise MixesTokens(f"{call.func} writes tokens into a tensor of fixed shape")
             results = rule(call)
             check_results(call, results)
@@ -340,7 +336,7 @@ def _attention(given: AttentionArguments) -> NodeFacts:
     if any(is_lost(t) for t in operands):
         mark_lost(out)
     if any(axes_of(t) is not None for t in operands):
-        call = rules.Call(torch.ops.aten.scaled_dot_product_attention.default, (), {}, out)
+        call = rules.Call(aten.scaled_dot_product_attention.default, (), {}, out)
         try:
             set_axes(out, rules.attend(call, query, key, value, mask, causal=given.is_causal))
             facts.positions = call.positions

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.torch_internals import TorchDispatchMode, overload_name, schema_name
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        packet, overload = func._schema.name.removeprefix("aten::"), func._overloadname
+        packet, overload = schema_name(func).removeprefix("aten::"), overload_name(func)
         name = packet if overload == "default" else f"{packet}.{overload}"
         if packet in _INDEXING and _by_mask(args[1]):
             name = f"{name}, by mask"

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.torch_internals import FakeTensor, buffers_of, parameters_of, pytree
 
 CONSTANT = "_tensor_constant"
 """What tracers call the tensors that they meet; they keep them in the root."""
@@ -77,7 +76,7 @@ def _leaves(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any
 def _state(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
     for path in sorted(paths):
         module = root.get_submodule(path)
-        for name, tensor in {**module._parameters, **module._buffers}.items():
+        for name, tensor in {**parameters_of(module), **buffers_of(module)}.items():
             yield (path, name), tensor
 
 

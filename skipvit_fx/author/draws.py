@@ -12,12 +12,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.author.code import is_authors
 from skipvit_fx.author.this_thread import Place, during, here, only_here
 from skipvit_fx.errors import TraceError
+from skipvit_fx.torch_internals import TorchDispatchMode, pytree
 
 
 def lost(what: str) -> TraceError:

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.author.this_thread import during, here
+from skipvit_fx.torch_internals import TorchDispatchMode, schema_arguments
 
 
 class GeneratorStates:
@@ -77,7 +77,7 @@ class _NoteDraws(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
-            names = [argument.name for argument in func._schema.arguments]
+            names = [argument.name for argument in schema_arguments(func)]
             given = dict(zip(names, args, strict=False)) | kwargs
             idle = "dropout_p" in names and not given.get("dropout_p")  # an attention
             self._states.drew |= not idle

@@ -17,12 +17,11 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from skipvit_fx.author.this_thread import replaced
 from skipvit_fx.errors import TraceError
 from skipvit_fx.ops.guard import kind_of
+from skipvit_fx.torch_internals import FakeTensor, FunctionalTensor
 
 _LONGEST = 80
 """Characters of a line of source in a message."""

@@ -23,9 +23,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx import _symbolic_trace
-from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from skipvit_fx.author.draws import RefuseDraws, draws, generators_kept, lost, nothing_drawn
@@ -39,6 +36,7 @@ from skipvit_fx.author.this_thread import (
     replaced,
 )
 from skipvit_fx.errors import TraceError
+from skipvit_fx.torch_internals import DTYPE_OF_MASK, pytree, symbolic_trace_module
 
 FACTORIES = (
     "arange",
@@ -132,10 +130,12 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
         **_gradients(),
         **_fast_path(),
         **_quiet(),
-        (F, "_none_or_dtype"): only_here(F._none_or_dtype, _none_or_dtype),
+        DTYPE_OF_MASK: only_here(getattr(*DTYPE_OF_MASK), _dtype_of_mask),
         (torch.autocast, "__enter__"): _autocast(torch.autocast.__enter__),
         (torch, "clear_autocast_cache"): only_here(torch.clear_autocast_cache, _nothing, _nothing),
-        (_symbolic_trace, "_Patcher"): only_here(_symbolic_trace._Patcher, _Patcher, _Patcher),
+        (symbolic_trace_module, "_Patcher"): only_here(
+            symbolic_trace_module._Patcher, _Patcher, _Patcher
+        ),
     }
 
 
@@ -199,7 +199,7 @@ def _lengths(written_in: list[str]) -> dict[Place, Any]:
     }
 
 
-def _none_or_dtype(tensor: Any) -> Any:
+def _dtype_of_mask(tensor: Any) -> Any:
     """What ``torch.nn.MultiheadAttention`` asks of its masks, also where they are proxies."""
     return None if tensor is None else tensor.dtype
 
@@ -320,7 +320,7 @@ def _no_flags(*flags: Any, **more: Any) -> tuple[()]:
     return ()
 
 
-class _Patcher(_symbolic_trace._Patcher):
+class _Patcher(symbolic_trace_module._Patcher):
     """What ``torch.fx`` puts in the place of ``nn.Module.__call__`` and others while it traces."""
 
     def patch(

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from skipvit_fx.author.nested import nested
 from skipvit_fx.author.questions import STAND_INS, TYPE_QUESTIONS, compares_class
 from skipvit_fx.errors import TraceError
+from skipvit_fx.torch_internals import FakeTensor, FunctionalTensor
 
 _SPARED = frozenset({"numpy", "skipvit_fx", "sympy", "torch"}) | sys.stdlib_module_names
 _TRACED = (fx.Proxy, FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.author.attributes import (
     CONSTANT,
@@ -39,6 +38,7 @@ from skipvit_fx.graph.module_paths import naming_parts
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import FixedSize
 from skipvit_fx.options import Frontend
+from skipvit_fx.torch_internals import ASSERT, call_hooks_of, pytree
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _following(traced: nn.Module, exporting: bool) -> Iterator[Checkpoints]:
 
 def _is_impure(node: fx.Node) -> bool:
     """Random leaves stay, so that the random stream is the author's; pure ones without users go."""
-    kept = (torch._assert, guard)
+    kept = (ASSERT, guard)
     return node.op in ("placeholder", "output", "call_module") or node.target in kept
 
 
@@ -224,8 +224,7 @@ def _refuse_hooks(model: nn.Module, opened: frozenset[str]) -> None:
     author = _package(type(model))
     for path in sorted(opened):
         module = model.get_submodule(path)
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        for hook in (hook for kind in hooks for hook in kind.values()):
+        for hook in (hook for kind in call_hooks_of(module) for hook in kind.values()):
             if _package(hook) != author or author == "__main__":
                 raise TraceError(
                     f"module {path or '<root>'!r} carries a hook, which would run once at tracing and never again",

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.errors import TraceError
+from skipvit_fx.torch_internals import pytree
 
 BATCH = 2
 """Images in an example batch: more than one, so that a batch axis is never mistaken for a broadcast one."""

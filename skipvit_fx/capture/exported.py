@@ -17,9 +17,6 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.interp import sympy_interp
-from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from skipvit_fx.author.attributes import CONSTANT
 from skipvit_fx.author.code import author_code
@@ -36,8 +33,15 @@ from skipvit_fx.capture.repeated import Alone
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
 from skipvit_fx.ops.guard import guard
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import (
+    PythonReferenceAnalysis,
+    aten,
+    pytree,
+    schema_arguments,
+    storage_of,
+    symbol_of,
+    sympy_interp,
+)
 
 _LIBRARY = torch.library.Library("skipvit_fx", "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define(  # type: ignore[no-untyped-call]
@@ -106,8 +110,8 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
         )
     leaf.out_leaves = [TENSOR if isinstance(out, Tensor) else out for out in leaves]
     outs = [out for out in leaves if isinstance(out, Tensor)]
-    memory = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(tensors)}
-    leaf.handed_on = [memory.get(out.untyped_storage()._cdata) for out in outs]
+    memory = {storage_of(tensor): place for place, tensor in enumerate(tensors)}
+    leaf.handed_on = [memory.get(storage_of(out)) for out in outs]
     return [
         torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device)
         for out in outs
@@ -193,7 +197,7 @@ class _Translation:
 
     Before::
 
-        view = torch.ops.aten.view.default(linear, [sym_size, 197, 3, 6, 64])
+        view = aten.view.default(linear, [sym_size, 197, 3, 6, 64])
         leaf = torch.ops.skipvit_fx.leaf.default([view], [], 7)
         getitem = leaf[0]
 
@@ -262,7 +266,7 @@ class _Translation:
         for node, twin in inputs:
             for size in node.meta["val"].shape[:1]:
                 if isinstance(size, torch.SymInt):
-                    sizes[size.node._expr] = fx.Proxy(twin, self._tracer).size(0)
+                    sizes[symbol_of(size)] = fx.Proxy(twin, self._tracer).size(0)
             self._guard_attributes(twin, node.meta["val"], alone)
         if not sizes:
             return
@@ -323,7 +327,7 @@ class _Translation:
             twin = self.graph.call_method(_METHODS[target], args, kwargs)
         elif target in _FUNCTIONS:
             # an argument left out in one of the two modes only is its default there
-            missing = target._schema.arguments[len(args) :]
+            missing = schema_arguments(target)[len(args) :]
             args += tuple(a.default_value for a in missing if not a.kwarg_only)
             twin = self.graph.call_function(_FUNCTIONS[target], args, kwargs)
         else:

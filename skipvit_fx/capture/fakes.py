@@ -9,15 +9,13 @@ from typing import Any, Self, TypeGuard
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.immutable_collections import immutable_dict
-from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from skipvit_fx.author.caches import caches_of
 from skipvit_fx.author.code import author_code
 from skipvit_fx.author.surroundings import Surroundings, holds_traced
+from skipvit_fx.torch_internals import FakeTensor, FakeTensorMode, ShapeEnv, pytree
 
 MOST_KNOWN = 4096
 """Elements of the largest integer tensor whose values stay known."""

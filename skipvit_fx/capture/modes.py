@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple, NoReturn
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
@@ -13,6 +12,7 @@ from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.graph.recompute import CHECKPOINT
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import InTraining, by_mode
+from skipvit_fx.torch_internals import pytree
 
 
 def keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Graph) -> None:

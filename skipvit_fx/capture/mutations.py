@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.torch_internals import (
+    FakeTensor,
+    TorchDispatchMode,
+    hint_of,
+    is_operator,
+    is_writing,
+    pytree,
+    schema_arguments,
+    storage_of,
+)
 
 AUGMENTED = (
     "add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor",
@@ -79,7 +86,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that a function or method writes into."""
     target = node.target
     places: list[Any] = []
-    if isinstance(target, torch._ops.OpOverload):
+    if is_operator(target):
         places += _places(target, node.args, node.kwargs)
     elif node.op in ("call_method", "call_function"):
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -103,7 +110,7 @@ class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if is_writing(func):
             places = _places(func, args, kwargs)
             self._written |= _memory(places)
             if places and not isinstance(places[0], FakeTensor):
@@ -117,14 +124,14 @@ class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _memory(tensors: Any) -> set[int]:
     leaves = (leaf for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor))
-    return {leaf.untyped_storage()._cdata for leaf in leaves}
+    return {storage_of(leaf) for leaf in leaves}
 
 
-def _places(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> list[Any]:
+def _places(operator: Any, args: Any, kwargs: Any) -> list[Any]:
     """The arguments that an operator writes into, by its schema."""
     return [
         args[i] if i < len(args) else kwargs.get(argument.name)
-        for i, argument in enumerate(operator._schema.arguments)
+        for i, argument in enumerate(schema_arguments(operator))
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
 
@@ -137,8 +144,7 @@ def _share_memory(one: Any, other: Any) -> bool:
     """Whether two fake tensors have an element in common."""
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return False
-    storage = one.untyped_storage()
-    if storage._cdata != other.untyped_storage()._cdata:
+    if storage_of(one) != storage_of(other):
         return False
     length = max(_end(one), _end(other))
     touched = torch.zeros(length, dtype=torch.bool)
@@ -157,8 +163,7 @@ def _end(tensor: Tensor) -> int:
 
 def _ints(sizes: Any) -> list[int]:
     """Sizes as numbers, a symbolic one as the example has it."""
-    hints: list[Any] = [s.node.hint if isinstance(s, torch.SymInt) else s for s in sizes]
-    return [int(hint) for hint in hints]
+    return [hint_of(size) for size in sizes]
 
 
 def _refusal(node: fx.Node, reason: str) -> TraceError:

@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.author.side_effects import contained
 from skipvit_fx.capture.capture import Capture, capture
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.options import Frontend
+from skipvit_fx.torch_internals import pytree
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.nested import nested
@@ -26,6 +25,7 @@ from skipvit_fx.capture.cloning import fake_structure
 from skipvit_fx.capture.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs
+from skipvit_fx.torch_internals import pytree
 
 _PLAIN = (bool, int, float, str)
 

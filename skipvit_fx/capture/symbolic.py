@@ -12,10 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import Attribute, Proxy
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.questions import (
@@ -38,6 +36,7 @@ from skipvit_fx.graph.inputs import Inputs, parts_of
 from skipvit_fx.graph.recompute import CHECKPOINT
 from skipvit_fx.graph.sizes import dimension_of, sizes_of
 from skipvit_fx.ops.guard import READS, guard, kind_of
+from skipvit_fx.torch_internals import FakeTensor, pytree
 
 _OF_IDENTITY = ("device", "dtype", "layout")
 """Attributes of a tensor whose values Python may compare with ``is``."""

@@ -8,30 +8,21 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.side_effects import contained
 from skipvit_fx.capture.cloning import fake_structure
 from skipvit_fx.capture.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.errors import TraceError
+from skipvit_fx.graph.attention_ops import SDPA_KERNELS, SOFTMAX_KERNELS
 from skipvit_fx.graph.module_paths import naming_parts
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    TorchDispatchMode,
+)
 
 _ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
-_SOFTMAX = frozenset({aten._softmax, aten._safe_softmax})
-_ATTENTION = _SOFTMAX | {
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_efficient_attention,
-    aten._scaled_dot_product_cudnn_attention,
-    aten._scaled_dot_product_fused_attention_overrideable,
-}
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func.overloadpacket in _ATTENTION:
-            fused = func.overloadpacket not in _SOFTMAX
+        if func.overloadpacket in (SDPA_KERNELS | SOFTMAX_KERNELS):
+            fused = func.overloadpacket not in SOFTMAX_KERNELS
             length = args[1].shape[-2] if fused else args[0].shape[int(args[1])]
             path = self.stack[-1] if self.stack else ""
             self.attention.append(AttentionCall(path, fused, int(length)))

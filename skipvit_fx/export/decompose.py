@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from skipvit_fx.graph.attention_ops import AttentionArguments
-
-aten = torch.ops.aten
+from skipvit_fx.graph.attention_ops import SOFTMAX, AttentionArguments
+from skipvit_fx.torch_internals import aten
 
 
 def decompose(program: ExportedProgram, *, norms: bool) -> ExportedProgram:
@@ -94,7 +93,6 @@ _BY_ELEMENT = frozenset(
 _PASS = frozenset(
     {aten.dropout.default, aten.clone.default, aten.contiguous.default, aten.to.dtype}
 )
-_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 
 
 def free_attention_matrices(program: ExportedProgram) -> None:
@@ -118,7 +116,7 @@ def free_attention_matrices(program: ExportedProgram) -> None:
         softmax = source
         while softmax.target in _PASS:
             softmax = softmax.args[0]
-        if softmax.target not in _SOFTMAX or _positive(softmax.args[1], softmax) == dim:
+        if softmax.target not in SOFTMAX or _positive(softmax.args[1], softmax) == dim:
             continue
         if len(source.users) > 1 or len(softmax.users) > 1:
             with graph.inserting_before(node):
@@ -165,7 +163,7 @@ def _sliced(
 def _sliced_arguments(
     graph: fx.Graph, node: fx.Node, dim: int, span: tuple[Any, ...], made: dict[fx.Node, fx.Node]
 ) -> tuple[Any, ...] | None:
-    if node.target in _PASS or (node.target in _SOFTMAX and _positive(node.args[1], node) != dim):
+    if node.target in _PASS or (node.target in SOFTMAX and _positive(node.args[1], node) != dim):
         first, *rest = node.args
         assert isinstance(first, fx.Node)
         return (_sliced(graph, first, dim, span, made), *rest)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.capture.example import arguments_of, example_from_config
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
 from skipvit_fx.graph.record import RECORD, RewriteRecord
+from skipvit_fx.torch_internals import pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""

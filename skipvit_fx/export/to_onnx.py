@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.ascend.atc import CANN, SOC, AtcReport, atc_check, check_target
@@ -27,6 +26,7 @@ from skipvit_fx.export.verify import verified
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.torch_internals import pytree
 
 if TYPE_CHECKING:
     import onnx_ir as ir

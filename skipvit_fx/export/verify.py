@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.errors import ExportError, first_line
 from skipvit_fx.export.inputs import Inputs
 from skipvit_fx.graph.record import RECORD, RewriteRecord
 from skipvit_fx.reports.tokens import trace_tokens
+from skipvit_fx.torch_internals import pytree
 
 TIE = 1e-6
 """Scores that are closer than this, relative to the best, may change places by rounding."""

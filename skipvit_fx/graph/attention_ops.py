@@ -1,12 +1,43 @@
-"""The arguments of ``torch.nn.functional.scaled_dot_product_attention``, however they were passed."""
+"""The operators that attention is made of, and the arguments of the fused one."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple, Self
 
+import torch
 from torch import fx
+from torch.nn import functional as F
 
 from skipvit_fx.errors import UnsupportedModelError
+from skipvit_fx.torch_internals import aten
+
+SDPA: tuple[Any, ...] = (
+    F.scaled_dot_product_attention,
+    aten.scaled_dot_product_attention.default,
+)
+"""Fused attention, as graphs call it."""
+
+SOFTMAX: tuple[Any, ...] = (
+    torch.softmax,
+    F.softmax,
+    aten.softmax.int,
+    aten._softmax.default,
+)
+"""Softmax, as graphs call it; besides the method and the module."""
+
+SDPA_KERNELS = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+        aten._scaled_dot_product_fused_attention_overrideable,
+    }
+)
+"""Every fused attention that a device may run."""
+
+SOFTMAX_KERNELS = frozenset({aten._softmax, aten._safe_softmax})
+"""Every softmax that a device may run."""
 
 
 class AttentionArguments(NamedTuple):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.author.questions import Recorded
 from skipvit_fx.errors import TraceError
@@ -17,6 +16,7 @@ from skipvit_fx.graph.calls import Call, form_of, kinds_of, places_of, signature
 from skipvit_fx.graph.inputs import Inputs
 from skipvit_fx.graph.module import OWN_CHILD, Own, SkipViTModule, without_data
 from skipvit_fx.graph.traced_through import AUTHOR, NOT_THE_AUTHORS, names_in
+from skipvit_fx.torch_internals import buffers_of, children_of, parameters_of, pytree
 
 
 @functools.cache
@@ -92,9 +92,9 @@ def refuse_taken_names(model: nn.Module) -> None:
     clash = taken & {
         *dir(type(model)),
         *vars(model),
-        *model._parameters,
-        *model._buffers,
-        *model._modules,
+        *parameters_of(model),
+        *buffers_of(model),
+        *children_of(model),
     }
     if clash:
         raise TraceError(
@@ -107,7 +107,7 @@ def own(model: nn.Module, graph: fx.Graph, inputs: Inputs, recorded: Recorded) -
     """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
     skeleton = fx.GraphModule(nn.Module(), fx.Graph())
     module: SkipViTModule = object.__new__(
-        _class_of(cast(Any, type(model)), frozenset(model._modules))
+        _class_of(cast(Any, type(model)), frozenset(children_of(model)))
     )
     object.__setattr__(module, "__dict__", dict(vars(skeleton)))
     child = Own(type(model), forward_of(model))

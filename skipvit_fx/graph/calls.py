@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import PythonCode
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.author.questions import Recorded
 from skipvit_fx.graph.direct import Direct
 from skipvit_fx.graph.inputs import LIVE, live
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
+from skipvit_fx.torch_internals import pytree
 
 Place = int | str
 """Where a call passes an argument: a position, or a keyword."""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx, nn
-from torch.fx.graph import PythonCode, _format_target
-from torch.fx.graph_module import _forward_from_src
+from torch.fx.graph import PythonCode
+
+from skipvit_fx.torch_internals import function_from, spelled_path
 
 _MODULES = "skipvit_modules"
 
@@ -32,12 +33,12 @@ class Direct:
     def __init__(self, graph: fx.Graph, code: PythonCode) -> None:
         called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
         self.targets: Sequence[str] = [*dict.fromkeys(called)]
-        places = {_format_target("self", t): i for i, t in enumerate(self.targets)}
+        places = {spelled_path("self", t): i for i, t in enumerate(self.targets)}
         longest_first = sorted(map(re.escape, places), key=len, reverse=True)
         pattern = re.compile(rf"(?<![\w.])({'|'.join(longest_first)})(?=\()")
         source = pattern.sub(lambda found: f"{_MODULES}[{places[found[0]]}]", code.src)
         source = source.replace("def forward(self", f"def forward(self, {_MODULES}", 1)
-        self.run: Callable[..., Any] = _forward_from_src(source, dict(code.globals))
+        self.run: Callable[..., Any] = function_from(source, dict(code.globals))
 
     def modules_of(self, model: nn.Module) -> list[nn.Module]:
         """The modules of ``model`` that the function takes."""

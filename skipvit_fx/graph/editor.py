@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.torch_internals import children_of
 
 Predicate = Callable[[fx.Node], bool]
 INSERTED_BY = "skipvit_pass"
@@ -48,7 +49,7 @@ class GraphEditor:
         parent = self.module.get_submodule(OWN_CHILD)
         *groups, leaf = path.split(".")
         for group in groups:
-            if group not in parent._modules:
+            if group not in children_of(parent):
                 parent.add_module(group, nn.Module().train(self.module.training))
             parent = parent.get_submodule(group)
         parent.add_module(leaf, op.train(self.module.training))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.utils import _pytree as pytree
+
+from skipvit_fx.torch_internals import pytree
 
 Place = Callable[[str, Any], Any]
 """From the name of a placeholder and an example of it to what stands for it in a graph."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import GuardError, SavedModelError, TraceError, UnsupportedModelError
 from skipvit_fx.graph import recompute
@@ -34,12 +33,17 @@ from skipvit_fx.graph.traced_through import (
 from skipvit_fx.ops.following import in_compilation, in_jit_trace
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.torch_internals import (
+    HOOKS,
+    buffers_of,
+    children_of,
+    graph_of,
+    hooks_before,
+    pytree,
+)
 
 OWN_CHILD = "skipvit"
 """Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
-
-_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward")))
-"""Attributes of a module that hold hooks of its calls."""
 
 _CONSTANT = f"{OWN_CHILD}_constant_"
 """How the names of buffers begin that hold what the author's code makes anew in every call."""
@@ -126,7 +130,7 @@ class SkipViTModule(fx.GraphModule):
     @property
     def own(self) -> Own:
         """What the compiler keeps in the module."""
-        child = self._modules[OWN_CHILD]
+        child = children_of(self)[OWN_CHILD]
         assert isinstance(child, Own)
         return child
 
@@ -143,7 +147,7 @@ class SkipViTModule(fx.GraphModule):
             SkipViTError: as the next call would.
         """
         self._keep_up("", (), {})
-        return self._graph
+        return graph_of(self)
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
@@ -315,7 +319,7 @@ class SkipViTModule(fx.GraphModule):
                 node.target = f"{OWN_CHILD}.{group}{target.removeprefix(OWN_CHILD)}"
             elif node.op == "get_attr" and target.startswith(_CONSTANT):
                 node.target = f"{target}_{group}"
-                if node.target not in self._buffers:
+                if node.target not in buffers_of(self):
                     self.register_buffer(node.target, getattr(made, target), persistent=False)
         made.recompile()
         call.record = call.record.within(group)
@@ -335,12 +339,14 @@ class SkipViTModule(fx.GraphModule):
         assert own.rewrite is not None
         made = own.rewrite(author_of(self), args, kwargs)
         settings = _settings(own)
-        for name in [name for name in self._buffers if name.startswith(_CONSTANT)]:
-            del self._buffers[name]
+        for name in [name for name in buffers_of(self) if name.startswith(_CONSTANT)]:
+            del buffers_of(self)[name]
         for name, constant in made.named_buffers(recurse=False):
             if name.startswith(_CONSTANT):
                 self.register_buffer(name, constant, persistent=False)
-        own._modules = made.own.train(own.training)._modules
+        kept = children_of(own)
+        kept.clear()
+        kept.update(children_of(made.own.train(own.training)))
         own.calls, own.forms = made.own.calls, made.own.forms
         _set(own, settings)
         self.meta = made.meta
@@ -359,7 +365,7 @@ class SkipViTModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Make the graph's code anew; ``forward`` stays what chooses between graphs, and the author's own."""
         owner: Any = type(self)
-        graph = self._graph
+        graph = graph_of(self)
         with graph.on_generate_code(lambda _: recompute.transformer(graph)):
             made = super().recompile()
         code, owner.forward = owner.forward, owner.call
@@ -386,7 +392,7 @@ class SkipViTModule(fx.GraphModule):
         state = {name: value for name, value in self.__dict__.items() if name != AUTHOR}
         copied.__dict__.update(copy.deepcopy(state, memo))
         copied._show_author()
-        copied._graph.owning_module = copied
+        graph_of(copied).owning_module = copied
         if self.own.traced is not None:
             copied.own.traced = self.own.traced.of_copy(copied)
         if self.own.replacements is not None:
@@ -404,7 +410,7 @@ class SkipViTModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         own = self.own
         calls = [(c.method, c.example, c.recorded.told, c.record.before) for c in own.calls]
-        hooks = {name: self.__dict__[name] for name in _HOOKS}
+        hooks = {name: self.__dict__[name] for name in HOOKS}
         return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own), hooks)
 
 
@@ -508,16 +514,16 @@ def author_of(fast: SkipViTModule) -> nn.Module:
     bare.__dict__.update(
         {n: v for n, v in vars(fast).items() if n not in NOT_THE_AUTHORS or n in every}
     )
-    for name in _HOOKS:  # they run around whatever the forward is
+    for name in HOOKS:  # they run around whatever the forward is
         bare.__dict__[name] = every[name]
-    bare.__dict__["_modules"] = {n: m for n, m in fast._modules.items() if n != OWN_CHILD}
+    bare.__dict__["_modules"] = {n: m for n, m in children_of(fast).items() if n != OWN_CHILD}
     bare.__dict__["_buffers"] = {
-        n: b for n, b in fast._buffers.items() if not n.startswith(_CONSTANT)
+        n: b for n, b in buffers_of(fast).items() if not n.startswith(_CONSTANT)
     }
     known: dict[int, Any] = {id(t): t for t in [*bare.parameters(), *bare.buffers()]}
     copied = copy.deepcopy(bare, {**known, id(own): None})
     for module in copied.modules():
-        hooks = module._forward_pre_hooks
+        hooks = hooks_before(module)
         for key in [key for key, hook in hooks.items() if isinstance(hook, StayAway)]:
             del hooks[key]
     if own.run is not own.author.forward:
@@ -535,7 +541,7 @@ def watch(fast: SkipViTModule, traced: Iterable[str], attention: Iterable[str]) 
     """
     attention = frozenset(attention)
     for path in sorted(attention):
-        hooks = fast.get_submodule(path)._forward_pre_hooks
+        hooks = hooks_before(fast.get_submodule(path))
         if not any(isinstance(hook, StayAway) for hook in hooks.values()):
             fast.get_submodule(path).register_forward_pre_hook(StayAway(fast.own, path))
     called = {

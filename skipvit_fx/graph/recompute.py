@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 from torch import fx
 
+from skipvit_fx.torch_internals import COUNTER
+
 CHECKPOINT = "skipvit_checkpoint"
 """Key of ``node.meta``: number of the checkpoint that the node was made in."""
-
-_MARK = "# COUNTER: "
-"""What torch.fx puts before the code of every node; it takes these lines away again."""
 
 
 class _Region(NamedTuple):
@@ -84,7 +83,7 @@ def _regions(order: dict[fx.Node, int]) -> Iterator[_Region]:
 def _pieces(body: list[str]) -> list[list[str]]:
     """The code of every node, behind its mark."""
     pieces: list[list[str]] = []
-    for is_mark, lines in groupby(body, key=lambda line: line.startswith(_MARK)):
+    for is_mark, lines in groupby(body, key=lambda line: line.startswith(COUNTER)):
         if is_mark:
             pieces += [[line] for line in lines]
         else:

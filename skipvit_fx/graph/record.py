@@ -12,6 +12,7 @@ from skipvit_fx.graph.editor import Event
 from skipvit_fx.graph.module import OWN_CHILD
 from skipvit_fx.options import Frontend, Options
 from skipvit_fx.plan import Plan
+from skipvit_fx.torch_internals import printed_target
 
 RECORD = "skipvit"
 """Key of the record in ``fast.meta``."""
@@ -152,6 +153,6 @@ class _Number(int):
 def _line(node: fx.Node) -> str:
     if node.op == "output":
         return f"return {node.args[0]}"
-    target = node._pretty_print_target(node.target)
+    target = printed_target(node)
     arguments = [repr(a) for a in node.args] + [f"{k}={v!r}" for k, v in node.kwargs.items()]
     return f"{node.name} = {node.op} {target}({', '.join(arguments)})"

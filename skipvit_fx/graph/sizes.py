@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from skipvit_fx.torch_internals import aten
+
 SIZE_FREE = frozenset(
     {"dim", "ndimension", "ndim", "dtype", "device", "is_cuda", "is_floating_point", "is_complex"}
     | {"requires_grad", "type", "is_contiguous", "layout", "is_sparse", "get_device"}
     | {torch.is_floating_point, torch.is_complex}
 )
 """Methods and attributes of a tensor whose value does not depend on its sizes."""
-
-aten = torch.ops.aten
 
 RESHAPES: frozenset[Any] = frozenset(
     {"view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to"}

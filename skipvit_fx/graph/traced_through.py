@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 from torch.compiler import is_compiling
-from torch.utils.hooks import RemovableHandle
 
 from skipvit_fx.author.nested import functions_in
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.kept import Contents, Kept, same
 from skipvit_fx.graph.module_paths import INSERTED
 from skipvit_fx.ops.following import sizes
+from skipvit_fx.torch_internals import call_hooks_of, children_of, hooks_made, parameters_of
 
 AUTHOR = "_author"
 """Where a rewritten model keeps itself as an object of its author's class, with the same ``__dict__``."""
@@ -112,7 +112,7 @@ class Traced:
             if self._is_idle(f"{path}.{name}".removeprefix("."))
         ]
         self.read = [*self.modules.values(), *(child for _, _, child in idle)]
-        self.children = [(module._modules, name, child) for module, name, child in idle] + [
+        self.children = [(children_of(module), name, child) for module, name, child in idle] + [
             (self.above[path.rpartition(".")[0]]._modules, path.rpartition(".")[2], module)
             for path, module in self.above.items()
             if path
@@ -120,13 +120,13 @@ class Traced:
         self.shapes = [
             (module, name, tuple(tensor.shape))
             for module in self.modules.values()
-            for name, tensor in module._parameters.items()
+            for name, tensor in parameters_of(module).items()
             if tensor is not None
         ]
         self.hooks = [
             (path, module, _hooks_on(module)) for path, module in self.modules.items() if path
         ]
-        self._handles = RemovableHandle.next_id
+        self._handles = hooks_made()
         self._look()
 
     def _look(self) -> None:
@@ -139,7 +139,7 @@ class Traced:
             )
             for module in self.read
         ]
-        self.named = [(path, [*module._modules]) for path, module in self.above.items()]
+        self.named = [(path, [*children_of(module)]) for path, module in self.above.items()]
         self._kept = Kept(value for seen in self.attributes for _, value in seen.attributes)
         seen = [(vars(s.module), name, v) for s in self.attributes for name, v in s.attributes]
         self._owners = [owner for owner, _, _ in seen]
@@ -147,7 +147,7 @@ class Traced:
         self._values = [value for _, _, value in seen]
         self._dicts = [vars(module) for module in self.read]
         self._sizes = [*map(len, self._dicts)]
-        self._parts = Contents(module._modules for module in self.above.values())
+        self._parts = Contents(children_of(module) for module in self.above.values())
 
     def _is_idle(self, path: str) -> bool:
         """Whether a child of a traced module is not called, and may be read: the dropout of a fused attention."""
@@ -202,7 +202,7 @@ class Traced:
                 return True
         for path, names_then in self.named:
             module = self.above[path]
-            if [*module._modules] != names_then and self._matters(path, names_then):
+            if [*children_of(module)] != names_then and self._matters(path, names_then):
                 return True
         return not self._kept.is_so() or self._reshaped()
 
@@ -210,12 +210,12 @@ class Traced:
         """Whether a child that came or went makes a difference: to a container, or to code that spells its name."""
         module = self.above[path]
         kind: Any = type(module)
-        changed = {*module._modules} ^ {*before}
+        changed = {*children_of(module)} ^ {*before}
         return path not in self.modules or not changed.isdisjoint(_spelled(kind))
 
     def _reshaped(self) -> bool:
         for module, name, shape in self.shapes:
-            now = module._parameters.get(name)
+            now = parameters_of(module).get(name)
             if now is None or tuple(sizes(now)) != shape:
                 return True
         return False
@@ -226,7 +226,7 @@ class Traced:
         Raises:
             UnsupportedModelError: somebody has.
         """
-        if self._handles == RemovableHandle.next_id:  # torch counts them
+        if self._handles == hooks_made():  # torch counts them
             return
         for path, module, count in self.hooks:
             if _hooks_on(module) != count:
@@ -237,7 +237,7 @@ class Traced:
                     "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
                 )
         if not is_compiling():
-            self._handles = RemovableHandle.next_id
+            self._handles = hooks_made()
 
     def _called_in(self, path: str) -> str:
         """A module below one that was traced through, and that the graph calls."""
@@ -260,12 +260,7 @@ def _ancestors(path: str) -> list[str]:
 
 def _hooks_on(module: nn.Module) -> tuple[int, ...]:
     """How many of each kind."""
-    return (
-        len(module._forward_hooks),
-        len(module._forward_pre_hooks),
-        len(module._backward_hooks),
-        len(module._backward_pre_hooks),
-    )
+    return tuple(map(len, call_hooks_of(module)))
 
 
 def _names(module: nn.Module) -> set[str]:

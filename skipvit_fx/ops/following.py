@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from skipvit_fx.torch_internals import is_in_fake_mode
+
 Result = TypeVar("Result")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -61,7 +63,7 @@ def in_compilation() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is following: nothing can be run, or captured, meanwhile."""
     if torch.compiler.is_compiling():
         return True
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    return is_in_fake_mode()
 
 
 def quietly(function: Callable[..., Result], *args: Any) -> Result:

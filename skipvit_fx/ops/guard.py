@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import GuardError
 from skipvit_fx.ops.following import quietly, recorded
+from skipvit_fx.torch_internals import pytree
 
 
 def kind_of(value: Any) -> type:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.errors import GuardError
 from skipvit_fx.ops.following import kept_whole, sizes
+from skipvit_fx.torch_internals import pytree
 
 Constant: TypeAlias = bool | int | float
 

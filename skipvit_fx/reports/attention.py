@@ -14,7 +14,7 @@ from skipvit_fx.analysis.apart import takes_tokens, why_not_apart
 from skipvit_fx.analysis.axes import Batch, is_lost, size, tensors_in, tokens_of
 from skipvit_fx.analysis.layers import Stream, find_stream
 from skipvit_fx.analysis.residual import is_softmax, keys_of
-from skipvit_fx.analysis.tokens import SDPA, TokenAnalysis
+from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.arguments import check_model, check_prefix_tokens
 from skipvit_fx.capture.capture import Capture
 from skipvit_fx.capture.example import example_of
@@ -22,6 +22,7 @@ from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.capture.opening import OpenModules, with_capture
 from skipvit_fx.capture.watch import Calls, watch_calls
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
+from skipvit_fx.graph.attention_ops import SDPA
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.reports.table import columns
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from skipvit_fx.analysis.tokens import SDPA
-from skipvit_fx.graph.attention_ops import AttentionArguments
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.editor import INSERTED_BY
 from skipvit_fx.graph.record import LayerRecord, graph_lines, record_of
 from skipvit_fx.ops.switch import Switchable
@@ -22,6 +21,7 @@ from skipvit_fx.reports.inspection_report import (
 )
 from skipvit_fx.reports.layers import by_region, regions_of
 from skipvit_fx.reports.macs import count_macs
+from skipvit_fx.torch_internals import printed_target
 
 
 def inspect(fast: nn.Module) -> Inspection:
@@ -101,7 +101,7 @@ def inspect(fast: nn.Module) -> Inspection:
             NodeReport(
                 name=node.name,
                 op=node.op,
-                target=str(node._pretty_print_target(node.target)),
+                target=str(printed_target(node)),
                 inserted_by=node.meta.get(INSERTED_BY),
                 layer=region if 0 < (region := regions[node.name]) <= depth else None,
                 shape=now.shapes.get(node.name),

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.cloning import clone_structure
@@ -19,6 +18,7 @@ from skipvit_fx.reports.latency_model import LatencyModel
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.layers import by_region, regions_of
 from skipvit_fx.reports.macs import batch_size, count_macs, placeholder_values, skip_as_planned
+from skipvit_fx.torch_internals import pytree
 
 WARM_UP = 2
 """Rounds before those that count."""

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from skipvit_fx.author.code import AuthorError, author_code
@@ -18,11 +16,11 @@ from skipvit_fx.author.side_effects import contained
 from skipvit_fx.capture.cloning import fake_structure
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import GuardError, TraceError
+from skipvit_fx.graph.attention_ops import SDPA_KERNELS
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import TorchDispatchMode, is_writing, pytree, storage_of
 
 
 def _attention_flops(
@@ -34,16 +32,7 @@ def _attention_flops(
 
 # Every fused attention that a device may choose. Which of them the counter knows by itself depends on torch's version,
 # and one that it does not know would count as nothing.
-_ATTENTION = dict.fromkeys(
-    (
-        aten._scaled_dot_product_flash_attention_for_cpu,
-        aten._scaled_dot_product_flash_attention,
-        aten._scaled_dot_product_efficient_attention,
-        aten._scaled_dot_product_cudnn_attention,
-        aten._scaled_dot_product_fused_attention_overrideable,
-    ),
-    _attention_flops,
-)
+_ATTENTION = dict.fromkeys(SDPA_KERNELS, _attention_flops)
 
 
 @dataclass(frozen=True)
@@ -141,13 +130,13 @@ class _Traffic(TorchDispatchMode):
         if func.overloadpacket not in self.products:
             read, written = _tensors((args, kwargs)), _tensors(out)
             known = {_storage(tensor) for tensor in read}
-            if func._schema.is_mutable or any(_storage(t) not in known for t in written):
+            if is_writing(func) or any(_storage(t) not in known for t in written):
                 self.bytes += sum(_size(tensor) for tensor in [*read, *written]) if read else 0
         return out
 
 
 def _storage(tensor: Tensor) -> int:
-    number: int = tensor.untyped_storage()._cdata
+    number: int = storage_of(tensor)
     return number
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from skipvit_fx.graph.module import OWN_CHILD
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.graph.record import LayerRecord, PassRecord, RewriteRecord, StageRecord
 from skipvit_fx.rewriting.context import Context
+from skipvit_fx.torch_internals import pytree
 
 
 def record_rewrite(

@@ -19,6 +19,7 @@ from skipvit_fx.analysis.axes import (
     tensors_in,
     tokens_of,
 )
+from skipvit_fx.torch_internals import schema_arguments
 
 
 class Position(NamedTuple):
@@ -66,7 +67,7 @@ class Call:
         The dispatcher leaves out what equals its default, so no rule may have a default of its own. ``None`` where
         this overload has no such argument.
         """
-        for i, argument in enumerate(self.func._schema.arguments):
+        for i, argument in enumerate(schema_arguments(self.func)):
             if argument.name == name:
                 if i < len(self.args) and not argument.kwarg_only:
                     return self.args[i]

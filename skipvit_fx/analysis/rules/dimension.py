@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from skipvit_fx.analysis.axes import (
     Axes,
     MixesTokens,
@@ -24,8 +22,7 @@ from skipvit_fx.analysis.rules.call import (
     rule,
 )
 from skipvit_fx.analysis.rules.pointwise import pointwise
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import aten
 
 
 def _dims(call: Call, name: str) -> list[int]:

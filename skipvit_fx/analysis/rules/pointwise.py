@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from skipvit_fx.analysis.axes import (
@@ -30,8 +29,7 @@ from skipvit_fx.analysis.rules.call import (
     only_tokens,
     rule,
 )
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import aten, overload_name
 
 FACTORIES = (aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)
 """Operators that take nothing but dtype and device from their tensor."""
@@ -125,7 +123,7 @@ def _keeps_zeros(call: Call) -> bool:
         exponent = call.argument("exponent")
         return isinstance(exponent, (int, float)) and exponent > 0
     if packet in (aten.masked_fill, aten.masked_fill_):
-        return call.argument("value") == 0 if call.func._overloadname == "Scalar" else False
+        return call.argument("value") == 0 if overload_name(call.func) == "Scalar" else False
     return packet in _OF_WEIGHTS
 
 

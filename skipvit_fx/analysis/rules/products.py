@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from skipvit_fx.analysis.axes import (
@@ -25,8 +24,7 @@ from skipvit_fx.analysis.rules.call import (
     rule,
 )
 from skipvit_fx.analysis.rules.pointwise import align
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import aten
 
 
 def contract(call: Call, left: Dim, right: Dim) -> None:

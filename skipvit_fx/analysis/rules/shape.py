@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from skipvit_fx.analysis.axes import (
     Axes,
     Dim,
@@ -27,8 +25,7 @@ from skipvit_fx.analysis.rules.call import (
     rule,
 )
 from skipvit_fx.analysis.rules.pointwise import align
-
-aten = torch.ops.aten
+from skipvit_fx.torch_internals import aten
 
 
 @rule(

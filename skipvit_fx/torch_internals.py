@@ -1,0 +1,269 @@
+"""Everything of torch that this package uses and that torch does not promise to keep, in one place.
+
+Each entry says what it is for, since which release of torch it is there as it is used here, and what is lost without
+it. A test sees to it that no other file reaches into torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+# Trees of nested tuples, lists and dicts. Since 2.0; `torch.utils.pytree` is to replace it. All arguments and results
+# are taken apart with it.
+from torch.utils import _pytree as pytree
+
+# A context that sees every operator. Since 1.13. The token analysis is one, and every watch over a run.
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Fake tensors: shapes without data. Since 2.0, `may_turn_const` and `from_real_tensor(make_constant=)` since 2.1.
+# Nothing could be captured without them.
+from torch._subclasses.fake_tensor import (  # isort: skip
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+
+# What a fake tensor is wrapped in while `torch.export` runs. Since 2.1. A value that export made would be taken for the
+# author's own.
+from torch._subclasses.functional_tensor import FunctionalTensor  # isort: skip
+
+# Sizes as symbols. Since 2.1. Whether a module computes with the number of tokens is found with them.
+from torch._dynamo.source import ConstantSource  # isort: skip
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # isort: skip
+
+# Expressions of sizes, as `torch.export` leaves them, turned into nodes. Since 2.3. Batch sizes that export computed
+# with could not be followed.
+from torch.utils._sympy.interp import sympy_interp  # isort: skip
+from torch.utils._sympy.reference import PythonReferenceAnalysis  # isort: skip
+
+# Of the code of graphs. Since 1.8. Modules at hand instead of looked up at every call.
+from torch.fx import _symbolic_trace  # isort: skip
+from torch.fx.graph import _format_target  # isort: skip
+from torch.fx.graph_module import _forward_from_src  # isort: skip
+
+__all__ = [
+    "ASSERT",
+    "BATCH_NORM",
+    "COUNTER",
+    "DTYPE_OF_MASK",
+    "HOOKS",
+    "ConstantSource",
+    "DataDependentOutputException",
+    "DimDynamic",
+    "DynamicOutputShapeException",
+    "FakeTensor",
+    "FakeTensorMode",
+    "FunctionalTensor",
+    "PythonReferenceAnalysis",
+    "ShapeEnv",
+    "TorchDispatchMode",
+    "aten",
+    "buffers_of",
+    "call_hooks_of",
+    "children_of",
+    "expression_of",
+    "function_from",
+    "graph_of",
+    "hint_of",
+    "hooks_before",
+    "hooks_made",
+    "is_in_fake_mode",
+    "is_operator",
+    "is_wrapped_by_functorch",
+    "is_writing",
+    "overload_name",
+    "parameters_of",
+    "printed_target",
+    "pytree",
+    "schema_arguments",
+    "schema_name",
+    "spelled_path",
+    "storage_of",
+    "symbol_of",
+    "symbolic_trace_module",
+    "sympy_interp",
+]
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+class _Absent:
+    """An operator that this torch does not have: equal to no operator that a graph could hold."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __getattr__(self, overload: str) -> _Absent:
+        if overload.startswith("__"):
+            raise AttributeError(overload)
+        return _Absent(f"{self.name}.{overload}")
+
+    def __repr__(self) -> str:
+        return f"aten.{self.name} (not in torch {torch.__version__})"
+
+
+class _Operators:
+    """``torch.ops.aten``, where a missing operator is no error.
+
+    Names with an underscore come and go: `_safe_softmax` since 2.5, `_fused_rms_norm` since 2.9. A rule for an operator
+    that is not there is never asked.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.ops.aten, name, None) or _Absent(name)
+
+
+aten: Any = _Operators()
+
+
+def is_operator(target: object) -> bool:
+    """Whether a node's target is an operator with its overload. Since 1.11; exported graphs hold nothing else."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def schema_arguments(operator: Any) -> list[Any]:
+    """The arguments that an operator declares, with defaults and what it writes into. Since 1.11."""
+    return list(operator._schema.arguments)
+
+
+def schema_name(operator: Any) -> str:
+    """Such as ``aten::add``. Since 1.11."""
+    return str(operator._schema.name)
+
+
+def overload_name(operator: Any) -> str:
+    """Such as ``Tensor``. Since 1.11."""
+    return str(operator._overloadname)
+
+
+def is_writing(operator: Any) -> bool:
+    """Whether an operator writes into an argument. Since 1.11; writes that a graph does not show would be lost."""
+    return bool(operator._schema.is_mutable)
+
+
+# -- tensors and sizes ------------------------------------------------------------------------------------------------
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Equal for tensors that share memory, fake ones too, which have no address. Since 2.0."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def expression_of(number: Any) -> Any:
+    """The sympy expression of a symbolic size, number or guard; ``None`` for a plain one. Since 2.1."""
+    if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        number = number.node
+    return getattr(number, "expr", None)
+
+
+def symbol_of(size: Any) -> Any:
+    """The sympy symbol of a size as it was made, whatever is known of it since. Since 2.1."""
+    return size.node._expr
+
+
+def hint_of(size: Any) -> int:
+    """A size as a number, a symbolic one as the example has it. Since 2.1."""
+    hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
+    return int(hint)
+
+
+def is_in_fake_mode() -> bool:
+    """Whether somebody follows with fake tensors: ``torch.compile``, ``torch.export``. Since 2.1."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def is_wrapped_by_functorch(tensor: Tensor) -> bool:
+    """Whether a transform of ``torch.func`` holds the tensor. Since 2.0."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+DTYPE_OF_MASK = (F, "_none_or_dtype")
+"""What ``F.multi_head_attention_forward`` asks of its masks, replaced where they are proxies. Since 1.13."""
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The dict of a module's children, itself. Since 0.1; a change of it is noticed."""
+    return module._modules
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The dict of a module's own parameters, itself. Since 0.1."""
+    return module._parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The dict of a module's own buffers, itself. Since 0.1."""
+    return module._buffers
+
+
+def hooks_before(module: nn.Module) -> dict[int, Any]:
+    """The dict of hooks that run before every call, itself. Since 1.0."""
+    return module._forward_pre_hooks
+
+
+def call_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """All hooks that run with a call or its gradients, by kind. Since 2.0."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward")))
+"""Attributes of a module that hold hooks of its calls, whatever this release has."""
+
+
+def hooks_made() -> int:
+    """How many hooks were ever registered in this process: unchanged where no hook is new. Since 1.0."""
+    from torch.utils.hooks import RemovableHandle
+
+    return RemovableHandle.next_id
+
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+"""What all batch norms are. Since 0.4; their running statistics are state that a run must leave alone."""
+
+
+# -- graphs -----------------------------------------------------------------------------------------------------------
+
+ASSERT = torch._assert
+"""An assertion that tracing keeps as a node. Since 1.8; nobody reads it, and it must stay."""
+
+COUNTER = "# COUNTER: "
+"""What ``torch.fx`` puts before the code of every node and takes away again. Since 2.1; regions that are recomputed are
+found by it."""
+
+
+symbolic_trace_module = _symbolic_trace
+"""Where ``torch.fx`` keeps what it replaces while it traces. Since 1.8; kept from other threads."""
+
+
+def graph_of(module: fx.GraphModule) -> fx.Graph:
+    """The graph that a graph module has now, past what a subclass makes of its ``graph``. Since 1.8."""
+    return module._graph
+
+
+def spelled_path(base: str, target: str) -> str:
+    """How the code of a graph spells a module's path, as ``getattr(self.blocks, "0")``. Since 1.8."""
+    return _format_target(base, target)
+
+
+def function_from(source: str, names: dict[str, Any]) -> Any:
+    """The ``forward`` that some code defines, where tracebacks can show its lines. Since 1.8."""
+    return _forward_from_src(source, names)
+
+
+def printed_target(node: fx.Node) -> str:
+    """What a node calls, as ``torch.fx`` prints it. Since 1.8; for people only."""
+    return str(node._pretty_print_target(node.target))
