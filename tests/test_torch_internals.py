@@ -102,14 +102,12 @@ def test_a_missing_operator_breaks_nothing() -> None:
 import sys
 import torch
 gone = {"_fused_rms_norm", "_safe_softmax", "_prelu_kernel", "_scaled_dot_product_cudnn_attention"}
-get = torch._ops._OpNamespace.__getattr__
-def without(self, name):
-    if name in gone and sys._getframe(1).f_globals["__name__"].startswith("skipvit_fx"):
-        raise AttributeError(name)
-    return get(self, name)
-torch._ops._OpNamespace.__getattr__ = without
-for name in gone:
-    vars(torch.ops.aten).pop(name, None)
+class Without:
+    def __getattr__(self, name):
+        if name in gone and sys._getframe(1).f_globals["__name__"].startswith("skipvit_fx"):
+            raise AttributeError(name)
+        return getattr(all_of_them, name)
+all_of_them, torch.ops.aten = torch.ops.aten, Without()
 import skipvit_fx
 from skipvit_fx.torch_internals import aten
 assert "not in torch" in repr(aten._fused_rms_norm)
