@@ -427,7 +427,6 @@ def main(
     wanted += isotropic_names() if isotropic else []
     wanted += other_names() if others else []
     wanted += ELSEWHERE if elsewhere else []
-    wanted = list(dict.fromkeys(wanted))
     if not wanted:
         raise SpecError(
             "no models named", hint="name some, such as 'timm:vit_tiny*', or --isotropic"
@@ -435,6 +434,17 @@ def main(
     log = out.with_suffix(".jsonl")
     if fresh:
         log.unlink(missing_ok=True)
+    options = {"img_size": img_size, "depth": depth}
+    rows = _with_progress(list(dict.fromkeys(wanted)), log, limit, options)
+    text = page(rows, " ".join(["python benchmarks/zoo.py", *map(shlex.quote, sys.argv[1:])]))
+    out.write_text(text, encoding="utf-8")
+    summary = "\n".join(f"{row.status:<8} {row.name}  {row.reason}".rstrip() for row in rows)
+    show([asdict(row) for row in rows], f"{summary}\nwritten to {out}", as_json)
+    if any(row.status in ("wrong", "error") for row in rows):
+        raise typer.Exit(REFUSED)
+
+
+def _with_progress(names: list[str], log: Path, limit: float, options: dict[str, Any]) -> list[Row]:
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -442,20 +452,14 @@ def main(
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(wanted))
+        task = progress.add_task("", total=len(names))
 
         def advance(name: str) -> None:
-            progress.update(task, description=name, completed=wanted.index(name))
+            progress.update(task, description=name, completed=names.index(name))
 
-        options = {"img_size": img_size, "depth": depth}
-        rows = run(wanted, log, advance, limit=limit * 2**30, **options)
-        progress.update(task, description="", completed=len(wanted))
-    text = page(rows, " ".join(["python benchmarks/zoo.py", *map(shlex.quote, sys.argv[1:])]))
-    out.write_text(text, encoding="utf-8")
-    summary = "\n".join(f"{row.status:<8} {row.name}  {row.reason}".rstrip() for row in rows)
-    show([asdict(row) for row in rows], f"{summary}\nwritten to {out}", as_json)
-    if any(row.status in ("wrong", "error") for row in rows):
-        raise typer.Exit(REFUSED)
+        rows = run(names, log, advance, limit=limit * 2**30, **options)
+        progress.update(task, description="", completed=len(names))
+    return rows
 
 
 if __name__ == "__main__":

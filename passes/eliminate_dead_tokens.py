@@ -145,7 +145,7 @@ class _Liveness:
             return [(node.all_input_nodes[0], need)]
         if isinstance(op, ScoreByQuery) and op.query is not None:
             query = node.all_input_nodes[0]
-            row = op.query + 1 - _tokens(self.analysis.axes(query)).lead
+            row = op.query + 1 - _tokens(self.analysis.axes(query)).prefix
             return [(a, row if a is query else ALL) for a in arguments]
         facts = self.analysis.facts.get(node)
         if facts is None:
@@ -225,7 +225,7 @@ class _Liveness:
         if not self._row_by_row(node, need):
             return False
         tokens = {_single_tokens(axes_of(t)) for t in tensors_in(self.analysis.value(node))}
-        if any(t is None or t.lead + need < 1 for t in tokens):
+        if any(t is None or t.prefix + need < 1 for t in tokens):
             return False
         if node.target in SDPA:
             return True
@@ -270,4 +270,4 @@ def _tokens(axes: Axes | None) -> Tokens:
 def _rows(axes: Axes, dim: int, need: float) -> int:
     tokens = tokens_of(axes[dim])
     assert tokens is not None
-    return int(tokens.lead + need)
+    return int(tokens.prefix + need)

@@ -95,7 +95,7 @@ def _gather(node: fx.Node, meets: list[Position]) -> GatherPositions:
             module_path=module_path(node),
             hint="keep the batch as an axis of its own where position-dependent values are added",
         )
-    dims = {p.dim: (p.dim, p.tokens.lead, p.tokens.tail) for p in meets}
+    dims = {p.dim: (p.dim, p.tokens.prefix, p.tokens.suffix) for p in meets}
     return GatherPositions(
         tuple(dims[d] for d in sorted(dims)),
         first.rank,

@@ -89,12 +89,12 @@ def _asking_row(context: Context) -> int | None:
 
 def _score_stream(context: Context, stage: StageSpan) -> fx.Node:
     stream = context.stream
-    lead, tail = stream.tokens.lead, stream.tokens.tail
+    prefix, suffix = stream.tokens.prefix, stream.tokens.suffix
     op: nn.Module
     if callable(context.options.score):
-        op = ScoreByFunction(context.options.score, stream.dim, lead, tail)
+        op = ScoreByFunction(context.options.score, stream.dim, prefix, suffix)
     else:
-        op = ScoreAtRandom(stream.dim, lead, tail)
+        op = ScoreAtRandom(stream.dim, prefix, suffix)
     return context.editor.insert_module(
         f"{stage.name}.score", op, (stage.cut,), after=stage.cut, name=f"{stage.name}_scores"
     )
@@ -112,9 +112,9 @@ def _score_of(
         assert keys is not None
         row = None if asking is None else _query_row(context, site, axes[-2], asking)
         heads = _heads(site, axes[:-2])
-        first, tail = site.keys.lead, site.keys.tail
+        prefix, suffix = site.keys.prefix, site.keys.suffix
         args = (query, key) if mask is None else (query, key, mask)
-        return ScoreByQuery(row, first, tail, heads, given.scale), args
+        return ScoreByQuery(row, prefix, suffix, heads, given.scale), args
     weights = context.analysis.axes(site.node)
     assert weights is not None
     dims = [d for d, dim in enumerate(weights) if tokens_of(dim)]
@@ -125,7 +125,7 @@ def _score_of(
     source = site.node.all_input_nodes[0] if asking is None else site.node
     rank = len(weights)
     op = ScoreByWeights(
-        row, query_dim - rank, key_dim - rank, site.keys.lead, site.keys.tail, heads
+        row, query_dim - rank, key_dim - rank, site.keys.prefix, site.keys.suffix, heads
     )
     return op, (source,)
 
@@ -134,9 +134,9 @@ def _query_row(context: Context, site: AttentionSite, dim: Any, asking: int) -> 
     """Where the class token stands among the queries; counted from the last one if it stands after the patches."""
     tokens, full = tokens_of(dim), context.stream.tokens
     assert isinstance(tokens, Tokens)
-    row, first, last = asking + tokens.lead - full.lead, 0, tokens.lead
-    if asking >= full.lead:
-        row, first, last = asking - full.lead - full.patches - tokens.tail, -tokens.tail, 0
+    row, first, last = asking + tokens.prefix - full.prefix, 0, tokens.prefix
+    if asking >= full.prefix:
+        row, first, last = asking - full.prefix - full.patches - tokens.suffix, -tokens.suffix, 0
     if not first <= row < last:
         raise UnsupportedModelError(
             "the class token is not among the queries of this attention",

@@ -62,7 +62,7 @@ class InsertSkip:
 def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
     """Insert one stage; ``before`` are the positions of those that the stage before it kept."""
     editor, plan, tokens = context.editor, context.plan, context.stream.tokens
-    others = tokens.lead + tokens.tail + int(plan.fused)
+    others = tokens.prefix + tokens.suffix + int(plan.fused)
     selector = Select(stage.stage.ratio, context.options.multiple_of, others)
     scores = tuple(context.scores[stage.index].values())
     choice = editor.insert_module(

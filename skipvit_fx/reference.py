@@ -245,7 +245,7 @@ class Masked(Run):
     def _rows(self, patches: Tensor) -> Tensor:
         """Flags ``[batch, patches]`` as rows of the residual stream."""
         tokens = self.stream.tokens
-        flags = nn.functional.pad(patches, (tokens.lead, tokens.tail))
+        flags = nn.functional.pad(patches, (tokens.prefix, tokens.suffix))
         return (flags if self.stream.dim == 1 else flags.T).unsqueeze(-1)
 
     def _fill(self, state: Tensor, left: Left | None) -> Tensor:
@@ -266,10 +266,10 @@ class Masked(Run):
             slot = leaving[:, :1]
             slots = torch.cat([slots, slot], 1)
             first = state if dim == 1 else state.transpose(0, 1)
-            gone = torch.take_along_dim(first, (leaving + tokens.lead).unsqueeze(-1), 1)
+            gone = torch.take_along_dim(first, (leaving + tokens.prefix).unsqueeze(-1), 1)
             weights = selection.scores.gather(1, selection.dropped).unsqueeze(-1)
             fused = (gone * weights.to(state.dtype)).sum(1, keepdim=True)
-            at = (slot + tokens.lead).unsqueeze(-1).expand_as(fused)
+            at = (slot + tokens.prefix).unsqueeze(-1).expand_as(fused)
             first = first.scatter(1, at, fused)
             state = first if dim == 1 else first.transpose(0, 1)
         nobody = torch.ones_like(own).scatter(1, slots, False)
@@ -394,17 +394,17 @@ def _length(dim: Dim, slots: Tensor) -> int:
     length = 1
     for factor in dim:
         if isinstance(factor, Tokens):
-            length *= factor.lead + present + factor.tail
+            length *= factor.prefix + present + factor.suffix
         else:
             length *= batch if isinstance(factor, Batch) else factor
     return length
 
 
 def _rows(tokens: Tokens, slots: Tensor) -> Tensor:
-    """Rows ``[batch, lead + present + tail]`` of the full sequence in which the patches ``slots`` are left."""
-    rows = torch.arange(tokens.lead + tokens.patches + tokens.tail, device=slots.device)
+    """Rows ``[batch, prefix + present + suffix]`` of the full sequence in which the patches ``slots`` are left."""
+    rows = torch.arange(tokens.prefix + tokens.patches + tokens.suffix, device=slots.device)
     rows = rows.expand(slots.shape[0], -1)
-    start, stop = tokens.lead, tokens.lead + tokens.patches
+    start, stop = tokens.prefix, tokens.prefix + tokens.patches
     return torch.cat([rows[:, :start], slots + start, rows[:, stop:]], 1)
 
 
@@ -444,7 +444,7 @@ def _spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:
     at = next((d for d, dims in enumerate(axes) if any(isinstance(f, Batch) for f in dims)), None)
     if tokens is None or at is None or at == dim:
         return torch.zeros([1] * like.ndim, dtype=torch.bool, device=like.device)
-    flags = nn.functional.pad(patches, (tokens.lead, tokens.tail))
+    flags = nn.functional.pad(patches, (tokens.prefix, tokens.suffix))
     times = like.shape[at] // flags.shape[0]
     first = isinstance(axes[at][0], Batch)
     flags = flags.repeat_interleave(times, 0) if first else flags.repeat(times, 1)

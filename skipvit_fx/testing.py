@@ -86,7 +86,7 @@ class Reference:
     @property
     def prefix_tokens(self) -> int:
         """Rows in front of the patches."""
-        return self._located.stream.tokens.lead
+        return self._located.stream.tokens.prefix
 
     @property
     def patches(self) -> int:

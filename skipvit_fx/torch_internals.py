@@ -33,7 +33,6 @@ from torch._subclasses.fake_tensor import (  # isort: skip
 from torch._subclasses.functional_tensor import FunctionalTensor  # isort: skip
 
 # Sizes as symbols. Since 2.1. Whether a module computes with the number of tokens is found with them.
-from torch._dynamo.source import ConstantSource  # isort: skip
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # isort: skip
 
 # Expressions of sizes, as `torch.export` leaves them, turned into nodes. Since 2.3. Batch sizes that export computed
@@ -52,9 +51,7 @@ __all__ = [
     "COUNTER",
     "DTYPE_OF_MASK",
     "HOOKS",
-    "ConstantSource",
     "DataDependentOutputException",
-    "DimDynamic",
     "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
@@ -76,6 +73,7 @@ __all__ = [
     "is_operator",
     "is_wrapped_by_functorch",
     "is_writing",
+    "new_size",
     "overload_name",
     "parameters_of",
     "printed_target",
@@ -165,6 +163,15 @@ def expression_of(number: Any) -> Any:
 def symbol_of(size: Any) -> Any:
     """The sympy symbol of a size as it was made, whatever is known of it since. Since 2.1."""
     return size.node._expr
+
+
+def new_size(env: ShapeEnv, kind: str, hint: int) -> Any:
+    """A symbolic size of which nothing is known but what the example has. Since 2.1."""
+    from torch._dynamo.source import ConstantSource  # takes a second to import
+
+    source = ConstantSource(f"{kind}_{len(env.source_to_var)}")
+    symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+    return env.create_symintnode(symbol, hint=hint, source=source)
 
 
 def hint_of(size: Any) -> int:

@@ -267,7 +267,7 @@ class _Compared(Masked):
             return
         dim, batch_dim, tokens = place
         error = math.inf  # where tokens and samples are not where the analysis has them
-        if rows is None or value.shape[dim] == tokens.lead + tokens.patches + tokens.tail:
+        if rows is None or value.shape[dim] == tokens.prefix + tokens.patches + tokens.suffix:
             if rows is not None and value.shape[batch_dim] == rows.shape[0]:
                 value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
             # rows behind the last that is read may be missing

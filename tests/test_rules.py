@@ -76,7 +76,7 @@ class Disagrees(Exception):  # noqa: N818 - a finding, as in the analysis
 @functools.cache
 def _rows(tokens: Tokens, left: Selection) -> Tensor:
     """Rows of a token axis that each sample keeps: prefix, its patches, tail."""
-    first, last = tokens.lead, tokens.lead + tokens.patches
+    first, last = tokens.prefix, tokens.prefix + tokens.patches
     return torch.tensor(
         [
             [*range(first), *(first + i for i in patches), *range(last, size(tokens))]
@@ -197,7 +197,7 @@ def verdict_of(
         first = meets[0]
         if first.batch_dim is None or any(p.per_sample and p.repeat > 1 for p in meets):
             return Verdict("an operand cannot be gathered per sample", labels, (), False)
-        dims = {p.dim: (p.dim, p.tokens.lead, p.tokens.tail) for p in meets}
+        dims = {p.dim: (p.dim, p.tokens.prefix, p.tokens.suffix) for p in meets}
         rows = tuple(dims[d] for d in sorted(dims))
         gathers.append(
             (i, rows, first.rank, first.batch_dim, first.per_sample, first.repeat),

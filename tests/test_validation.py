@@ -189,8 +189,8 @@ def _off_by_one(self: Any, stream: Tensor, kept: Tensor) -> Tensor:
 
 def _reversed(self: Any, *args: Tensor) -> Tensor:
     out = _merge(self, *args)
-    end = out.shape[1] - self.tail
-    return torch.cat([out[:, : self.lead], out[:, self.lead : end].flip(1), out[:, end:]], 1)
+    end = out.shape[1] - self.suffix
+    return torch.cat([out[:, : self.prefix], out[:, self.prefix : end].flip(1), out[:, end:]], 1)
 
 
 def _first_positions(self: Any, operand: Tensor, positions: Tensor | None) -> Tensor:

@@ -23,15 +23,15 @@ class PoolsTokens(MixesTokens):
 
 
 class Tokens(NamedTuple):
-    """The token axis: ``lead`` prefix rows, then ``patches`` patch rows, then ``tail`` rows.
+    """The token axis: ``prefix`` prefix rows, then ``patches`` patch rows, then ``suffix`` rows.
 
     ``weights`` marks the key axis of a softmax, which depends on all tokens. It may only be summed over, with values;
     and only while a token that is gone would have no weight: ``nonzero`` says that this is no longer so.
     """
 
-    lead: int
+    prefix: int
     patches: int
-    tail: int
+    suffix: int
     weights: bool = False
     nonzero: bool = False
 
@@ -50,7 +50,7 @@ Axes: TypeAlias = tuple[Dim, ...]
 def size(factor: Factor) -> int:
     """The length of one factor."""
     if isinstance(factor, Tokens):
-        return factor.lead + factor.patches + factor.tail
+        return factor.prefix + factor.patches + factor.suffix
     return factor.samples if isinstance(factor, Batch) else factor
 
 

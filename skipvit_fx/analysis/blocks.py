@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.residual import Chain, Span
+from skipvit_fx.analysis.residual import Chain, Segment
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.graph.module_paths import module_calls
 from skipvit_fx.torch_internals import aten
@@ -38,30 +38,30 @@ class _Block(NamedTuple):
     end: int
 
 
-def find_bounds(analysis: TokenAnalysis, way: Chain, spans: Sequence[Span]) -> list[Bounds]:
-    """The bounds of every layer, given the span of the chain that each one's attention lies in.
+def find_bounds(analysis: TokenAnalysis, chain: Chain, segments: Sequence[Segment]) -> list[Bounds]:
+    """The bounds of every layer, given the segment of the chain that each one's attention lies in.
 
     A layer is the outermost module that holds its attention and no other layer's. Where there is none, such as in a
     forward that spells all layers out, it goes from in front of one attention to in front of the next.
     """
-    places = {node: i for i, node in enumerate(way.nodes)}
-    joined = [places[span.end] for span in spans]
-    blocks = _find_blocks(analysis, way, spans, joined)
+    places = {node: i for i, node in enumerate(chain.nodes)}
+    joined = [places[segment.end] for segment in segments]
+    blocks = _find_blocks(analysis, chain, segments, joined)
     inputs = [
-        places[span.start] if block is None else block.input
-        for span, block in zip(spans, blocks, strict=True)
+        places[segment.start] if block is None else block.input
+        for segment, block in zip(segments, blocks, strict=True)
     ]
-    forks = [_forks(way, node) for node in way.nodes]
+    forks = [_forks(chain, node) for node in chain.nodes]
     bounds: list[Bounds] = []
     for i, block in enumerate(blocks):
         unsure = ""
         if block is not None:
             end = block.end
-        elif i + 1 < len(spans):
+        elif i + 1 < len(segments):
             end = inputs[i + 1]
         else:
             spelled_out = [b for b, other in zip(bounds, blocks, strict=False) if other is None]
-            end, unsure = _last_end(analysis, way, spelled_out, inputs[i], joined[i])
+            end, unsure = _last_end(analysis, chain, spelled_out, inputs[i], joined[i])
         # The sum after an attention is what the next branch leaves from, and what that branch's result is added to. A
         # post-norm stands between: the stream forks only after it.
         cut = next((c for c in range(joined[i], end) if forks[c]), joined[i])
@@ -69,28 +69,28 @@ def find_bounds(analysis: TokenAnalysis, way: Chain, spans: Sequence[Span]) -> l
     return bounds
 
 
-def _forks(way: Chain, node: fx.Node) -> bool:
-    return sum(user in way.way for user in node.users) > 1
+def _forks(chain: Chain, node: fx.Node) -> bool:
+    return sum(user in chain.on_path for user in node.users) > 1
 
 
 # -- the author's blocks ------------------------------------------------------------------------------------------
 
 
 def _find_blocks(
-    analysis: TokenAnalysis, way: Chain, spans: Sequence[Span], joined: Sequence[int]
+    analysis: TokenAnalysis, chain: Chain, segments: Sequence[Segment], joined: Sequence[int]
 ) -> list[_Block | None]:
     """Each layer's block; ``None`` where no module begins and ends on the chain with that attention alone."""
-    segments = _calls_by_segment(way)
+    stretches = _stretches_of(chain)
     blocks: list[_Block | None] = []
-    for span, at in zip(spans, joined, strict=True):
+    for segment, at in zip(segments, joined, strict=True):
         others = [other for other in joined if other != at]
-        shape = analysis[span.start].value.shape
+        shape = analysis[segment.start].value.shape
         found = []
-        for call in segments[at].common:
-            block = _block(segments, call)
+        for call in stretches[at].common:
+            block = _block(stretches, call)
             if block is None or any(block.input < other <= block.end for other in others):
                 continue
-            values = [analysis[way.nodes[i]].value for i in block]
+            values = [analysis[chain.nodes[i]].value for i in block]
             if all(isinstance(v, Tensor) and v.shape == shape for v in values):
                 found.append(block)
         if not others:  # every module around a lone attention holds no other: take the one that is a whole layer
@@ -106,7 +106,7 @@ def _are_halves(blocks: Sequence[_Block | None], joined: Sequence[int]) -> bool:
     return apart and all(block == (at - 1, at) for block, at in known)
 
 
-class _Segment(NamedTuple):
+class _Stretch(NamedTuple):
     """What leads from one node of the chain to the next, that one included.
 
     Attributes:
@@ -118,29 +118,29 @@ class _Segment(NamedTuple):
     some: frozenset[str]
 
 
-def _calls_by_segment(way: Chain) -> list[_Segment]:
-    """One segment for each node of the chain."""
+def _stretches_of(chain: Chain) -> list[_Stretch]:
+    """One stretch for each node of the chain."""
     # Every node on the way either leads to a node of the chain or comes from it, so the order of the graph tells.
-    segments: list[_Segment] = []
+    stretches: list[_Stretch] = []
     calls: list[tuple[str, ...]] = []
-    ends = iter(way.nodes)
+    ends = iter(chain.nodes)
     end = next(ends, None)
-    for node in sorted(way.way):
+    for node in sorted(chain.on_path):
         if end is None:
             break
         calls.append(module_calls(node))
         if node is end:
             common = tuple(call for call in calls[0] if all(call in other for other in calls))
-            segments.append(_Segment(common, frozenset(call for own in calls for call in own)))
+            stretches.append(_Stretch(common, frozenset(call for own in calls for call in own)))
             calls = []
             end = next(ends, None)
-    return segments
+    return stretches
 
 
-def _block(segments: Sequence[_Segment], call: str) -> _Block | None:
-    """Where a module call enters and leaves the chain; ``None`` if it holds a part of a segment only."""
-    held = [i for i, segment in enumerate(segments) if call in segment.some]
-    whole = all(call in segments[i].common for i in range(held[0], held[-1] + 1))
+def _block(stretches: Sequence[_Stretch], call: str) -> _Block | None:
+    """Where a module call enters and leaves the chain; ``None`` if it holds a part of a stretch only."""
+    held = [i for i, stretch in enumerate(stretches) if call in stretch.some]
+    whole = all(call in stretches[i].common for i in range(held[0], held[-1] + 1))
     return _Block(held[0] - 1, held[-1]) if whole and held[0] > 0 else None
 
 
@@ -148,42 +148,42 @@ def _block(segments: Sequence[_Segment], call: str) -> _Block | None:
 
 
 def _last_end(
-    analysis: TokenAnalysis, way: Chain, earlier: Sequence[Bounds], start: int, joined: int
+    analysis: TokenAnalysis, chain: Chain, earlier: Sequence[Bounds], start: int, joined: int
 ) -> tuple[int, str]:
     """Where the last layer of a forward that spells its layers out ends, and why that cannot be told, if so.
 
     It ends with its last residual sum, and what follows such a sum in an earlier layer of the same structure.
     """
-    chain = way.nodes
-    shape = analysis[chain[start]].value.shape
+    nodes = chain.nodes
+    shape = analysis[nodes[start]].value.shape
     last = joined
-    while last + 1 < len(chain):
-        value = analysis[chain[last + 1]].value
+    while last + 1 < len(nodes):
+        value = analysis[nodes[last + 1]].value
         if not isinstance(value, Tensor) or value.shape != shape:
             break
         last += 1
-    sums = [i for i in range(joined + 1, last + 1) if _forks(way, chain[i - 1])]
+    sums = [i for i in range(joined + 1, last + 1) if _forks(chain, nodes[i - 1])]
     sum_ = sums[-1] if sums else joined
     alike = {
         end
         for layer in earlier
         if (end := start + layer.end - layer.input) <= last
         and all(
-            _step(analysis, way, layer.input + i) == _step(analysis, way, start + i)
+            _step(analysis, chain, layer.input + i) == _step(analysis, chain, start + i)
             for i in range(1, end - start + 1)
         )
     }
     ends = {end for end in alike if end >= sum_}
     end = min(ends, default=sum_)
-    follow = [i for i in range(end + 1, last + 1) if chain[i].target not in _SLICES]
+    follow = [i for i in range(end + 1, last + 1) if nodes[i].target not in _SLICES]
     # one step more is the final norm, unless other layers end with a step like it
     final = len(follow) < 2
     if follow and not ends:
-        like_it = _step(analysis, way, follow[0])
-        final &= all(_step(analysis, way, layer.end) != like_it for layer in earlier)
+        like_it = _step(analysis, chain, follow[0])
+        final &= all(_step(analysis, chain, layer.end) != like_it for layer in earlier)
     if len(ends) > 1 or not final or (alike and not ends):
         return sum_, (
-            f"the last layer is in no module of its own, so whether it ends with {chain[end].name!r} or later "
+            f"the last layer is in no module of its own, so whether it ends with {nodes[end].name!r} or later "
             "cannot be told"
         )
     return end, ""
@@ -193,10 +193,10 @@ _SLICES = (operator.getitem, aten.slice.Tensor)
 """What takes the whole of a sequence where it takes all rows: nothing is computed."""
 
 
-def _step(analysis: TokenAnalysis, way: Chain, index: int) -> tuple[bool, object]:
+def _step(analysis: TokenAnalysis, chain: Chain, index: int) -> tuple[bool, object]:
     """What leads to a node of the chain: whether a branch is joined, and by what."""
-    node = way.nodes[index]
+    node = chain.nodes[index]
     target: object = node.target
     if node.op == "call_module":
         target = type(analysis.module.get_submodule(str(target)))
-    return _forks(way, way.nodes[index - 1]), target
+    return _forks(chain, chain.nodes[index - 1]), target

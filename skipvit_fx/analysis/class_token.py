@@ -39,24 +39,26 @@ def find_class_token(
     analysis: TokenAnalysis, first: fx.Node, end: fx.Node, dim: int, tokens: Tokens
 ) -> ClassToken:
     """The class token of a model whose layers take ``first`` and leave ``end``, with its tokens at ``dim``."""
-    if not tokens.lead + tokens.tail:
+    if not tokens.prefix + tokens.suffix:
         return ClassToken(None, "all rows are patches")
     read = _rows_read(analysis, end, dim, tokens)
-    if read and (read[0] < tokens.lead or not tokens.lead):
+    if read and (read[0] < tokens.prefix or not tokens.prefix):
         return ClassToken(read[0], "read by the head")
     if read:
-        return _read_behind(read[0], _sources(analysis, first, dim, [*range(tokens.lead), read[0]]))
-    if not tokens.lead:
+        return _read_behind(
+            read[0], _sources(analysis, first, dim, [*range(tokens.prefix), read[0]])
+        )
+    if not tokens.prefix:
         return ClassToken(None, "the head reads none of the rows after the patches by itself")
-    sources = _sources(analysis, first, dim, range(tokens.lead))
+    sources = _sources(analysis, first, dim, range(tokens.prefix))
     for row, names in enumerate(sources):
         for name in names:
-            if tokens.lead > 1 and _is_class(name):
+            if tokens.prefix > 1 and _is_class(name):
                 return ClassToken(row, f"guessed from the name {name!r}")
     others = [row for row, names in enumerate(sources) if not any(map(_is_register, names))]
     if not others:
         return ClassToken(None, "by their names, the rows in front are registers")
-    if tokens.lead == 1:
+    if tokens.prefix == 1:
         named = (
             f"guessed from the name {sources[0][0]!r}" if sources[0] else "the only row in front"
         )
@@ -65,7 +67,7 @@ def find_class_token(
     return ClassToken(
         None,
         "the head reads none of the rows in front by itself, and no name tells",
-        f"{tokens.lead} rows stand in front of the patches ({listed or 'of unknown origin'}), the head reads none of "
+        f"{tokens.prefix} rows stand in front of the patches ({listed or 'of unknown origin'}), the head reads none of "
         "them by itself, and their names do not tell whether one is a class token",
     )
 
@@ -109,8 +111,8 @@ def _rows_read(analysis: TokenAnalysis, end: fx.Node, dim: int, tokens: Tokens) 
         moved = here.place and beside.place and here.place[dim] != beside.place[dim]
         if moved and tape.is_used(out):
             rows.add(here.place[dim])
-    last = tokens.lead + tokens.patches
-    return [*sorted(r for r in rows if r < tokens.lead), *sorted(r for r in rows if r >= last)]
+    last = tokens.prefix + tokens.patches
+    return [*sorted(r for r in rows if r < tokens.prefix), *sorted(r for r in rows if r >= last)]
 
 
 def _after(analysis: TokenAnalysis, end: fx.Node) -> Iterator[fx.Node]:

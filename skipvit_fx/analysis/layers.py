@@ -27,8 +27,8 @@ from skipvit_fx.analysis.blocks import find_bounds
 from skipvit_fx.analysis.class_token import ClassToken, find_class_token
 from skipvit_fx.analysis.no_stream import ONE_SEQUENCE, no_stream, try_tokens
 from skipvit_fx.analysis.residual import (
-    Span,
-    attention_spans,
+    Segment,
+    attention_segments,
     keys_of,
     refuse_sequence,
     residual_chain,
@@ -93,13 +93,13 @@ class Stream:
         dim: which dimension of the stream carries the tokens.
         tokens: prefix, patch and trailing rows of it.
         class_token: which row is the class token.
-        way: the nodes on any path from the image to the output.
+        on_path: the nodes on any path from the image to the output.
     """
 
     layers: tuple[Layer, ...]
     axes: Axes
     class_token: ClassToken
-    way: frozenset[fx.Node]
+    on_path: frozenset[fx.Node]
 
     @property
     def dim(self) -> int:
@@ -128,29 +128,20 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
         UnsupportedModelError: there is no stream of tokens that attention reads and a residual connection carries.
     """
     chain = residual_chain(analysis)
-    spans = attention_spans(analysis, chain)
-    if not spans:
+    segments = attention_segments(analysis, chain)
+    if not segments:
         raise UnsupportedModelError(
             "no attention was found between two points of a residual stream",
             hint="skipvit_fx.find_attention(model) lists what was found, .explain(path) says why a place is none",
         )
-    first = _first_layer(analysis, spans, prefix_tokens)
+    first = _first_layer(analysis, segments, prefix_tokens)
     axes = analysis.axes(first)
     assert axes is not None
-    spans = spans[_first_of_stream(analysis, spans, first, axes) :]
-    for span in spans:
-        _continue_stream(analysis, span.start, spans[0].start, axes, prefix_tokens)
-    attended = [(span, _attended(analysis, span)) for span in spans]
-    found = [(span, attention) for span, attention in attended if attention is not None]
-    if not found:
-        softmax = spans[0].softmaxes[0]
-        raise UnsupportedModelError(
-            "a softmax over tokens whose weights are not summed with values, so it is no attention known here",
-            node=softmax.name,
-            module_path=module_path(softmax),
-            hint="skipvit_fx.find_attention(model) lists what was found",
-        )
-    bounds = find_bounds(analysis, chain, [span for span, _ in found])
+    segments = segments[_first_of_stream(analysis, segments, first, axes) :]
+    for segment in segments:
+        _continue_stream(analysis, segment.start, segments[0].start, axes, prefix_tokens)
+    found = _attentions(analysis, segments)
+    bounds = find_bounds(analysis, chain, [segment for segment, _ in found])
     starts = [(chain.nodes[places.input], found[i][0].start) for i, places in enumerate(bounds)]
     if prefix_tokens is not None and starts[0][0] is not first:
         analysis.seed(starts[0][0], axes)
@@ -169,6 +160,32 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
         )
         for i, ((_, attention), places) in enumerate(zip(found, bounds, strict=True), start=1)
     )
+    _refuse_other_sequences(analysis, layers, axes)
+    dim = token_dim(axes)
+    tokens = tokens_of(axes[dim])
+    assert tokens is not None
+    token = find_class_token(analysis, layers[0].input, layers[-1].end, dim, tokens)
+    return Stream(layers, axes, token, chain.on_path)
+
+
+def _attentions(
+    analysis: TokenAnalysis, segments: list[Segment]
+) -> list[tuple[Segment, _Attended]]:
+    """The segments whose softmax is an attention over the tokens, with what it attends to."""
+    attended = [(segment, _attended(analysis, segment)) for segment in segments]
+    found = [(segment, attention) for segment, attention in attended if attention is not None]
+    if not found:
+        softmax = segments[0].softmaxes[0]
+        raise UnsupportedModelError(
+            "a softmax over tokens whose weights are not summed with values, so it is no attention known here",
+            node=softmax.name,
+            module_path=module_path(softmax),
+            hint="skipvit_fx.find_attention(model) lists what was found",
+        )
+    return found
+
+
+def _refuse_other_sequences(analysis: TokenAnalysis, layers: tuple[Layer, ...], axes: Axes) -> None:
     for layer in layers:
         if analysis.axes(layer.input) != axes:
             raise UnsupportedModelError(
@@ -177,11 +194,6 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
                 module_path=module_path(layer.input),
                 hint=ONE_SEQUENCE,
             )
-    dim = token_dim(axes)
-    tokens = tokens_of(axes[dim])
-    assert tokens is not None
-    token = find_class_token(analysis, layers[0].input, layers[-1].end, dim, tokens)
-    return Stream(layers, axes, token, chain.way)
 
 
 def _other_sequence(analysis: TokenAnalysis, first: Layer, layer: Layer) -> str:
@@ -197,18 +209,14 @@ def _other_sequence(analysis: TokenAnalysis, first: Layer, layer: Layer) -> str:
 
 
 def _first_layer(
-    analysis: TokenAnalysis,
-    spans: list[Span],
-    prefix_tokens: int | None,
+    analysis: TokenAnalysis, segments: list[Segment], prefix_tokens: int | None
 ) -> fx.Node:
     """The input of the first layer; afterwards its axes are known."""
-    lost = {span.start for span in spans if _was_lost(analysis, span.start)}
     tried = None
-    others: list[
-        torch.Size
-    ] = []  # samples and tokens of sequences whose attention does not run over them
-    for span in spans:
-        start = span.start
+    others: list[torch.Size] = []  # samples and tokens of sequences that no attention runs over
+    lost = {segment.start for segment in segments if _was_lost(analysis, segment.start)}
+    for segment in segments:
+        start = segment.start
         stream = analysis[start].value
         if not isinstance(stream, Tensor) or stream.ndim != 3:
             continue
@@ -216,38 +224,51 @@ def _first_layer(
             break
         known = analysis.axes(start)
         if known is not None and prefix_tokens is None:
-            if _reads_any(analysis, span):
+            if _reads_any(analysis, segment):
                 return start
-            tried = try_tokens(analysis, span) if span is spans[0] else tried
+            tried = try_tokens(analysis, segment) if segment is segments[0] else tried
             continue
-        lead = prefix_tokens or 0
         batch = analysis.batch_dim(start)
         candidates = [token_dim(known)] if known is not None else [d for d in (1, 0) if d != batch]
         for dim in candidates:
-            count = stream.shape[dim] - lead
-            if count < 1:
-                raise UnsupportedModelError(
-                    f"prefix_tokens={lead} leaves no patch token of {stream.shape[dim]}",
-                    node=start.name,
-                    module_path=module_path(start),
-                    hint="prefix_tokens counts class, distillation and register tokens only",
-                )
-            analysis.seed(start, stream_axes(stream, dim, Tokens(lead, count, 0)))
-            found = _reads_any(analysis, span)
-            if found and start in lost and prefix_tokens is None:
-                raise UnsupportedModelError(
-                    "prefix tokens were joined to the sequence, but an unknown operator came after, so where they "
-                    "are now cannot be told",
-                    node=start.name,
-                    module_path=module_path(start),
-                    hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
-                )
-            if found:
+            if _runs_over(analysis, segment, dim, prefix_tokens or 0):
+                if start in lost and prefix_tokens is None:
+                    raise _lost_prefix(start)
                 return start
-            if span is spans[0] and dim == 1:
-                tried = try_tokens(analysis, span)
+            if segment is segments[0] and dim == 1:
+                tried = try_tokens(analysis, segment)
         others.append(stream.shape[:2])
-    raise no_stream(analysis, spans, tried)
+    raise no_stream(analysis, segments, tried)
+
+
+def _runs_over(analysis: TokenAnalysis, segment: Segment, dim: int, prefix: int) -> bool:
+    """Whether attention reads tokens if those of the segment's input lie along ``dim``; afterwards they do.
+
+    Raises:
+        UnsupportedModelError: no patch is left beside the prefix.
+    """
+    start = segment.start
+    stream = analysis[start].value
+    count = stream.shape[dim] - prefix
+    if count < 1:
+        raise UnsupportedModelError(
+            f"prefix_tokens={prefix} leaves no patch token of {stream.shape[dim]}",
+            node=start.name,
+            module_path=module_path(start),
+            hint="prefix_tokens counts class, distillation and register tokens only",
+        )
+    analysis.seed(start, stream_axes(stream, dim, Tokens(prefix, count, 0)))
+    return _reads_any(analysis, segment)
+
+
+def _lost_prefix(start: fx.Node) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "prefix tokens were joined to the sequence, but an unknown operator came after, so where they are now cannot "
+        "be told",
+        node=start.name,
+        module_path=module_path(start),
+        hint="pass prefix_tokens=N, the number of leading tokens that are not patches",
+    )
 
 
 def _was_lost(analysis: TokenAnalysis, node: fx.Node) -> bool:
@@ -255,23 +276,25 @@ def _was_lost(analysis: TokenAnalysis, node: fx.Node) -> bool:
     return isinstance(value, Tensor) and is_lost(value)
 
 
-def _reads_any(analysis: TokenAnalysis, span: Span) -> bool:
-    return any(_reads_tokens(analysis, node) for node in span.softmaxes)
+def _reads_any(analysis: TokenAnalysis, segment: Segment) -> bool:
+    return any(_reads_tokens(analysis, node) for node in segment.softmaxes)
 
 
-def _first_of_stream(analysis: TokenAnalysis, spans: list[Span], first: fx.Node, axes: Axes) -> int:
-    """Index of the first span on the stream: its attention may mix tokens beyond recognition, and still counts."""
+def _first_of_stream(
+    analysis: TokenAnalysis, segments: list[Segment], first: fx.Node, axes: Axes
+) -> int:
+    """Index of the first segment on the stream: its attention may mix tokens beyond recognition, and still counts."""
     shape = analysis[first].value.shape
-    for i, span in enumerate(spans):
-        if span.start is first:
+    for i, segment in enumerate(segments):
+        if segment.start is first:
             return i
-        value, known = analysis[span.start].value, analysis.axes(span.start)
+        value, known = analysis[segment.start].value, analysis.axes(segment.start)
         if isinstance(value, Tensor) and value.shape == shape and known in (axes, None):
             if known is None:
-                analysis.seed(span.start, axes)
-            if any(_why_opaque(analysis, span, node) for node in span.softmaxes):
+                analysis.seed(segment.start, axes)
+            if any(_why_opaque(analysis, segment, node) for node in segment.softmaxes):
                 return i
-    raise AssertionError("the first layer is not among the spans")
+    raise AssertionError("the first layer is not among the segments")
 
 
 def _between(start: fx.Node, stop: fx.Node) -> Iterable[fx.Node]:
@@ -293,13 +316,13 @@ def _reads_tokens(analysis: TokenAnalysis, node: fx.Node) -> bool:
 def _continue_stream(
     analysis: TokenAnalysis, node: fx.Node, first: fx.Node, axes: Axes, prefix_tokens: int | None
 ) -> None:
-    """Give the stream its axes again behind an operator that mixed tokens; the span check will find that one."""
+    """Give the stream its axes again behind an operator that mixed tokens; the segment check will find that one."""
     stream, known = analysis[node].value, analysis.axes(node)
     if known == axes or not isinstance(stream, Tensor):
         return
     if known is None and stream.shape == analysis[first].value.shape:
         prefix = next(t for dim in axes if (t := tokens_of(dim)))
-        if prefix_tokens is None and prefix.lead + prefix.tail:
+        if prefix_tokens is None and prefix.prefix + prefix.suffix:
             culprit = next((n for n in _between(first, node.next) if analysis[n].mixing), node)
             raise UnsupportedModelError(
                 f"{analysis[culprit].mixing or 'the token axis was lost'}; "
@@ -315,54 +338,56 @@ def _continue_stream(
 
 
 class _Attended(NamedTuple):
-    """The attentions of a span: the first, and those with a query and a key per token; or why they cannot score."""
+    """The attentions of a segment: the first, and those with a query and a key per token; or why they cannot score."""
 
     first: fx.Node
     sites: tuple[AttentionSite, ...]
     unclear: str
 
 
-def _attended(analysis: TokenAnalysis, span: Span) -> _Attended | None:
-    """What a span attends to; ``None`` if it holds no attention over the tokens of the stream."""
+def _attended(analysis: TokenAnalysis, segment: Segment) -> _Attended | None:
+    """What a segment attends to; ``None`` if it holds no attention over the tokens of the stream."""
     sites: list[AttentionSite] = []
     unclear = ""
     counted = []
-    for node in span.softmaxes:
+    for node in segment.softmaxes:
         if _reads_tokens(analysis, node):
             keys = analysis[node].softmax_over
             assert keys is not None
             fused = node.target in SDPA
-            weights_meet_values, mixing = (True, "") if fused else _values_of(analysis, span, node)
+            weights_meet_values, mixing = (
+                (True, "") if fused else _values_of(analysis, segment, node)
+            )
             if weights_meet_values:
                 counted.append(node)
                 unclear = unclear or mixing
                 sites.append(AttentionSite(node, fused, keys))
-        elif mixing := _why_opaque(analysis, span, node):
+        elif mixing := _why_opaque(analysis, segment, node):
             counted.append(node)
             unclear = unclear or mixing
     if len(counted) > 1:
-        refuse_sequence(span, counted)
+        refuse_sequence(segment, counted)
     return _Attended(counted[0], () if unclear else tuple(sites), unclear) if counted else None
 
 
-def _why_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
-    """What mixed tokens in or before an attention, from the start of its span on, and so hid what it attends to.
+def _why_opaque(analysis: TokenAnalysis, segment: Segment, node: fx.Node) -> str:
+    """What mixed tokens in or before an attention, from the start of its segment on, and so hid what it attends to.
 
     Empty if nothing did, or if it has not the shape of an attention, with as many queries as keys, or nothing is left
-    of its weights at the end of the span.
+    of its weights at the end of the segment.
     """
     value: Tensor = analysis[node].value
     keys = keys_of(analysis, node)
     square = value.ndim > 2 and list(value.shape).count(keys) > 1
     if node.target not in SDPA:
-        reached = _reached(analysis, span, node, value.numel() // keys) if square else set()
-        if span.end not in reached and not any(analysis[n].sums_weights for n in reached):
+        reached = _reached(analysis, segment, node, value.numel() // keys) if square else set()
+        if segment.end not in reached and not any(analysis[n].sums_weights for n in reached):
             return ""
     leads = {node}
     waiting = [node]
     while waiting:
         for argument in waiting.pop().all_input_nodes:
-            if span.start < argument and argument not in leads:
+            if segment.start < argument and argument not in leads:
                 leads.add(argument)
                 waiting.append(argument)
     lost = any(is_lost(t) for a in node.all_input_nodes for t in tensors_in(analysis[a].value))
@@ -372,14 +397,16 @@ def _why_opaque(analysis: TokenAnalysis, span: Span, node: fx.Node) -> str:
     )
 
 
-def _reached(analysis: TokenAnalysis, span: Span, softmax: fx.Node, least: int) -> set[fx.Node]:
-    """The nodes that weights come to in a span, up to where they are summed with values.
+def _reached(
+    analysis: TokenAnalysis, segment: Segment, softmax: fx.Node, least: int
+) -> set[fx.Node]:
+    """The nodes that weights come to in a segment, up to where they are summed with values.
 
     Not through what has fewer numbers than ``least``: those are no weights any more.
     """
     reached = {softmax}
     node = softmax
-    while node is not span.end:
+    while node is not segment.end:
         if node in reached and not analysis[node].sums_weights:
             if any(t.numel() >= least for t in tensors_in(analysis[node].value)):
                 reached.update(node.users)
@@ -389,8 +416,8 @@ def _reached(analysis: TokenAnalysis, span: Span, softmax: fx.Node, least: int) 
     return reached
 
 
-def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[bool, str]:
-    """Whether a softmax's weights are summed with values before the span ends, and what mixes tokens on the way.
+def _values_of(analysis: TokenAnalysis, segment: Segment, softmax: fx.Node) -> tuple[bool, str]:
+    """Whether a softmax's weights are summed with values before the segment ends, and what mixes tokens on the way.
 
     Where something mixes them, no sum can be told from anything else behind it: an attention that cannot be scored. Not
     where fewer numbers are left than there are tokens: those are no weights any more.
@@ -398,7 +425,7 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
     axes = analysis.axes(softmax)
     assert axes is not None
     samples = next((batch.samples for dim in axes if (batch := batch_of(dim))), 1)
-    reached = _reached(analysis, span, softmax, samples * keys_of(analysis, softmax))
+    reached = _reached(analysis, segment, softmax, samples * keys_of(analysis, softmax))
     ends = [node for node in sorted(reached) if analysis[node].sums_weights]
     before_values: set[fx.Node] = set()
     waiting = list(ends)
@@ -407,6 +434,6 @@ def _values_of(analysis: TokenAnalysis, span: Span, softmax: fx.Node) -> tuple[b
             if argument in reached and argument not in before_values:
                 before_values.add(argument)
                 waiting.append(argument)
-    suspects = before_values if ends else {n for n in reached if n < span.end}
+    suspects = before_values if ends else {n for n in reached if n < segment.end}
     mixing = next((m for n in sorted(suspects) if (m := analysis[n].mixing)), "")
     return bool(ends or mixing), mixing

@@ -16,11 +16,10 @@ from skipvit_fx.analysis.axes import Axes, Batch, Factor, Tokens, axes_of, tenso
 from skipvit_fx.author.code import author_code
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.torch_internals import (
-    ConstantSource,
-    DimDynamic,
     TorchDispatchMode,
     aten,
     expression_of,
+    new_size,
     pytree,
     symbol_of,
 )
@@ -89,15 +88,12 @@ class _Counts(TorchDispatchMode):
 
     def _length(self, factor: Factor) -> Any:
         if isinstance(factor, Tokens):
-            return self._symbol(Tokens, factor.patches) + (factor.lead + factor.tail)
+            return self._symbol(Tokens, factor.patches) + (factor.prefix + factor.suffix)
         return self._symbol(Batch, factor.samples) if isinstance(factor, Batch) else factor
 
     def _symbol(self, kind: type, hint: int) -> Any:
         if (kind, hint) not in self._lengths:
-            source = ConstantSource(f"{kind.__name__}_{len(self._env.source_to_var)}")
-            symbol = self._env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
-            size = self._env.create_symintnode(symbol, hint=hint, source=source)
-            self._lengths[kind, hint] = size
+            self._lengths[kind, hint] = new_size(self._env, kind.__name__, hint)
         return self._lengths[kind, hint]
 
     def __torch_dispatch__(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, fx
 
-from skipvit_fx.analysis.residual import Span, keys_of
+from skipvit_fx.analysis.residual import Segment, keys_of
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA
@@ -34,10 +34,10 @@ class Tried(NamedTuple):
     over_tokens: bool
 
 
-def try_tokens(analysis: TokenAnalysis, span: Span) -> Tried:
-    """Look at a span whose start has just got a token axis."""
-    softmax = span.softmaxes[0]
-    node, mixing = span.start.next, ""
+def try_tokens(analysis: TokenAnalysis, segment: Segment) -> Tried:
+    """Look at a segment whose start has just got a token axis."""
+    softmax = segment.softmaxes[0]
+    node, mixing = segment.start.next, ""
     while not mixing and node is not softmax.next:
         mixing = analysis[node].mixing
         node = node.next
@@ -45,14 +45,14 @@ def try_tokens(analysis: TokenAnalysis, span: Span) -> Tried:
 
 
 def no_stream(
-    analysis: TokenAnalysis, spans: Sequence[Span], tried: Tried | None
+    analysis: TokenAnalysis, segments: Sequence[Segment], tried: Tried | None
 ) -> UnsupportedModelError:
     """The refusal of a model whose attention does not run over one axis of a residual stream.
 
     Args:
-        tried: what became of the first span; ``None`` if it starts with no tensor ``[batch, tokens, channels]``.
+        tried: what became of the first segment; ``None`` if it starts with no tensor ``[batch, tokens, channels]``.
     """
-    first, shrinks = spans[0], _shrinks(analysis, spans)
+    first, shrinks = segments[0], _shrinks(analysis, segments)
     reason = _on_a_sequence(analysis, first, tried) if tried else _on_a_grid(analysis, first)
     return UnsupportedModelError(
         f"{reason}; {shrinks}" if shrinks else reason,
@@ -62,9 +62,9 @@ def no_stream(
     )
 
 
-def _on_a_sequence(analysis: TokenAnalysis, span: Span, tried: Tried) -> str:
-    samples, tokens, channels = analysis[span.start].value.shape
-    keys, rows = _matrix(analysis, span.softmaxes[0])
+def _on_a_sequence(analysis: TokenAnalysis, segment: Segment, tried: Tried) -> str:
+    samples, tokens, channels = analysis[segment.start].value.shape
+    keys, rows = _matrix(analysis, segment.softmaxes[0])
     if keys == samples:
         return "its first attention runs over the samples of a batch, and not over tokens"
     if SUMS_TOKENS in tried.mixing or (keys < tokens and rows == channels):
@@ -81,17 +81,17 @@ def _on_a_sequence(analysis: TokenAnalysis, span: Span, tried: Tried) -> str:
     return "its first attention does not run over the tokens of a residual stream"
 
 
-def _on_a_grid(analysis: TokenAnalysis, span: Span) -> str:
-    stream = analysis[span.start].value
+def _on_a_grid(analysis: TokenAnalysis, segment: Segment) -> str:
+    stream = analysis[segment.start].value
     if not isinstance(stream, Tensor) or all(
-        a.op == "placeholder" for a in span.start.all_input_nodes
+        a.op == "placeholder" for a in segment.start.all_input_nodes
     ):
         return (
             "in front of its first attention there is no place that everything passes: it has several sequences of "
             "tokens, or reads its input again later"
         )
     shape = stream.shape[1:]
-    keys, rows = _matrix(analysis, span.softmaxes[0])
+    keys, rows = _matrix(analysis, segment.softmaxes[0])
     reason = f"its layers work on [{', '.join(map(str, shape))}], which is no sequence [tokens, channels]"
     if keys in (math.prod(shape[1:]), math.prod(shape[:-1])):
         return reason
@@ -107,13 +107,13 @@ def _matrix(analysis: TokenAnalysis, softmax: fx.Node) -> tuple[int, int]:
     return keys, value[0].numel() // (value.shape[-1] if softmax.target in SDPA else keys)
 
 
-def _shrinks(analysis: TokenAnalysis, spans: Sequence[Span]) -> str:
+def _shrinks(analysis: TokenAnalysis, segments: Sequence[Segment]) -> str:
     """Where an attention has a smaller sequence in front of it than the one before; empty if none has."""
-    values = [(span, analysis[span.start].value) for span in spans]
-    values = [(span, value) for span, value in values if isinstance(value, Tensor)]
-    for (_, before), (span, after) in itertools.pairwise(values):
+    values = [(segment, analysis[segment.start].value) for segment in segments]
+    values = [(segment, value) for segment, value in values if isinstance(value, Tensor)]
+    for (_, before), (segment, after) in itertools.pairwise(values):
         if before.ndim == after.ndim and min(before.shape[1:-1]) > min(after.shape[1:-1]):
             old, new = (" x ".join(map(str, t.shape[1:])) for t in (before, after))
-            place = module_path(span.softmaxes[0]) or span.softmaxes[0].name
+            place = module_path(segment.softmaxes[0]) or segment.softmaxes[0].name
             return f"the sequence shrinks from {old} to {new} in front of {place!r}"
     return ""

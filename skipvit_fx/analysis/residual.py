@@ -16,7 +16,7 @@ from skipvit_fx.graph.module_paths import module_calls, module_path
 
 
 @dataclass(frozen=True)
-class Span:
+class Segment:
     """Two neighbours on the chain with attention (or any softmax) between them.
 
     Attributes:
@@ -54,11 +54,11 @@ class Chain:
 
     Attributes:
         nodes: the nodes that every path between the two passes, first to last.
-        way: all nodes on any of these paths. What is off it only taps the stream.
+        on_path: all nodes on any of these paths. Nodes off these paths only read the stream.
     """
 
     nodes: list[fx.Node]
-    way: frozenset[fx.Node]
+    on_path: frozenset[fx.Node]
 
 
 def residual_chain(analysis: TokenAnalysis) -> Chain:
@@ -86,15 +86,15 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
     flow.remove_edges_from(list(flow.in_edges(output)) if output in flow else [])
     flow.add_edges_from((node, output) for node in last)
     chain = _chain(graph, flow, source, output)
-    for span in attention_spans(analysis, chain):
-        attentions = [node for node in span.softmaxes if _is_square(analysis, node)]
-        taps = _features(flow, span.start, attentions)
+    for segment in attention_segments(analysis, chain):
+        attentions = [node for node in segment.softmaxes if _is_square(analysis, node)]
+        taps = _features(flow, segment.start, attentions)
         if not taps:
             continue
         inner = flow.copy()
         inner.remove_edges_from(taps)
         without = _chain(graph, inner, source, output)
-        if without.way.issuperset(attentions):  # no second sequence hangs on them
+        if without.on_path.issuperset(attentions):  # no second sequence hangs on them
             flow, chain = inner, without
     return chain
 
@@ -173,35 +173,35 @@ def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -
     return [node for node in returned if node in flow and depth[node] == deepest]
 
 
-def attention_spans(analysis: TokenAnalysis, way: Chain) -> list[Span]:
-    """The spans of the chain, first to last."""
-    chain = way.nodes
+def attention_segments(analysis: TokenAnalysis, chain: Chain) -> list[Segment]:
+    """The segments of the chain, first to last."""
+    nodes = chain.nodes
     order = {node: i for i, node in enumerate(analysis.module.graph.nodes)}
     found: dict[int, list[fx.Node]] = {}
-    on_chain = set(chain)
+    on_chain = set(nodes)
     ahead = 0
     for node in analysis.module.graph.nodes:
-        if node not in way.way or not is_softmax(analysis, node) or node in on_chain:
+        if node not in chain.on_path or not is_softmax(analysis, node) or node in on_chain:
             continue
-        while ahead < len(chain) and order[chain[ahead]] < order[node]:
+        while ahead < len(nodes) and order[nodes[ahead]] < order[node]:
             ahead += 1
-        if 0 < ahead < len(chain):
+        if 0 < ahead < len(nodes):
             found.setdefault(ahead, []).append(node)
-    return [Span(chain[i - 1], chain[i], tuple(nodes)) for i, nodes in found.items()]
+    return [Segment(nodes[i - 1], nodes[i], tuple(own)) for i, own in found.items()]
 
 
-def refuse_sequence(span: Span, nodes: list[fx.Node]) -> None:
-    """Refuse a span in which one attention feeds another: the layers between them are not on the chain.
+def refuse_sequence(segment: Segment, nodes: list[fx.Node]) -> None:
+    """Refuse a segment in which one attention feeds another: the layers between them are not on the chain.
 
     Raises:
         UnsupportedModelError: something bypasses the stream, so that layers could not even be counted.
     """
     reached: set[fx.Node] = set()
     node = nodes[0]
-    while node is not span.end:
+    while node is not segment.end:
         if node in nodes and node in reached:
             raise UnsupportedModelError(
-                f"an attention feeds another one between {span.start.name} and {span.end.name}, past which a "
+                f"an attention feeds another one between {segment.start.name} and {segment.end.name}, past which a "
                 "connection leads; so the layers are not one residual stream",
                 node=node.name,
                 module_path=module_path(node),

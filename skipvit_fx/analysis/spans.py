@@ -104,10 +104,10 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
         cut = layer.cut if options.cut == "attention" else layer.end
         span = frozenset(nx.descendants(reads, cut)) - beyond if cut is not returns else frozenset()
         sites = [site.node for site in layer.sites] if cut is layer.cut else []
-        leave_after = module_before(cut, stream.way, layer.input, sites)
-        leave_before = module_after(cut, stream.way)
+        leave_after = module_before(cut, stream.on_path, layer.input, sites)
+        leave_before = module_after(cut, stream.on_path)
         stages.append(StageSpan(index, stage, layer, cut, span, leave_after, leave_before))
-    before = module_after(returns, stream.way) if returns is not None else None
+    before = module_after(returns, stream.on_path) if returns is not None else None
     spans = Spans(analysis, stream, options, tuple(stages), returns, before, {})
     taps = _taps(spans, reads)
     if (

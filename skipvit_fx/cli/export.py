@@ -54,33 +54,35 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
+Out = Annotated[Path, typer.Option("--out", "-o", help="the file to write")]
+Target = Annotated[TargetName, typer.Option(help="who reads the file")]
+Opset = Annotated[
+    int | None, typer.Option(help="11-16 for ascend, 11-18 for onnxruntime", show_default=False)
+]
+Batch = Annotated[
+    str | None, typer.Option(help="a number, or dynamic for onnxruntime", show_default=False)
+]
+ExposeKept = Annotated[bool, typer.Option("--expose-kept", help="also return the kept positions")]
+Verify = Annotated[bool, typer.Option("--verify", help="run the file in onnxruntime and compare")]
+PlanOrNone = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PLAN]", help="such as 6(55%)+11; without: the original", show_default=False
+    ),
+]
+
+
 def export(
     model: Model,
-    plan: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[PLAN]", help="such as 6(55%)+11; without: the original", show_default=False
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="the file to write")] = Path(
-        "model.onnx"
-    ),
-    target: Annotated[TargetName, typer.Option(help="who reads the file")] = TargetName.onnxruntime,
-    opset: Annotated[
-        int | None, typer.Option(help="11-16 for ascend, 11-18 for onnxruntime", show_default=False)
-    ] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(help="a number, or dynamic for onnxruntime", show_default=False),
-    ] = None,
+    plan: PlanOrNone = None,
+    out: Out = Path("model.onnx"),
+    target: Target = TargetName.onnxruntime,
+    opset: Opset = None,
+    batch: Batch = None,
     cann: Cann = CANN,
     soc: Soc = SOC,
-    expose_kept: Annotated[
-        bool, typer.Option("--expose-kept", help="also return the kept positions")
-    ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify", help="run the file in onnxruntime and compare")
-    ] = False,
+    expose_kept: ExposeKept = False,
+    verify: Verify = False,
     img_size: ImgSize = None,
     depth: Depth = None,
     pretrained: Pretrained = False,

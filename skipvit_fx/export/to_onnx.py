@@ -105,13 +105,7 @@ def export_onnx(
     _require("onnx", "onnx_ir", "onnxscript", *(("onnxruntime",) if verify else ()))
     _check_model(model)
     (args, kwargs), fixed = inputs_of(model, example_inputs, batch, profile)
-    clone = clone_structure(model).eval()
-    if expose_kept:
-        add_kept(clone)
-    _try(clone, args, kwargs)
-    if fixed is None:
-        _try_alone(clone, args, kwargs)
-    program = _program(clone, args, kwargs, dynamic=fixed is None)
+    program = _exported(model, args, kwargs, expose_kept, dynamic=fixed is None)
     graph = _to_ir(program, opset, profile)
     _name_outputs(graph, program, expose_kept)
     differences: list[float] = []
@@ -136,6 +130,24 @@ def export_onnx(
         reports[0] if reports else None,
         differences[0] if verify else None,
     )
+
+
+def _exported(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    expose_kept: bool,
+    *,
+    dynamic: bool,
+) -> ExportedProgram:
+    """The program of a copy of the model in eval mode, tried on the example before."""
+    clone = clone_structure(model).eval()
+    if expose_kept:
+        add_kept(clone)
+    _try(clone, args, kwargs)
+    if dynamic:
+        _try_alone(clone, args, kwargs)
+    return _program(clone, args, kwargs, dynamic=dynamic)
 
 
 def _accepted(report: AtcReport, destination: Path) -> AtcReport:

@@ -71,7 +71,7 @@ class RewriteRecord:
         options: what was asked for.
         frontend, frontend_reason: how the model was captured, and why so.
         token_dim: which dimension of the residual stream carries the tokens.
-        prefix, patches, tail: rows of the full sequence.
+        prefix, patches, suffix: rows of the full sequence.
         class_token: which of them is the class token, and what tells.
         args, kwargs: the example inputs, as tensors on the meta device.
         layers, stages: what was found and inserted.
@@ -88,7 +88,7 @@ class RewriteRecord:
     token_dim: int
     prefix: int
     patches: int
-    tail: int
+    suffix: int
     class_token: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

@@ -49,9 +49,9 @@ class GatherPositions(nn.Module):
         per_sample = self.per_sample
         if per_sample and self.repeat > 1:
             positions = positions.repeat_interleave(self.repeat, 0)
-        for dim, lead, tail in self.dims:
+        for dim, prefix, suffix in self.dims:
             d = dim + missing
-            rows = sequence_rows(positions, lead, full.shape[d] - lead - tail, tail)
+            rows = sequence_rows(positions, prefix, full.shape[d] - prefix - suffix, suffix)
             if per_sample:
                 front = full.movedim((self.batch_dim, d), (0, 1))
                 full = rows_of(front, rows).movedim((0, 1), (self.batch_dim, d))

@@ -95,18 +95,18 @@ class _Put(Function):
         return _Take.apply(gradient, rows), None, None
 
 
-def sequence_rows(patches: Tensor, lead: int, count: int, tail: int) -> Tensor:
+def sequence_rows(patches: Tensor, prefix: int, count: int, suffix: int) -> Tensor:
     """Rows of a whole sequence in which only the given patches are left: prefix, patches, trailing tokens.
 
     Args:
         patches: patch indices ``[batch, k]``; the rows have their dtype.
-        lead, count, tail: prefix, patch and trailing rows of the full sequence.
+        prefix, count, suffix: prefix, patch and trailing rows of the full sequence.
     """
-    parts = [patches + lead if lead else patches]
-    if lead:
-        parts.insert(0, same_rows(0, lead, patches))
-    if tail:
-        parts.append(same_rows(lead + count, lead + count + tail, patches))
+    parts = [patches + prefix if prefix else patches]
+    if prefix:
+        parts.insert(0, same_rows(0, prefix, patches))
+    if suffix:
+        parts.append(same_rows(prefix + count, prefix + count + suffix, patches))
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 

@@ -41,18 +41,18 @@ class ScoreByQuery(Switchable):
     Args:
         query: row of the queries that scores: 0 for a class token in front, -1 for one at the end; ``None`` for the
             mean of all queries, and for a key that a mask hides from some, of the others.
-        first, tail: how many keys stand before the patches, and after them.
+        prefix, suffix: how many keys stand before the patches, and after them.
         heads: heads per sample; the product of all axes but the batch, the rows and the channels.
         scale: of the logits; ``None`` for ``1 / sqrt(channels)``.
     """
 
     def __init__(
-        self, query: int | None, first: int, tail: int, heads: int, scale: float | None
+        self, query: int | None, prefix: int, suffix: int, heads: int, scale: float | None
     ) -> None:
         super().__init__()
         self.query = query
-        self.first = first
-        self.tail = tail
+        self.prefix = prefix
+        self.suffix = suffix
         self.heads = heads
         self.scale = scale
 
@@ -74,16 +74,16 @@ class ScoreByQuery(Switchable):
             logits = (asking * scale * key).sum(-1).unsqueeze(-2)
         if mask is not None:
             logits = logits + (mask if sizes(mask)[-2] == 1 else _logits_row(mask, -2, self.query))
-        return _patches(_probabilities(logits), self.heads, self.first, self.tail)
+        return _patches(_probabilities(logits), self.heads, self.prefix, self.suffix)
 
     def extra_repr(self) -> str:
         return f"query={'mean' if self.query is None else self.query}"
 
 
-def _patches(probabilities: Tensor, heads: int, first: int, tail: int) -> Tensor:
+def _patches(probabilities: Tensor, heads: int, prefix: int, suffix: int) -> Tensor:
     keys = probabilities.shape[-1]
     mean = probabilities.reshape(-1, heads, keys).mean(1)
-    return mean[:, first : keys - tail]
+    return mean[:, prefix : keys - suffix]
 
 
 class ScoreByWeights(Switchable):
@@ -92,7 +92,7 @@ class ScoreByWeights(Switchable):
     Args:
         query: row that scores; ``None`` for the mean of all, taken before the softmax.
         query_dim, key_dim: the matrix's query axis and its key axis, counted from the right (negative).
-        first, tail, heads: as in :class:`ScoreByQuery`.
+        prefix, suffix, heads: as in :class:`ScoreByQuery`.
     """
 
     def __init__(
@@ -100,16 +100,16 @@ class ScoreByWeights(Switchable):
         query: int | None,
         query_dim: int,
         key_dim: int,
-        first: int,
-        tail: int,
+        prefix: int,
+        suffix: int,
         heads: int,
     ) -> None:
         super().__init__()
         self.query = query
         self.query_dim = query_dim
         self.key_dim = key_dim
-        self.first = first
-        self.tail = tail
+        self.prefix = prefix
+        self.suffix = suffix
         self.heads = heads
 
     @kept_whole
@@ -120,7 +120,7 @@ class ScoreByWeights(Switchable):
         row = _logits_row(matrix, self.query_dim, self.query)
         row = row.movedim((self.query_dim, self.key_dim), (-2, -1))
         probabilities = _probabilities(row) if self.query is None else row
-        return _patches(probabilities, self.heads, self.first, self.tail)
+        return _patches(probabilities, self.heads, self.prefix, self.suffix)
 
     def extra_repr(self) -> str:
         return f"query={'mean' if self.query is None else self.query}"
@@ -129,18 +129,18 @@ class ScoreByWeights(Switchable):
 class ScoreAtRandom(Switchable):
     """Uniform random scores, new in every call: the baseline that every other score must beat."""
 
-    def __init__(self, dim: int, first: int, tail: int) -> None:
+    def __init__(self, dim: int, prefix: int, suffix: int) -> None:
         super().__init__()
         self.dim = dim
-        self.first = first
-        self.tail = tail
+        self.prefix = prefix
+        self.suffix = suffix
 
     @kept_whole
     def forward(self, stream: Tensor) -> Tensor | None:
         """Scores ``[batch, patches]`` from a stream with its tokens at ``dim`` 0 or 1, the batch at the other."""
         if not self.active:
             return None
-        patches = stream.shape[self.dim] - self.first - self.tail
+        patches = stream.shape[self.dim] - self.prefix - self.suffix
         return torch.rand(stream.shape[1 - self.dim], patches, device=stream.device)
 
 
@@ -148,13 +148,13 @@ class ScoreByFunction(Switchable):
     """The user's own score, a function from patch tokens ``[batch, patches, channels]`` to ``[batch, patches]``."""
 
     def __init__(
-        self, function: Callable[[Tensor], Tensor], dim: int, first: int, tail: int
+        self, function: Callable[[Tensor], Tensor], dim: int, prefix: int, suffix: int
     ) -> None:
         super().__init__()
         self.function = function
         self.dim = dim
-        self.first = first
-        self.tail = tail
+        self.prefix = prefix
+        self.suffix = suffix
 
     @kept_whole
     def forward(self, stream: Tensor) -> Tensor | None:
@@ -166,7 +166,7 @@ class ScoreByFunction(Switchable):
         if not self.active:
             return None
         tokens = stream if self.dim == 1 else stream.transpose(0, 1)
-        patches = tokens[:, self.first : tokens.shape[1] - self.tail]
+        patches = tokens[:, self.prefix : tokens.shape[1] - self.suffix]
         scores = self.function(patches)
         if sizes(scores) != sizes(patches)[:2]:
             raise ValueError(

@@ -20,11 +20,11 @@ class OnStream(nn.Module):
 
     on_tokens: Callable[..., Tensor]
 
-    def __init__(self, dim: int, lead: int, tail: int) -> None:
+    def __init__(self, dim: int, prefix: int, suffix: int) -> None:
         super().__init__()
         self.dim = dim
-        self.lead = lead
-        self.tail = tail
+        self.prefix = prefix
+        self.suffix = suffix
 
     @kept_whole
     def forward(self, stream: Tensor, *others: Tensor | None) -> Tensor | None:
@@ -38,15 +38,15 @@ class OnStream(nn.Module):
 
     def patch_count(self, tokens: Tensor) -> int:
         """How many of ``[batch, tokens, channels]`` are patches."""
-        return tokens.shape[1] - self.lead - self.tail
+        return tokens.shape[1] - self.prefix - self.suffix
 
 
 class Keep(OnStream):
     """The sequence without the dropped patches; prefix and trailing tokens stay."""
 
     def on_tokens(self, tokens: Tensor, kept: Tensor) -> Tensor:
-        """``[batch, tokens, channels]`` to ``[batch, lead + k + tail, channels]``."""
-        rows = sequence_rows(kept, self.lead, self.patch_count(tokens), self.tail)
+        """``[batch, tokens, channels]`` to ``[batch, prefix + k + suffix, channels]``."""
+        rows = sequence_rows(kept, self.prefix, self.patch_count(tokens), self.suffix)
         return take_rows(tokens, rows)
 
 
@@ -61,7 +61,7 @@ class PassAround(OnStream):
 
     def on_tokens(self, tokens: Tensor, dropped: Tensor) -> Tensor:
         """``[batch, tokens, channels]`` to ``[batch, d, channels]``."""
-        return take_rows(tokens, dropped + self.lead)
+        return take_rows(tokens, dropped + self.prefix)
 
 
 class Fuse(OnStream):
@@ -71,11 +71,11 @@ class Fuse(OnStream):
     """
 
     def on_tokens(self, tokens: Tensor, around: Tensor, dropped: Tensor, *scores: Tensor) -> Tensor:
-        """``[batch, lead + k + tail, channels]`` to ``[batch, lead + k + 1 + tail, channels]``."""
+        """``[batch, prefix + k + suffix, channels]`` to ``[batch, prefix + k + 1 + suffix, channels]``."""
         total = scores[0] if len(scores) == 1 else torch.stack(scores).mean(0)
         weights = take_rows(total.unsqueeze(-1), dropped).to(around.dtype)
         fused = (around * weights).sum(1, keepdim=True)
-        end = tokens.shape[1] - self.tail
+        end = tokens.shape[1] - self.suffix
         return torch.cat([tokens[:, :end], fused, tokens[:, end:]], 1)
 
 
@@ -85,16 +85,16 @@ class Merge(OnStream):
     By concatenation and one row gather with the inverse permutation: no scatter.
     """
 
-    def __init__(self, dim: int, lead: int, tail: int, fused: bool) -> None:
-        super().__init__(dim, lead, tail)
+    def __init__(self, dim: int, prefix: int, suffix: int, fused: bool) -> None:
+        super().__init__(dim, prefix, suffix)
         self.fused = fused
 
     def on_tokens(self, tokens: Tensor, around: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
-        """``[batch, lead + k + tail, channels]`` and ``[batch, d, channels]`` to ``[batch, tokens, channels]``."""
+        """``[batch, prefix + k + suffix, channels]`` and ``[batch, d, channels]`` to ``[batch, tokens, channels]``."""
         order = torch.cat([kept, dropped], 1)
-        end = self.lead + kept.shape[1]
-        parts = [tokens[:, :end] if self.fused or self.tail else tokens, around]
-        if self.tail:
-            parts.append(tokens[:, tokens.shape[1] - self.tail :])
-        rows = sequence_rows(inverse_order(order), self.lead, order.shape[1], self.tail)
+        end = self.prefix + kept.shape[1]
+        parts = [tokens[:, :end] if self.fused or self.suffix else tokens, around]
+        if self.suffix:
+            parts.append(tokens[:, tokens.shape[1] - self.suffix :])
+        rows = sequence_rows(inverse_order(order), self.prefix, order.shape[1], self.suffix)
         return take_rows(torch.cat(parts, 1), rows)

@@ -216,8 +216,8 @@ class AttentionReport:
 
     def _describe(self, stream: Stream) -> None:
         tokens = stream.tokens
-        self.prefix_tokens, self.patches = tokens.lead, tokens.patches
-        self.trailing_tokens = tokens.tail
+        self.prefix_tokens, self.patches = tokens.prefix, tokens.patches
+        self.trailing_tokens = tokens.suffix
         self.class_token = stream.class_token.row is not None
         self.scored_by = str(stream.class_token)
         self.layers = tuple(

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.editor import INSERTED_BY
-from skipvit_fx.graph.record import LayerRecord, graph_lines, record_of
+from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.reports.diff import graph_diff
 from skipvit_fx.reports.inspection_report import (
@@ -34,45 +34,7 @@ def inspect(fast: nn.Module) -> Inspection:
     """
     record = record_of(fast)
     assert isinstance(fast, fx.GraphModule)
-    now = count_macs(fast, record.args, record.kwargs, skipping=True)
-    baseline = count_macs(fast, record.args, record.kwargs, skipping=False)
-    regions = regions_of(fast.graph, record.layers)
-    places = {node.name: node for node in fast.graph.nodes}
-    depth = len(record.layers)
-
-    macs, baseline_macs = (by_region(count.nodes, regions, depth) for count in (now, baseline))
-    bytes_, baseline_bytes = (by_region(count.bytes, regions, depth) for count in (now, baseline))
-    dropped = {
-        stage.layer: -_gained(fast.graph, f"{stage.path}.keep", now.shapes, record.token_dim)
-        for stage in record.stages
-    }
-    returned = sum(
-        _gained(fast.graph, f"{stage.path}.merge", now.shapes, record.token_dim)
-        for stage in record.stages
-    )
-
-    def layer_report(layer: LayerRecord) -> LayerReport:
-        rows = [now.shapes[name][record.token_dim] for name in (layer.cut, layer.end)]
-        return LayerReport(
-            index=layer.index,
-            module_path=layer.module_path,
-            attention_tokens=_keys(places[layer.attention], now.shapes, fast),
-            queries=rows[0],
-            ffn_tokens=rows[1],
-            dropped=dropped.get(layer.index, 0),
-            returned=returned if layer.index == record.plan.return_layer else 0,
-            macs=macs[layer.index],
-            baseline_macs=baseline_macs[layer.index],
-            bytes=bytes_[layer.index],
-            baseline_bytes=baseline_bytes[layer.index],
-        )
-
-    def rest_report(region: int) -> RestReport:
-        gained = returned if region == record.plan.return_layer else 0
-        return RestReport(
-            gained, macs[region], baseline_macs[region], bytes_[region], baseline_bytes[region]
-        )
-
+    looked = _Looked(fast, record)
     switches = [m.active for m in fast.modules() if isinstance(m, Switchable)]
     return Inspection(
         model=record.model,
@@ -86,40 +48,79 @@ def inspect(fast: nn.Module) -> Inspection:
         validated=record.validated,
         prefix=record.prefix,
         patches=record.patches,
-        tail=record.tail,
+        tail=record.suffix,
         class_token=record.class_token,
         stages=tuple(
             StageReport(stage.layer, stage.leave_after, stage.leave_before, stage.return_before)
             for stage in record.stages
         ),
-        layers=tuple(layer_report(layer) for layer in record.layers),
-        embedding=rest_report(0),
-        head=rest_report(depth + 1),
-        macs=now.total,
-        baseline_macs=baseline.total,
-        nodes=tuple(
-            NodeReport(
-                name=node.name,
-                op=node.op,
-                target=str(printed_target(node)),
-                inserted_by=node.meta.get(INSERTED_BY),
-                layer=region if 0 < (region := regions[node.name]) <= depth else None,
-                shape=now.shapes.get(node.name),
-                macs=now.nodes[node.name],
-                reads=tuple(read.name for read in node.all_input_nodes),
-            )
-            for node in fast.graph.nodes
-        ),
+        layers=tuple(map(looked.layer, record.layers)),
+        embedding=looked.rest(0),
+        head=looked.rest(len(record.layers) + 1),
+        macs=looked.now.total,
+        baseline_macs=looked.baseline.total,
+        nodes=tuple(map(looked.node, fast.graph.nodes)),
         _diff=graph_diff(record, graph_lines(fast.graph)),
     )
 
 
-def _gained(graph: fx.Graph, target: str, shapes: Mapping[str, tuple[int, ...]], dim: int) -> int:
-    """Rows that the one node which calls the module ``target`` adds to its first argument; 0 if there is none."""
-    for node in graph.find_nodes(op="call_module", target=target):
-        stream = node.all_input_nodes[0]
-        return shapes[node.name][dim] - shapes[stream.name][dim]
-    return 0
+class _Looked:
+    """A rewritten model, counted with skipping on and off, region by region."""
+
+    def __init__(self, fast: fx.GraphModule, record: RewriteRecord) -> None:
+        self.fast, self.record = fast, record
+        self.now = count_macs(fast, record.args, record.kwargs, skipping=True)
+        self.baseline = count_macs(fast, record.args, record.kwargs, skipping=False)
+        self.regions = regions_of(fast.graph, record.layers)
+        depth = len(record.layers)
+        counts = self.now.nodes, self.baseline.nodes, self.now.bytes, self.baseline.bytes
+        self.work = [*zip(*(by_region(c, self.regions, depth) for c in counts), strict=True)]
+        self.nodes = {node.name: node for node in fast.graph.nodes}
+        self.returned = sum(self._gained(f"{stage.path}.merge") for stage in record.stages)
+
+    def layer(self, layer: LayerRecord) -> LayerReport:
+        rows = [self.now.shapes[name][self.record.token_dim] for name in (layer.cut, layer.end)]
+        leaving = [s for s in self.record.stages if s.layer == layer.index]
+        return LayerReport(
+            layer.index,
+            layer.module_path,
+            attention_tokens=_keys(self.nodes[layer.attention], self.now.shapes, self.fast),
+            queries=rows[0],
+            ffn_tokens=rows[1],
+            dropped=-sum(self._gained(f"{stage.path}.keep") for stage in leaving),
+            returned=self._returned_in(layer.index),
+            **self._work(layer.index),
+        )
+
+    def rest(self, region: int) -> RestReport:
+        return RestReport(returned=self._returned_in(region), **self._work(region))
+
+    def node(self, node: fx.Node) -> NodeReport:
+        region = self.regions[node.name]
+        return NodeReport(
+            name=node.name,
+            op=node.op,
+            target=printed_target(node),
+            inserted_by=node.meta.get(INSERTED_BY),
+            layer=region if 0 < region <= len(self.record.layers) else None,
+            shape=self.now.shapes.get(node.name),
+            macs=self.now.nodes[node.name],
+            reads=tuple(read.name for read in node.all_input_nodes),
+        )
+
+    def _work(self, region: int) -> dict[str, int]:
+        names = ("macs", "baseline_macs", "bytes", "baseline_bytes")
+        return dict(zip(names, self.work[region], strict=True))
+
+    def _returned_in(self, region: int) -> int:
+        return self.returned if region == self.record.plan.return_layer else 0
+
+    def _gained(self, target: str) -> int:
+        """Rows that the one node which calls a module adds to its first argument; 0 if there is none."""
+        shapes, dim = self.now.shapes, self.record.token_dim
+        for node in self.fast.graph.find_nodes(op="call_module", target=target):
+            return shapes[node.name][dim] - shapes[node.all_input_nodes[0].name][dim]
+        return 0
 
 
 def _keys(site: fx.Node, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module) -> int:

@@ -17,7 +17,13 @@ from skipvit_fx.graph.record import record_of
 from skipvit_fx.reports.latency_model import LatencyModel
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.layers import by_region, regions_of
-from skipvit_fx.reports.macs import batch_size, count_macs, placeholder_values, skip_as_planned
+from skipvit_fx.reports.macs import (
+    MacCount,
+    batch_size,
+    count_macs,
+    placeholder_values,
+    skip_as_planned,
+)
 from skipvit_fx.torch_internals import pytree
 
 WARM_UP = 2
@@ -61,47 +67,60 @@ def measure_latency(
         )
     device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     wait = _waiting_for(device)
-    original = clone_structure(model).eval()
-    timers = []
-    for skipping in (False, True):
-        copy = clone_structure(fast).eval()
-        skip_as_planned(copy, skipping)
-        assert isinstance(copy, fx.GraphModule)
-        timers.append(_NodeTimer(copy, wait))
-    whole: list[list[float]] = [[], []]
+    timers = [_NodeTimer(_copy(fast, skipping), wait) for skipping in (False, True)]
+    whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
     for _ in range(WARM_UP + rounds):
-        for times, module in zip(whole, (original, timers[1].module), strict=True):
-            start = perf_counter()
-            module(*args, **kwargs)
-            wait()
-            times.append(perf_counter() - start)
+        for timed in whole:
+            timed.run(*args, **kwargs)
         for timer in timers:
             timer.run(*placeholder_values(fast.graph, args, kwargs))  # type: ignore[arg-type]
-
     counts = [count_macs(fast, args, kwargs, skipping=skipping) for skipping in (False, True)]
     seconds = [timer.medians() for timer in timers]
-    nodes = list(seconds[0])
-    law = LatencyModel.fitted(
-        [batch * counts[0].nodes[name] for name in nodes],
-        [batch * counts[0].bytes[name] for name in nodes],
-        [seconds[0][name] for name in nodes],
+    law = _fitted(counts[0], seconds[0], batch)
+    before, after = (
+        _work_by_region(fast, count, times, law, batch)
+        for count, times in zip(counts, seconds, strict=True)
     )
-    regions, depth = regions_of(fast.graph, record.layers), len(record.layers)  # type: ignore[arg-type]
-    columns = []
-    for count, measured in zip(counts, seconds, strict=True):
-        macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
-        predicted = [law.seconds(batch * m, batch * b) for m, b in zip(macs, bytes_, strict=True)]
-        columns.append((macs, bytes_, predicted, by_region(measured, regions, depth)))
-    names = ["embedding", *map(str, range(1, depth + 1)), "head"]
-    before, after = (list(zip(*column, strict=True)) for column in columns)
+    names = ["embedding", *map(str, range(1, len(record.layers) + 1)), "head"]
     layers = tuple(
         LayerLatency(name, m, m0, b, b0, p, p0, t, t0)
-        for name, (m0, b0, p0, t0), (m, b, p, t) in zip(names, before, after, strict=True)
+        for name, (m, b, p, t), (m0, b0, p0, t0) in zip(names, after, before, strict=True)
     )
-    baseline, rewritten = (tuple(times[WARM_UP:]) for times in whole)
+    baseline, rewritten = (tuple(timed.seconds[WARM_UP:]) for timed in whole)
     return LatencyReport(
         record.model, str(record.plan), str(device), batch, law, layers, rewritten, baseline
     )
+
+
+def _copy(fast: nn.Module, skipping: bool) -> fx.GraphModule:
+    """A rewritten model in eval mode with tensors shared, and skipping as planned or not."""
+    copy = clone_structure(fast).eval()
+    skip_as_planned(copy, skipping)
+    assert isinstance(copy, fx.GraphModule)
+    return copy
+
+
+def _fitted(count: MacCount, seconds: Mapping[str, float], batch: int) -> LatencyModel:
+    """The law that the nodes' times follow, given their work."""
+    return LatencyModel.fitted(
+        [batch * count.nodes[name] for name in seconds],
+        [batch * count.bytes[name] for name in seconds],
+        [*seconds.values()],
+    )
+
+
+def _work_by_region(
+    fast: nn.Module, count: MacCount, seconds: Mapping[str, float], law: LatencyModel, batch: int
+) -> list[tuple[int, int, float, float]]:
+    """Multiply-adds and bytes of one image, and seconds of the batch as predicted and as measured."""
+    depth = len(record_of(fast).layers)
+    regions = regions_of(fast.graph, record_of(fast).layers)  # type: ignore[arg-type]
+    macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
+    measured = by_region(seconds, regions, depth)
+    return [
+        (m, b, law.seconds(batch * m, batch * b), t)
+        for m, b, t in zip(macs, bytes_, measured, strict=True)
+    ]
 
 
 def _waiting_for(device: torch.device) -> Callable[[], None]:
@@ -110,6 +129,20 @@ def _waiting_for(device: torch.device) -> Callable[[], None]:
         return lambda: None
     synchronize: Callable[[], None] = torch.get_device_module(device).synchronize
     return synchronize
+
+
+class _ModuleTimer:
+    """Notes the seconds of every call of a module."""
+
+    def __init__(self, module: nn.Module, wait: Callable[[], None]) -> None:
+        self.module, self.wait = module, wait
+        self.seconds: list[float] = []
+
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        start = perf_counter()
+        self.module(*args, **kwargs)
+        self.wait()
+        self.seconds.append(perf_counter() - start)
 
 
 class _NodeTimer(fx.Interpreter):

@@ -76,7 +76,7 @@ class Context:
     @property
     def place(self) -> tuple[int, int, int]:
         """Token dimension, prefix and suffix rows of the residual stream, as inserted modules take them."""
-        return self.stream.dim, self.stream.tokens.lead, self.stream.tokens.tail
+        return self.stream.dim, self.stream.tokens.prefix, self.stream.tokens.suffix
 
     def stages(self) -> list[tuple[StageSpan, Skip]]:
         """Every stage with what was inserted for it, first to last."""

@@ -50,7 +50,7 @@ def _run(context: Context, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         called = context.analysis.fake_module(str(node.target))
     if isinstance(called, ScoreByFunction):  # the user's own code may need real numbers
         stream, dim = args[0], called.dim
-        patches = stream.shape[dim] - called.first - called.tail
+        patches = stream.shape[dim] - called.prefix - called.suffix
         with context.analysis.fake_mode:
             return stream.new_empty(stream.shape[1 - dim], patches)
     try:

@@ -182,6 +182,6 @@ def _from_the_end(context: Context, part: Any, dim: Dim) -> Any:
         return slice(start, stop, part.step)
     tokens = tokens_of(dim)
     place = context.analysis[part].value if isinstance(part, fx.Node) else part
-    if tokens is None or not isinstance(place, int) or place < tokens.lead + tokens.patches:
+    if tokens is None or not isinstance(place, int) or place < tokens.prefix + tokens.patches:
         return part
     return place - size(tokens) if place < size(tokens) else None

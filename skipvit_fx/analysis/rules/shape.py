@@ -112,9 +112,9 @@ def _select(call: Call) -> list[Axes | None]:
         index = call.argument("index") % size(tokens)
         if tokens.weights:
             raise MixesTokens(_PICKED)
-        if tokens.lead <= index < tokens.lead + tokens.patches:
+        if tokens.prefix <= index < tokens.prefix + tokens.patches:
             raise MixesTokens("a patch token is picked out by its position")
-        call.reads = index + 1 - tokens.lead
+        call.reads = index + 1 - tokens.prefix
     del axes[d]
     return [tuple(axes)]
 
@@ -124,9 +124,9 @@ _PICKED = "single weights are picked out of an attention, each of which depends 
 
 def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
     """The rows ``start:stop`` of a token axis: all patches with part of the rest, or none of them."""
-    first, last = tokens.lead, tokens.lead + tokens.patches
+    first, last = tokens.prefix, tokens.prefix + tokens.patches
     if start <= first and stop >= last:
-        return (tokens._replace(lead=first - start, tail=stop - last),)
+        return (tokens._replace(prefix=first - start, suffix=stop - last),)
     if tokens.weights and not start <= first <= last <= stop:
         raise MixesTokens(_PICKED)
     if stop <= first or start >= last:
@@ -153,7 +153,7 @@ def _slice(call: Call) -> list[Axes | None]:
         raise MixesTokens("a slice with a step picks tokens by their position")
     axes[d] = _cut(tokens, start, stop)
     if not tokens_of(axes[d]):
-        call.reads = stop - tokens.lead
+        call.reads = stop - tokens.prefix
     return [tuple(axes)]
 
 
@@ -210,7 +210,7 @@ def _cat(call: Call) -> list[Axes | None]:
         assert tokens is not None
         before = sum(t.shape[d] for t in tensors[:at])
         after = sum(t.shape[d] for t in tensors[at + 1 :])
-        joined = (tokens._replace(lead=tokens.lead + before, tail=tokens.tail + after),)
+        joined = (tokens._replace(prefix=tokens.prefix + before, suffix=tokens.suffix + after),)
     return [(*across[:d], joined, *across[d + 1 :])]
 
 
