@@ -1,7 +1,9 @@
 """skipvit_fx: a graph compiler that gives any Vision Transformer a token-level skip connection."""
 
-from skipvit_fx.api import rewrite, set_skipping
-from skipvit_fx.ascend.atc import AtcReport, atc_check
+from importlib.metadata import PackageNotFoundError, version
+
+from skipvit_fx.api import rewrite, set_skipping, skipping
+from skipvit_fx.ascend.atc import AtcReport, Finding, atc_check
 from skipvit_fx.errors import (
     ExportError,
     GuardError,
@@ -14,35 +16,58 @@ from skipvit_fx.errors import (
     ValidationError,
 )
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan, Stage
-from skipvit_fx.reports.attention import AttentionReport, find_attention
+from skipvit_fx.reports.attention import AttentionReport, FoundLayer, Site, find_attention
 from skipvit_fx.reports.inspection import inspect
-from skipvit_fx.reports.inspection_report import Inspection
+from skipvit_fx.reports.inspection_report import (
+    Inspection,
+    LayerReport,
+    NodeReport,
+    RestReport,
+    StageReport,
+)
 from skipvit_fx.reports.latency import measure_latency
-from skipvit_fx.reports.latency_report import LatencyReport
+from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.tokens import TokenTrace, trace_tokens
 from skipvit_fx.saving import load, save
 from skipvit_fx.training import SkipSchedule
+
+try:
+    __version__ = version("skipvit_fx")
+except PackageNotFoundError:  # a checkout that was not installed
+    __version__ = "unknown"
+del version, PackageNotFoundError
 
 __all__ = [
     "AtcReport",
     "AttentionReport",
     "ExportError",
     "ExportedFile",
+    "Finding",
+    "FoundLayer",
     "GuardError",
     "Inspection",
     "LatencyReport",
+    "LayerLatency",
+    "LayerReport",
+    "NodeReport",
     "NotRewrittenError",
     "Plan",
     "PlanError",
+    "RestReport",
     "SavedModelError",
+    "Site",
     "SkipSchedule",
     "SkipViTError",
+    "SkipViTModule",
     "Stage",
+    "StageReport",
     "TokenTrace",
     "TraceError",
     "UnsupportedModelError",
     "ValidationError",
+    "__version__",
     "atc_check",
     "export_onnx",
     "find_attention",
@@ -52,5 +77,6 @@ __all__ = [
     "rewrite",
     "save",
     "set_skipping",
+    "skipping",
     "trace_tokens",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import nn
@@ -149,6 +151,23 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
     for module in fast.modules():
         if isinstance(module, Switchable):
             module.enabled = on
+
+
+@contextlib.contextmanager
+def skipping(fast: nn.Module, on: bool) -> Iterator[None]:
+    """Within ``with skipping(fast, False):``, skipping is off, or on; afterwards it is as it was before.
+
+    Raises:
+        NotRewrittenError, PlanError: as :func:`set_skipping` does.
+    """
+    check_rewritten(fast)
+    before = {m: m.enabled for m in fast.modules() if isinstance(m, Switchable)}
+    set_skipping(fast, on)
+    try:
+        yield
+    finally:
+        for module, enabled in before.items():
+            module.enabled = enabled
 
 
 def set_train_only(fast: nn.Module, train_only: bool) -> None:

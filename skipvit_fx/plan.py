@@ -52,7 +52,7 @@ class Stage:
         return n - self.dropped(n)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All drops, ascending by layer, and the layer at whose input every dropped token returns.
 
@@ -105,6 +105,9 @@ class Plan:
                 f"return at layer {self.return_layer}, but layer {last} still drops tokens",
                 hint=f"return at layer {last + 1} or later",
             )
+
+    def __repr__(self) -> str:
+        return f"Plan({str(self)!r})"
 
     def __str__(self) -> str:
         if not self.stages:

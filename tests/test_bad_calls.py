@@ -402,7 +402,7 @@ OTHERS: list[Bad] = [
      SkipViTError, ("0 rounds", "at least one")),
     ("latency-text", lambda w: sv.measure_latency(w.model, w.fast, (w.x,), rounds="3"),
      SkipViTError, ("'3' rounds", "at least one")),
-    ("latency-tensor", lambda w: sv.measure_latency(w.model, w.fast, w.x), TypeError, ("args", "tuple")),
+    ("latency-text-inputs", lambda w: sv.measure_latency(w.model, w.fast, "x"), TypeError, ("example_inputs", "str")),
     ("latency-none-images", lambda w: sv.measure_latency(w.model, w.fast, (w.x[:0],)),
      SkipViTError, ("0 images",)),
     ("schedule-model", lambda w: sv.SkipSchedule(w.model),

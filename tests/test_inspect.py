@@ -240,7 +240,10 @@ def test_networkx(fast: Any, report: Inspection) -> None:
     }
     assert graph.nodes["blocks_6_mlp"]["inserted_by"] is None
     assert graph.nodes["blocks_6_mlp"]["shape"] == (1, 90, 384)
-    assert graph.nodes["head"]["layer"] is None
+    assert graph.nodes["patch_embed"]["layer"] == 0
+    assert graph.nodes["head"]["layer"] == 13
+    assert graph.nodes["stage_1_choice"]["shape"] == ((1, 89), (1, 107))
+    assert all({"shape", "layer"} <= set(graph.nodes[name]) for name in graph)
 
 
 def test_the_module_is_left_alone(fast: Any) -> None:

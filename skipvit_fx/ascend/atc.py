@@ -50,7 +50,7 @@ class Finding:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class AtcReport:
     """What is known about a file.
 
@@ -153,6 +153,9 @@ class AtcReport:
             "runs": [run],
         }
         return json.dumps(document, indent=2)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: opset {self.opset}, for CANN {self.cann} on {self.soc}"]

@@ -55,7 +55,7 @@ def bench(
     fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     (example, *_), _ = example_of(original, None)
     images = torch.randn(batch, *example.shape[1:], dtype=example.dtype, device=place)
-    report = measure_latency(original, fast, (images,), rounds=rounds)
+    report = measure_latency(original, fast, images, rounds=rounds)
     where = (
         hardware()
         if place.type == "cpu"

@@ -433,6 +433,9 @@ class AttentionReport:
             "hint": None if self.refusal is None else self.refusal.hint,
         }
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         lines = [self._headline()]
         if rows := [self._row(site) for site in self.sites if site.layer]:

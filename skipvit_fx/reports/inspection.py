@@ -103,7 +103,7 @@ class _Looked:
             target=printed_target(node),
             inserted_by=node.meta.get(INSERTED_BY),
             layer=region if 0 < region <= len(self.record.layers) else None,
-            shape=self.now.shapes.get(node.name),
+            shape=self.now.shapes[node.name],
             macs=self.now.nodes[node.name],
             reads=tuple(read.name for read in node.all_input_nodes),
         )
@@ -119,15 +119,15 @@ class _Looked:
         """Rows that the one node which calls a module adds to its first argument; 0 if there is none."""
         shapes, dim = self.now.shapes, self.record.token_dim
         for node in self.fast.graph.find_nodes(op="call_module", target=target):
-            return shapes[node.name][dim] - shapes[node.all_input_nodes[0].name][dim]
+            return int(shapes[node.name][dim] - shapes[node.all_input_nodes[0].name][dim])
         return 0
 
 
-def _keys(site: fx.Node, shapes: Mapping[str, tuple[int, ...]], owner: nn.Module) -> int:
+def _keys(site: fx.Node, shapes: Mapping[str, Any], owner: nn.Module) -> int:
     """Length of the axis that an attention's softmax runs over."""
     if site.target in SDPA:
         key: fx.Node = AttentionArguments(*site.args, **site.kwargs).key
-        return shapes[key.name][-2]
+        return int(shapes[key.name][-2])
     dim: Any
     if site.op == "call_module":
         dim = owner.get_submodule(str(site.target)).dim

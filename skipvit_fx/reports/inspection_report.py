@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import networkx as nx
@@ -88,7 +88,7 @@ class NodeReport:
         name, op, target: as in ``torch.fx``; the target as text.
         inserted_by: name of the pass that inserted it; ``None`` for the author's own.
         layer: the layer that it runs in, from 1; ``None`` before the first and after the last.
-        shape: of its value for a batch of one; ``None`` where the value is not one tensor.
+        shape: of its value for a batch of one; of each tensor, where the value is several; empty where it is none.
         macs: multiply-adds per image.
         reads: names of the nodes that it reads.
     """
@@ -98,12 +98,16 @@ class NodeReport:
     target: str
     inserted_by: str | None
     layer: int | None
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     macs: int
     reads: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+_SHOWN = ("op", "target", "inserted_by", "shape", "macs")
+"""What a node of :meth:`Inspection.to_networkx` says of itself, besides its layer."""
+
+
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """A rewritten model, looked at with skipping on. ``str()`` is a table of its layers.
 
@@ -141,11 +145,13 @@ class Inspection:
     head: RestReport
     macs: int
     baseline_macs: int
-    nodes: tuple[NodeReport, ...] = field(repr=False)
-    _diff: tuple[str, ...] = field(repr=False)
+    nodes: tuple[NodeReport, ...]
+    _diff: tuple[str, ...]
 
     def __str__(self) -> str:
         return _layer_table(self)
+
+    __repr__ = __str__
 
     @property
     def inserted(self) -> tuple[NodeReport, ...]:
@@ -163,12 +169,16 @@ class Inspection:
         """The rewritten graph, from each node to those that read it.
 
         Nodes are named as in ``torch.fx`` and carry ``op``, ``target``, ``inserted_by``, ``layer``, ``shape`` and
-        ``macs``, as in :class:`NodeReport`.
+        ``macs``, as in :class:`NodeReport`; but ``layer`` is 0 before the first layer, and one more than there are
+        after the last.
         """
         graph = nx.DiGraph()
+        last = len(self.layers)
+        region = 0
         for node in self.nodes:
-            attributes = ("op", "target", "inserted_by", "layer", "shape", "macs")
-            graph.add_node(node.name, **{name: getattr(node, name) for name in attributes})
+            region = node.layer or (last + 1 if region else 0)
+            attributes = {name: getattr(node, name) for name in _SHOWN}
+            graph.add_node(node.name, **attributes, layer=region)
             graph.add_edges_from((read, node.name) for read in node.reads)
         return graph
 
@@ -176,12 +186,16 @@ class Inspection:
         """Everything but the author's nodes and the diff, as plain values for ``json.dumps``."""
         plain = asdict(self)
         del plain["nodes"], plain["_diff"]
-        plain["layers"], plain["stages"] = list(plain["layers"]), list(plain["stages"])
-        plain["inserted"] = [
-            {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(node).items()}
-            for node in self.inserted
-        ]
-        return plain
+        plain["inserted"] = [asdict(node) for node in self.inserted]
+        listed: dict[str, Any] = _with_lists(plain)
+        return listed
+
+
+def _with_lists(value: Any) -> Any:
+    """A value with lists for tuples, as it comes back from JSON."""
+    if isinstance(value, dict):
+        return {name: _with_lists(item) for name, item in value.items()}
+    return [_with_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # -- table ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.cloning import clone_structure
+from skipvit_fx.capture.example import arguments_of
 from skipvit_fx.errors import SkipViTError
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.reports.latency_model import LatencyModel
@@ -34,8 +35,7 @@ WARM_UP = 2
 def measure_latency(
     model: nn.Module,
     fast: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
+    example_inputs: Any,
     *,
     rounds: int = 10,
 ) -> LatencyReport:
@@ -45,20 +45,19 @@ def measure_latency(
         model: the original.
         fast: what :func:`skipvit_fx.rewrite` made of it; timed with skipping on as its plan says, whatever it is now.
             Neither it nor the model changes.
-        args, kwargs: what both are called with, on their device.
+        example_inputs: what both are called with, on their device: a tensor, a tuple or a dict, as for
+            :func:`skipvit_fx.rewrite`.
         rounds: of every measurement; the table shows medians.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
-        TypeError: ``model`` is not a module, or ``args`` not a tuple.
+        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that it can be called with.
         SkipViTError: there are no rounds or no images.
         TraceError: the model's work cannot be counted on these inputs.
     """
     record = record_of(fast)
     check_model(model)
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"args must be a tuple of arguments, got {type(args).__name__}")
-    kwargs = dict(kwargs or {})
+    args, kwargs = arguments_of(example_inputs)
     batch = batch_size(args, kwargs)
     if not isinstance(rounds, int) or rounds < 1 or not batch:
         raise SkipViTError(

@@ -33,7 +33,7 @@ class LayerLatency:
     baseline_measured: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyReport:
     """A rewritten model beside the original, in time. ``str()`` is a table of its layers.
 
@@ -84,6 +84,8 @@ class LatencyReport:
 
     def __str__(self) -> str:
         return _latency_table(self)
+
+    __repr__ = __str__
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for ``json.dumps``; times in seconds per batch."""

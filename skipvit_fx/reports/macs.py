@@ -43,13 +43,13 @@ class MacCount:
         total: of the whole module.
         nodes: by name of the graph node, in graph order; they sum up to ``total``. Empty for a module without graph.
         bytes: by name as well: read and written by operators that multiply no matrices. Views move nothing.
-        shapes: of every node whose value is one tensor, for a batch of one.
+        shapes: of every node's value for a batch of one: of one tensor, of each of several, or empty.
     """
 
     total: int
     nodes: dict[str, int]
     bytes: dict[str, int]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, Any]
 
 
 def count_macs(
@@ -157,15 +157,15 @@ class _NodeCounter(fx.Interpreter):
         self.traffic = traffic
         self.macs: dict[str, int] = {}
         self.bytes: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
         value = None if n.target is guard else super().run_node(n)  # one sample stands for any
         self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
         self.bytes[n.name] = self.traffic.bytes - bytes_
-        if isinstance(value, Tensor):
-            self.shapes[n.name] = tuple(value.shape)
+        shapes = tuple(tuple(tensor.shape) for tensor in _tensors(value))
+        self.shapes[n.name] = shapes[0] if isinstance(value, Tensor) else shapes
         return value
 
 
