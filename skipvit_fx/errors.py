@@ -50,10 +50,17 @@ class UnsupportedModelError(SkipViTError):
         node: name of the graph node in the way; empty if no single node is to blame.
         module_path: path of the module that the node comes from, as in ``model.get_submodule``.
         reason: why a rewrite would not be sound, without the place.
+        in_every_part: whether the parts of the model are no better, so that none of them could be rewritten alone.
     """
 
     def __init__(
-        self, reason: str, *, node: str = "", module_path: str = "", hint: str = ""
+        self,
+        reason: str,
+        *,
+        node: str = "",
+        module_path: str = "",
+        hint: str = "",
+        in_every_part: bool = False,
     ) -> None:
         reason = _plain(reason)
         place = f" (node {node!r} in module {module_path or '<root>'!r})" if node else ""
@@ -61,6 +68,7 @@ class UnsupportedModelError(SkipViTError):
         self.node = node
         self.module_path = module_path
         self.reason = reason
+        self.in_every_part = in_every_part
 
 
 class ValidationError(SkipViTError):

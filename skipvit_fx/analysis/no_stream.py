@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.residual import Segment, keys_of
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.graph.attention_ops import SDPA
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module_paths import module_path
 
 SUMS_TOKENS = "a sum over the token axis"
@@ -44,6 +44,12 @@ def try_tokens(analysis: TokenAnalysis, segment: Segment) -> Tried:
     return Tried(mixing, analysis[softmax].softmax_over is not None)
 
 
+SEVERAL = (
+    "before its first attention there is no place that everything passes: it has several sequences of tokens, or "
+    "reads its input again later"
+)
+
+
 def no_stream(
     analysis: TokenAnalysis, segments: Sequence[Segment], tried: Tried | None
 ) -> UnsupportedModelError:
@@ -53,19 +59,24 @@ def no_stream(
         tried: what became of the first segment; ``None`` if it starts with no tensor ``[batch, tokens, channels]``.
     """
     first, shrinks = segments[0], _shrinks(analysis, segments)
-    reason = _on_a_sequence(analysis, first, tried) if tried else _on_a_grid(analysis, first)
+    several = _has_several_sequences(analysis, first)
+    if tried is not None:
+        reason = _on_a_sequence(analysis, first, tried)
+    else:
+        reason = SEVERAL if several else _on_a_grid(analysis, first)
     return UnsupportedModelError(
         f"{reason}; {shrinks}" if shrinks else reason,
         node=first.softmaxes[0].name,
         module_path=module_path(first.softmaxes[0]),
         hint=ONE_SEQUENCE,
+        in_every_part=tried is not None or not several,
     )
 
 
 def _on_a_sequence(analysis: TokenAnalysis, segment: Segment, tried: Tried) -> str:
-    samples, tokens, channels = analysis[segment.start].value.shape
+    _, tokens, channels = analysis[segment.start].value.shape
     keys, rows = _matrix(analysis, segment.softmaxes[0])
-    if keys == samples:
+    if _runs_over_samples(analysis, segment.softmaxes[0]):
         return "its first attention runs over the samples of a batch, and not over tokens"
     if SUMS_TOKENS in tried.mixing or (keys < tokens and rows == channels):
         return "its first attention weighs channels, and not tokens"
@@ -82,15 +93,7 @@ def _on_a_sequence(analysis: TokenAnalysis, segment: Segment, tried: Tried) -> s
 
 
 def _on_a_grid(analysis: TokenAnalysis, segment: Segment) -> str:
-    stream = analysis[segment.start].value
-    if not isinstance(stream, Tensor) or all(
-        a.op == "placeholder" for a in segment.start.all_input_nodes
-    ):
-        return (
-            "in front of its first attention there is no place that everything passes: it has several sequences of "
-            "tokens, or reads its input again later"
-        )
-    shape = stream.shape[1:]
+    shape = analysis[segment.start].value.shape[1:]
     keys, rows = _matrix(analysis, segment.softmaxes[0])
     reason = f"its layers work on [{', '.join(map(str, shape))}], which is no sequence [tokens, channels]"
     if keys in (math.prod(shape[1:]), math.prod(shape[:-1])):
@@ -98,6 +101,22 @@ def _on_a_grid(analysis: TokenAnalysis, segment: Segment) -> str:
     if rows in shape:
         return f"{reason}, and its first attention weighs channels"
     return f"{reason}, and its attention runs in windows: each query sees {keys} keys"
+
+
+def _has_several_sequences(analysis: TokenAnalysis, segment: Segment) -> bool:
+    """Whether nothing but the input lies before the first attention."""
+    start = segment.start
+    from_input = all(a.op == "placeholder" for a in start.all_input_nodes)
+    return from_input or not isinstance(analysis[start].value, Tensor)
+
+
+def _runs_over_samples(analysis: TokenAnalysis, softmax: fx.Node) -> bool:
+    """Whether it has as many keys as there are samples, however many these are."""
+    if softmax.target in SDPA:
+        key = AttentionArguments(*softmax.args, **softmax.kwargs).key
+        return analysis.batch_dim(key) == analysis.rank(key) - 2
+    value: Tensor = analysis[softmax].value
+    return analysis.batch_dim(softmax) == value.ndim - 1
 
 
 def _matrix(analysis: TokenAnalysis, softmax: fx.Node) -> tuple[int, int]:

@@ -87,8 +87,8 @@ def naming_parts(opened: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except (TraceError, UnsupportedModelError) as error:
-        if isinstance(error, UnsupportedModelError) and not error.node:  # not about a place
-            raise
+        if isinstance(error, UnsupportedModelError) and (not error.node or error.in_every_part):
+            raise  # it is not about a place, or not about this one alone
         if parts := _encoders(opened, getattr(error, "module_path", "")):
             which = f"one of {', '.join(parts)}" if len(parts) > 1 else parts[0]
             error.hint += (
