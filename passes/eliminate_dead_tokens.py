@@ -168,7 +168,9 @@ class _Liveness:
     def _up_to(self, argument: fx.Node, reads: float) -> float:
         """So many rows of an argument; all of it, where these end behind the patches, which may be fewer."""
         tokens = _single_tokens(self.analysis.axes(argument))
-        return ALL if tokens is None or reads > tokens.patches else reads
+        if tokens is None or reads > tokens.patches:
+            return ALL
+        return max(reads, 1 - tokens.prefix)  # one row is kept where none is read
 
     def _reads_token_size(self, node: fx.Node) -> bool:
         """Whether a size of a token axis is taken, and not just handed on as part of ``x.shape``."""
