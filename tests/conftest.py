@@ -11,7 +11,7 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
-pytest_plugins = ["clients_page"]
+pytest_plugins = ["support.clients_page"]
 
 QUICK_CASES = 2
 """So many cases of a parametrised test run where slow tests do not, spread over all of them; the others are slow.

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import skipvit_fx as sv
-from models import PlainMLP, scramble
 from skipvit_fx.cli.app import app
 from skipvit_fx.errors import (
     ExportError,
@@ -36,6 +35,7 @@ from skipvit_fx.errors import (
 )
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.plan import Plan, Stage
+from support.models import PlainMLP, scramble
 
 pytestmark = pytest.mark.every_case
 

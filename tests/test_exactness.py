@@ -10,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx
-from models import BY_NAME, FAMILIES, TORCHVISION, Family, layout_of, names
-from odd_models import EITHER, GOOD, Example, image
-from reference import (
-    ReferenceResult,
+from skipvit_fx.errors import UnsupportedModelError
+from support.checks import TOLERANCE, assert_matches, rewrite
+from support.models import BY_NAME, FAMILIES, TORCHVISION, Family, layout_of, names
+from support.odd_models import EITHER, GOOD, Example, image
+from support.reference import (
     assert_same_tokens,
     masked_reference,
     physical_reference,
-    plan_text,
     relative_error,
 )
-from skipvit_fx.errors import UnsupportedModelError
 
-TOLERANCE = 1e-4
 Plan = dict[str, Any]
 
 TWO: Plan = {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": 4}
@@ -72,14 +70,6 @@ UNCLEAR = [
 ]
 
 
-def rewrite(model: nn.Module, x: Tensor, plan: Plan, *, fused: bool = False, **options: Any) -> Any:
-    """The compiler's answer to a plan."""
-    text = plan_text(plan["stages"], plan.get("return_layer"), fused)
-    if "cut" in plan:
-        options["cut"] = plan["cut"]
-    return skipvit_fx.rewrite(model, text, example_inputs=(x,), **options)
-
-
 def rewritten_or_refused(*args: Any, **options: Any) -> Any:
     """The rewritten model, or None where it was refused in due form."""
     try:
@@ -94,15 +84,6 @@ def rewritten_or_refused(*args: Any, **options: Any) -> Any:
 def score_of(model: nn.Module) -> str:
     """Named outright, so that a wrong guess of ``auto`` fails in one test and not in all."""
     return "mean" if layout_of(model).cls is None else "cls"
-
-
-def assert_exact(fast: Any, x: Any, wanted: ReferenceResult) -> None:
-    """Same output and same tokens, with a reference that is worth comparing with."""
-    for stage in wanted.stages:
-        assert stage.margin > 1e-5, "the reference is at a tie: choose another seed"
-    with torch.no_grad():
-        assert relative_error(fast(x), wanted.output) < TOLERANCE
-        assert_same_tokens(skipvit_fx.trace_tokens(fast, x), wanted.stages)
 
 
 def assert_is_the_model(fast: Any, model: nn.Module, x: Tensor, *, train: bool) -> None:
@@ -122,20 +103,20 @@ def assert_is_the_model(fast: Any, model: nn.Module, x: Tensor, *, train: bool) 
 
 def check(family: Family, plan: Plan, **options: Any) -> None:
     model, x = family.build(), family.input()
-    fast = rewrite(model, family.input(batch=2), plan, score=score_of(model), **options)
+    fast = rewrite(model, plan, family.input(batch=2), score=score_of(model), **options)
     with torch.no_grad():
         wanted = masked_reference(model, x, layout_of(model), **plan)
-    assert_exact(fast, x, wanted)
+    assert_matches(fast, x, wanted)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=names(FAMILIES))
 def test_two_stages_then_off_and_on(family: Family) -> None:
     model, x = family.build(rate=0.1), family.input()
-    fast = rewrite(model, family.input(batch=2), TWO, score=score_of(model))
+    fast = rewrite(model, TWO, family.input(batch=2), score=score_of(model))
     with torch.no_grad():
         wanted = masked_reference(model, x, layout_of(model), **TWO)
         on = fast(x)
-    assert_exact(fast, x, wanted)
+    assert_matches(fast, x, wanted)
     skipvit_fx.set_skipping(fast, False)
     assert_is_the_model(fast, model, x, train=True)
     skipvit_fx.set_skipping(fast, True)
@@ -175,19 +156,19 @@ def test_plans_of_other_families(name: str, plan: Plan) -> None:
 def test_auto_score_takes_the_class_token_where_there_is_one(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()
-    fast = rewrite(model, x, OTHERS["one"])
+    fast = rewrite(model, OTHERS["one"], x)
     with torch.no_grad():
-        assert_exact(fast, x, masked_reference(model, x, layout_of(model), **OTHERS["one"]))
+        assert_matches(fast, x, masked_reference(model, x, layout_of(model), **OTHERS["one"]))
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2-reg4", "deit-distilled"])
 def test_mean_query_where_asked_for(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()
-    fast = rewrite(model, x, TWO, score="mean")
+    fast = rewrite(model, TWO, x, score="mean")
     with torch.no_grad():
         wanted = masked_reference(model, x, layout_of(model), score="mean", **TWO)
-    assert_exact(fast, x, wanted)
+    assert_matches(fast, x, wanted)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +178,7 @@ def test_nothing_dropped_is_the_model(name: str, eliminate: bool) -> None:
     family = BY_NAME[name]
     model, x = family.build(rate=0.1), family.input()
     fast = rewrite(
-        model, x, {"stages": [(2, "0")], "return_layer": 4}, eliminate_dead_tokens=eliminate
+        model, {"stages": [(2, "0")], "return_layer": 4}, x, eliminate_dead_tokens=eliminate
     )
     assert_is_the_model(fast, model, x, train=True)
 
@@ -218,7 +199,7 @@ def test_gradients(name: str) -> None:
     """Through the frozen states as through the rest, and not through the choice."""
     family = BY_NAME[name]
     model, x = family.build(), family.input()
-    fast = rewrite(model, x, TWO, score=score_of(model))
+    fast = rewrite(model, TWO, x, score=score_of(model))
     grads = []
     reference = partial(masked_reference, model, x, layout_of(model), **TWO)
     for run in (lambda: reference().output, lambda: fast(x)):
@@ -237,7 +218,7 @@ def test_gradients(name: str) -> None:
 def test_training_with_skipping_on(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(rate=0.1), family.input()
-    fast = rewrite(model, x, TWO).train()
+    fast = rewrite(model, TWO, x).train()
     torch.manual_seed(0)
     first = fast(x)
     torch.manual_seed(1)
@@ -269,7 +250,7 @@ FUSED: dict[str, Plan] = {
 def test_fused_token(name: str, plan: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()
-    fast = rewrite(model, x, FUSED[plan], fused=True, score=score_of(model))
+    fast = rewrite(model, FUSED[plan], x, fused=True, score=score_of(model))
     with torch.no_grad():
         wanted = physical_reference(model, x, fused=True, **FUSED[plan])
         assert all(stage.margin > 1e-5 for stage in wanted.stages)
@@ -283,7 +264,7 @@ def test_fused_token_elsewhere_is_sound_or_refused(name: str) -> None:
     """A fused token has no position: what depends on one must not be guessed."""
     family = BY_NAME[name]
     model, x = family.build(), family.input()
-    fast = rewritten_or_refused(model, x, FUSED["one"], fused=True, score=score_of(model))
+    fast = rewritten_or_refused(model, FUSED["one"], x, fused=True, score=score_of(model))
     if fast is None:
         return
     with torch.no_grad():
@@ -295,11 +276,11 @@ def test_fused_token_elsewhere_is_sound_or_refused(name: str) -> None:
 @pytest.mark.parametrize("plan", [TWO, BEFORE_NORM, NO_RETURN], ids=["two", "norm", "no-return"])
 def test_torchvision_is_right_or_refused(plan: Plan) -> None:
     model, x = TORCHVISION.build(), TORCHVISION.input()
-    fast = rewritten_or_refused(model, TORCHVISION.input(batch=2), plan)
+    fast = rewritten_or_refused(model, plan, TORCHVISION.input(batch=2))
     if fast is None:
         return
     with torch.no_grad():
-        assert_exact(fast, x, masked_reference(model, x, layout_of(model), **plan))
+        assert_matches(fast, x, masked_reference(model, x, layout_of(model), **plan))
 
 
 ODD_PLANS: dict[str, Plan] = {
@@ -335,13 +316,13 @@ def test_odd_models(example: Example, plan: Plan) -> None:
     model, x = example.build(), image(batch=3)
     if "return_layer" not in plan and example.name in ("grid-output", "flatten-head"):
         with pytest.raises(UnsupportedModelError) as caught:  # the head needs every patch
-            rewrite(model, image(), plan)
+            rewrite(model, plan, image())
         assert caught.value.reason
         assert caught.value.hint
         return
-    fast = rewrite(model, image(), plan, score="cls")
+    fast = rewrite(model, plan, image(), score="cls")
     with torch.no_grad():
-        assert_exact(fast, x, masked_reference(model, x, model.layout(), **plan))
+        assert_matches(fast, x, masked_reference(model, x, model.layout(), **plan))
     skipvit_fx.set_skipping(fast, False)
     assert_is_the_model(fast, model, x, train=False)
 
@@ -350,11 +331,11 @@ def test_odd_models(example: Example, plan: Plan) -> None:
 @pytest.mark.parametrize("example", EITHER, ids=str)
 def test_odder_models_are_right_or_refused(example: Example, plan: Plan) -> None:
     model, x = example.build(), image(batch=3)
-    fast = rewritten_or_refused(model, image(), plan, score="cls")
+    fast = rewritten_or_refused(model, plan, image(), score="cls")
     if fast is None:
         return
     with torch.no_grad():
-        assert_exact(fast, x, masked_reference(model, x, model.layout(), **plan))
+        assert_matches(fast, x, masked_reference(model, x, model.layout(), **plan))
 
 
 def test_styles_of_the_same_attention_agree() -> None:
@@ -381,7 +362,7 @@ def test_the_model_is_untouched_and_shares_everything(name: str) -> None:
         before = model(x)
     state = {key: value.clone() for key, value in model.state_dict().items()}
     modules = dict(model.named_modules())
-    fast = rewrite(model, x, TWO)
+    fast = rewrite(model, TWO, x)
     fast(x).sum().backward()
     fast.zero_grad()
     assert list(fast.state_dict()) == list(state)

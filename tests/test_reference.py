@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import BY_NAME, FAMILIES, TORCHVISION, Family, layout_of, names
-from reference import (
+from support.models import BY_NAME, FAMILIES, TORCHVISION, Family, layout_of, names
+from support.reference import (
     MaskedRun,
     StageResult,
     assert_same_tokens,

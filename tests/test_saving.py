@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 import skipvit_fx
-from models import BY_NAME, TORCHVISION, Family
 from skipvit_fx.graph.fingerprint import fingerprint, first_difference, module_lines, state_lines
 from skipvit_fx.graph.record import record_of
+from support.models import BY_NAME, TORCHVISION, Family
 
 ROOT = Path(__file__).resolve().parents[1]
 VIT = BY_NAME["vit"]
@@ -332,7 +332,7 @@ SAME_GRAPH = """
 import sys
 sys.path.insert(0, "tests")
 import torch, skipvit_fx
-from models import BY_NAME
+from support.models import BY_NAME
 from skipvit_fx.graph.fingerprint import fingerprint, module_lines, state_lines
 from skipvit_fx.graph.record import graph_lines, record_of
 for name in ("vit", "rope-mixed"):

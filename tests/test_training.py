@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import skipvit_fx as sv
-from models import scramble
 from skipvit_fx.testing import check_rewrite
+from support.models import scramble
 
 PLAN = "1,3(30%,30%)+4"
 BATCH = 8

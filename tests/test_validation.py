@@ -18,8 +18,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import skipvit_fx
-from models import BY_NAME, scramble
-from odd_models import (
+from skipvit_fx import ValidationError, api, reference, validation
+from skipvit_fx.analysis import soundness, tokens
+from skipvit_fx.analysis.axes import axes_of, set_axes, tensors_in
+from skipvit_fx.capture import opening
+from skipvit_fx.cli.app import app
+from skipvit_fx.differences import TOLERANCE, relative_error, short, tolerance
+from skipvit_fx.ops.dead_tokens import Narrow
+from skipvit_fx.ops.positions import GatherPositions
+from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
+from skipvit_fx.validation import sets_of_images
+from support.models import BY_NAME, scramble
+from support.odd_models import (
     DIM,
     MIXERS,
     POSITIONAL,
@@ -33,18 +44,7 @@ from odd_models import (
     image,
     mixing,
 )
-from outside import HUGGING_FACE, pixels
-from skipvit_fx import ValidationError, api, reference, validation
-from skipvit_fx.analysis import soundness, tokens
-from skipvit_fx.analysis.axes import axes_of, set_axes, tensors_in
-from skipvit_fx.capture import opening
-from skipvit_fx.cli.app import app
-from skipvit_fx.differences import TOLERANCE, relative_error, short, tolerance
-from skipvit_fx.ops.dead_tokens import Narrow
-from skipvit_fx.ops.positions import GatherPositions
-from skipvit_fx.ops.select import Select
-from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
-from skipvit_fx.validation import sets_of_images
+from support.outside import HUGGING_FACE, pixels
 
 EXAMPLE = torch.zeros(2, 3, 32, 40)
 

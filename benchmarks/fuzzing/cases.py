@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 import skipvit_fx
 from fuzzing.compose import Built, Composition, compose
 from fuzzing.named import Named, named
-from reference import (
+from skipvit_fx.errors import SkipViTError
+from support.reference import (
     Layout,
     MaskedRun,
     ReferenceResult,
@@ -28,7 +29,6 @@ from reference import (
     plan_text,
     relative_error,
 )
-from skipvit_fx.errors import SkipViTError
 
 TOLERANCE = 1e-4
 TIE = 1e-4

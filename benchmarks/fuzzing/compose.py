@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from fuzzing import operators
 from fuzzing.operators import Operator, draw
-from models import scramble
-from reference import Layout, Point
+from support.models import scramble
+from support.reference import Layout, Point
 
 PATCH = 4
 STYLES = (

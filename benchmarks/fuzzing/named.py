@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-import odd_models
-import outside
 from fuzzing.compose import Built
-from models import BY_NAME, Family, layout_of
-from odd_models import BAD, EITHER, GOOD, MIXERS, Example
-from outside import ATTENTIONS, HUGGING_FACE
+from support import odd_models, outside
+from support.models import BY_NAME, Family, layout_of
+from support.odd_models import BAD, EITHER, GOOD, MIXERS, Example
+from support.outside import ATTENTIONS, HUGGING_FACE
 
 FREE = ("vit", "vit-unfused", "vit-clip", "vit-dynamic", "deit", "deit3")
 """timm's plain ViT, whose options go together; of the others only depth and width vary."""

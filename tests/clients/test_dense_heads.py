@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import skipvit_fx
-from client_models import PLAN, SMALL, STAGES, pixels
-from models import scramble
-from outside import MIDDLES
-from reference import Layout, Point, masked_reference
 from skipvit_fx.errors import UnsupportedModelError
+from support.client_models import PLAN, SMALL, STAGES, pixels
+from support.models import scramble
+from support.outside import MIDDLES
+from support.reference import Layout, Point, masked_reference
 
 PAIR = {"image_size": [32, 32], "patch_size": [8, 8]}
 EVERY_LAYER = {"out_indices": [1, 2, 3, 4]}

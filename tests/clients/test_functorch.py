@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from models import scramble
-from rewrites import close, gradients, rewritten
+from support.models import scramble
+from support.rewrites import close, gradients, rewritten
 
 pytestmark = [
     pytest.mark.every_case,

@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import skipvit_fx as sv
-from rewrites import close, gradients, rewritten
 from skipvit_fx.ops.select import Select
+from support.rewrites import close, gradients, rewritten
 
 pytestmark = pytest.mark.every_case
 

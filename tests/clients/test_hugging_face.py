@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, pipeline
 
 import skipvit_fx
-from client_models import LABELS, STAGES, classifier, pixels, rewritten
-from outside import MIDDLES
-from reference import Layout, Point, masked_reference
+from support.client_models import LABELS, STAGES, classifier, pixels, rewritten
+from support.outside import MIDDLES
+from support.reference import Layout, Point, masked_reference
 
 
 def layout(model: Any) -> Layout:

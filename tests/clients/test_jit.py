@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from rewrites import close, gradients, rewritten
+from support.rewrites import close, gradients, rewritten
 
 pytestmark = [
     pytest.mark.every_case,

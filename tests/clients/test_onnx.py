@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx as sv
-from rewrites import close, rewritten
 from skipvit_fx.ops.select import Select
+from support.rewrites import close, rewritten
 
 pytestmark = [
     pytest.mark.every_case,

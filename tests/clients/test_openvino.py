@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from client_models import classifier, pixels, rewritten, vit
+from support.client_models import classifier, pixels, rewritten, vit
 
 ov = pytest.importorskip("openvino")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of torch.jit's tracer, at the author's branches

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skipvit_fx
-from client_models import LABELS, PLAN, classifier, pixels, rewritten
+from support.client_models import LABELS, PLAN, classifier, pixels, rewritten
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

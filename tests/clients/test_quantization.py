@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rewrites import rewritten
+from support.rewrites import rewritten
 
 pytestmark = [
     pytest.mark.every_case,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 
-from client_models import pixels, rewritten, vit
+from support.client_models import pixels, rewritten, vit
 
 
 def _call(_: int, fast: nn.Module, path: str) -> None:

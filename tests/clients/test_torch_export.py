@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rewrites import close, gradients, rewritten
+from support.rewrites import close, gradients, rewritten
 
 pytestmark = pytest.mark.every_case
 BATCH = torch.export.Dim("batch", min=1)

@@ -12,9 +12,9 @@ import transformers as hf
 from torch import Tensor
 
 import skipvit_fx
-from client_models import PLAN, SMALL, pixels
-from models import scramble
 from skipvit_fx.errors import SkipViTError
+from support.client_models import PLAN, SMALL, pixels
+from support.models import scramble
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 PICTURE = 99

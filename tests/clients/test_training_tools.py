@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import skipvit_fx
-from client_models import LABELS, PLAN, pixels, rewritten, vit
+from support.client_models import LABELS, PLAN, pixels, rewritten, vit
 
 
 def twins(act: Callable[[Any], Any]) -> tuple[Any, Any]:

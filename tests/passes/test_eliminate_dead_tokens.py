@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from passes.tiny import Tiny, assert_documented, run_up_to
 from skipvit_fx.passes.eliminate_dead_tokens import EliminateDeadTokens
+from support.tiny import Tiny, assert_documented, run_up_to
 
 
 def test_as_documented() -> None:

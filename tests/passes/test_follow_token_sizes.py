@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from passes.tiny import Tiny, assert_documented, run_up_to
 from skipvit_fx.passes.follow_token_sizes import FollowTokenSizes
+from support.tiny import Tiny, assert_documented, run_up_to
 
 
 def test_as_documented() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from passes.tiny import Tiny, assert_documented, run_up_to
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.passes.insert_score import InsertScore
+from support.tiny import Tiny, assert_documented, run_up_to
 
 
 def test_as_documented() -> None:

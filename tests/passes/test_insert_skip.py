@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from passes.tiny import Tiny, assert_documented, run_up_to
 from skipvit_fx.passes.insert_skip import InsertSkip
+from support.tiny import Tiny, assert_documented, run_up_to
 
 
 def test_as_documented() -> None:

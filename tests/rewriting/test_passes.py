@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from passes.tiny import Tiny
 from skipvit_fx.capture.opening import with_capture
 from skipvit_fx.options import Options
 from skipvit_fx.passes import passes_for
@@ -20,6 +19,7 @@ from skipvit_fx.rewriting import conditions
 from skipvit_fx.rewriting.conditions import SKIPPING
 from skipvit_fx.rewriting.context import Context, locate
 from skipvit_fx.rewriting.passes import Condition, Pass, PassError, run_passes
+from support.tiny import Tiny
 
 BOTH = Options(Plan.parse("1(50%)+3"))
 

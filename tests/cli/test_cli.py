@@ -1,0 +1,199 @@
+"""The command: what it prints, what --json prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from skipvit_fx.cli.app import app
+
+PICTURE = str(Path(__file__).parents[2] / "examples" / "images" / "chelsea.png")
+VIT = "vit_tiny_patch16_224"
+SMALL = ["--img-size", "64", "--depth", "3"]
+PLAN = "1(30%)+3"
+BAD_INPUT, REFUSED = 2, 1
+
+
+def skipvit(*args: str) -> Result:
+    return CliRunner().invoke(app, list(args))
+
+
+def said_as_json(*args: str) -> Any:
+    result = skipvit(*args, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def assert_fails(result: Result, code: int, *words: str) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+class TestSites:
+    def test_table(self) -> None:
+        result = skipvit("sites", VIT, *SMALL)
+        assert result.exit_code == 0, result.output
+        assert "3 layers, 1 prefix rows, 16 patches, with a class token" in result.stdout
+        assert "blocks.2.attn" in result.stdout
+        assert "random weights" in result.stderr
+
+    def test_json(self) -> None:
+        said = said_as_json("sites", f"timm:{VIT}", *SMALL, "--explain", "blocks.0.mlp")
+        assert [layer["index"] for layer in said["layers"]] == [1, 2, 3]
+        assert "keeps tokens apart" in said["explain"]["blocks.0.mlp"]
+
+    def test_explain(self) -> None:
+        places = ("--explain", "blocks.1.attn", "--explain", "blocks.1.atn")
+        first, second = skipvit("sites", VIT, *SMALL, *places).stdout.splitlines()
+        assert "the attention of layer 2" in first
+        assert "Close to it: blocks.1.attn" in second
+
+    def test_a_refused_model_has_a_report_and_a_code(self) -> None:
+        result = skipvit("sites", "resnet18")
+        assert result.exit_code == REFUSED
+        assert "ResNet: no layers found" in result.stdout
+        assert "Refused: " in result.stdout
+        assert "hint: " in result.stdout
+
+    def test_prefix_tokens(self) -> None:
+        said = said_as_json("sites", VIT, *SMALL, "--prefix-tokens", "2")
+        assert (said["prefix_tokens"], said["patches"]) == (2, 15)
+
+
+class TestRewrite:
+    def test_table(self) -> None:
+        result = skipvit("rewrite", VIT, PLAN, *SMALL)
+        assert result.exit_code == 0, result.output
+        assert "blocks.1.attn" in result.stdout
+
+    def test_json(self) -> None:
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL)
+        assert [layer["attention_tokens"] for layer in said["layers"]] == [17, 13, 17]
+
+    def test_options_reach_the_compiler(self) -> None:
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--cut", "block", "--keep-dead-tokens")
+        assert [layer["ffn_tokens"] for layer in said["layers"]] == [17, 13, 17]
+
+    def test_save(self, tmp_path: Path) -> None:
+        target = tmp_path / "fast"
+        result = skipvit("rewrite", VIT, PLAN, *SMALL, "--save", str(target))
+        assert result.exit_code == 0, result.output
+        assert target.exists()
+        assert "saved to" in result.stderr
+
+    def test_own_factory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "own_vit.py").write_text(
+            "import timm\n"
+            f"def make():\n    return timm.create_model({VIT!r}, img_size=64, depth=3)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        assert len(said_as_json("rewrite", "module:own_vit:make", PLAN)["layers"]) == 3
+
+
+class TestDiff:
+    def test_text(self) -> None:
+        result = skipvit("rewrite", VIT, PLAN, *SMALL, "--diff")
+        assert "+stage_1_scores" in result.stdout
+
+    def test_json(self) -> None:
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--diff")
+        assert said["plan"] == PLAN
+        assert any("stage_1_returned" in line for line in said["diff"])
+
+
+class TestTrace:
+    def test_indices_and_picture(self, tmp_path: Path) -> None:
+        out = tmp_path / "kept.png"
+        said = said_as_json("trace", VIT, PICTURE, "1,2(25%,50%)+3", *SMALL, "--out", str(out))
+        first, second = said["stages"]
+        assert sorted(first["kept"] + first["dropped"]) == list(range(16))
+        assert sorted(second["kept"] + second["dropped"]) == first["kept"]
+        assert (len(first["kept"]), len(second["kept"])) == (12, 6)
+        with Image.open(out) as drawn:
+            assert drawn.size == (3 * 64, 64)
+            shown, kept = drawn.crop((0, 0, 64, 64)), drawn.crop((64, 0, 128, 64))
+            row, column = divmod(first["dropped"][0], 4)
+            place = (16 * column + 8, 16 * row + 8)
+            assert sum(kept.getpixel(place)) < sum(shown.getpixel(place)) / 3
+            row, column = divmod(first["kept"][0], 4)
+            place = (16 * column + 8, 16 * row + 8)
+            assert kept.getpixel(place) == shown.getpixel(place)
+
+    def test_text(self) -> None:
+        result = skipvit("trace", VIT, PICTURE, PLAN, *SMALL)
+        assert result.stdout.startswith("layer 1: kept 12, dropped 4\n  dropped: ")
+
+    def test_no_image(self, tmp_path: Path) -> None:
+        file = tmp_path / "not.png"
+        file.write_text("text")
+        for path in (file, tmp_path / "none.png"):
+            result = skipvit("trace", VIT, str(path), PLAN, *SMALL)
+            assert_fails(result, BAD_INPUT, "is not a readable image", "hint: ")
+
+    def test_picture_that_cannot_be_written(self, tmp_path: Path) -> None:
+        out = str(tmp_path / "kept.unknown")
+        result = skipvit("trace", VIT, PICTURE, PLAN, *SMALL, "--out", out)
+        assert_fails(result, BAD_INPUT, "cannot write", ".png")
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("args", "words"),
+        [
+            (["rewrite", VIT, "1(30)+3"], ["'30' is not a percentage", "hint: "]),
+            (["rewrite", VIT, "9(30%)", *SMALL], ["layer 9 is out of range", "layers 1 to 3"]),
+            (["rewrite", VIT], ["PLAN"]),
+            (["rewrite", "vit_tny_patch16_224", PLAN], ["close to it: vit_tiny_patch16_224"]),
+            (["sites", "flax:vit"], ["cannot read the model 'flax:vit'", "timm:NAME"]),
+            (["rewrite", VIT, PLAN, "--cut", "here"], ["--cut 'here'", "attention, block"]),
+            (["rewrite", VIT, PLAN, "--score", "best"], ["--score 'best'", "mean"]),
+            (["sites", VIT, "--img-size", "many"], ["Usage: "]),
+        ],
+    )
+    def test_bad_input(self, args: list[str], words: list[str]) -> None:
+        assert_fails(skipvit(*args), BAD_INPUT, *words)
+
+    def test_refusal(self) -> None:
+        assert_fails(skipvit("rewrite", "resnet18", PLAN), REFUSED, "error: ", "hint: ")
+
+    def test_json_keeps_stdout_clean(self) -> None:
+        assert_fails(skipvit("rewrite", "resnet18", PLAN, "--json"), REFUSED)
+
+    def test_without_typer(self) -> None:
+        code = "import sys\nsys.modules['typer'] = None\nfrom skipvit_fx.cli import main\nmain()\n"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr.strip() == "skipvit needs typer: pip install 'skipvit_fx[cli]'"
+
+
+def test_it_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["skipvit", "rewrite", "--help"])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_module("skipvit_fx", run_name="__main__")
+    assert left.value.code == 0
+    assert "rewrite" in capsys.readouterr().out
+
+
+def test_every_command_has_help() -> None:
+    for command in ("sites", "rewrite", "trace", "bench"):
+        result = skipvit(command, "--help")
+        assert result.exit_code == 0
+        assert "--json" in result.stdout

@@ -1,1 +1,0 @@
-"""Each pass alone, on a model whose graph can be read."""

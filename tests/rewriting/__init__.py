@@ -1,1 +1,0 @@
-"""How passes run, and what is checked of their result."""
