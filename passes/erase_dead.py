@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipvit_fx.graph.editor import INSERTED_BY, is_pure
+from skipvit_fx.graph.editor import is_pure
+from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.rewriting.conditions import NOTHING_DEAD
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition

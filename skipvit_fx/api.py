@@ -10,14 +10,15 @@ from typing import Any, Literal
 from torch import nn
 
 from skipvit_fx.analysis.replacements import Replacements, uses_of
-from skipvit_fx.arguments import check_flag, check_model
+from skipvit_fx.arguments import check_flag
 from skipvit_fx.capture.capture import Capture
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.capture.opening import with_capture
 from skipvit_fx.errors import NotRewrittenError, UnsupportedModelError
 from skipvit_fx.graph.module import SkipViTModule, watch
 from skipvit_fx.graph.module_paths import naming_parts
-from skipvit_fx.graph.record import RECORD, graph_lines, numbered_lines
+from skipvit_fx.graph.record import graph_lines, numbered_lines
+from skipvit_fx.names import RECORD
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.options import Cut, Frontend, Options, Score
 from skipvit_fx.passes import passes_for
@@ -88,7 +89,7 @@ def rewrite(
         UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
         ValidationError: the rewritten graph computes something else than the model; the first place is named.
     """
-    check_model(model)
+    args, kwargs = example_of(model, example_inputs)
     options = Options(
         plan if isinstance(plan, Plan) else Plan.parse(plan),
         frontend=frontend,
@@ -106,7 +107,7 @@ def rewrite(
             "the model was rewritten already",
             hint="rewrite the original model with the plan that you want",
         )
-    fast = _rewritten(options, model, *example_of(model, example_inputs))
+    fast = _rewritten(options, model, args, kwargs)
     set_train_only(fast, train_only)
     return fast
 
@@ -125,7 +126,7 @@ def _rewritten(
             edits = run_passes(passes_for(options), context)
             check_shapes(context)
         found = validate_rewrite(model, context, captured) if options.validate else NOT_ASKED
-        record = record_rewrite(type(model).__name__, context, edits, *before, found)
+        record = record_rewrite(context, edits, *before, found)
         fast.meta[RECORD] = fast.own.calls[0].record = record
         fast.own.drops = options.drops
         fast.own.rewrite = functools.partial(_rewritten, options)

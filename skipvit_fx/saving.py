@@ -28,10 +28,10 @@ from skipvit_fx.graph.fingerprint import (
 )
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
+from skipvit_fx.names import RECORD
 from skipvit_fx.ops.score import ScoreByFunction
 from skipvit_fx.ops.switch import Switchable
 
-_KEY = "skipvit"
 _FORMAT = 3
 
 
@@ -177,7 +177,7 @@ def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
         raise _not_written(path, error) from error
     try:
         mode = unfinished.stat().st_mode  # safetensors makes a file that only its owner may read
-        save_file(weights, unfinished, metadata={_KEY: header})
+        save_file(weights, unfinished, metadata={RECORD: header})
         unfinished.chmod(mode)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
@@ -197,13 +197,13 @@ def _not_written(path: Path, error: Exception) -> SavedModelError:
 
 
 def _read_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:
-    if not metadata or _KEY not in metadata:
+    if not metadata or RECORD not in metadata:
         raise SavedModelError(
             f"{os.fspath(path)!r} holds weights and no plan: skipvit_fx.save did not write it",
             hint="load the weights into the model, and call skipvit_fx.rewrite(model, plan)",
         )
     try:
-        fields = json.loads(metadata[_KEY])
+        fields = json.loads(metadata[RECORD])
         known = fields["format"] == _FORMAT
         header = _Header(**fields) if known else None
     except (ValueError, KeyError, TypeError) as error:

@@ -26,10 +26,9 @@ from skipvit_fx.author.generators import GeneratorStates, generators_kept
 from skipvit_fx.capture.cloning import scratch_copy
 from skipvit_fx.differences import badness, relative_error, short, tolerance
 from skipvit_fx.errors import GuardError, ValidationError
-from skipvit_fx.graph.editor import INSERTED_BY
 from skipvit_fx.graph.inputs import Inputs
-from skipvit_fx.graph.module import OWN_CHILD
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Merge

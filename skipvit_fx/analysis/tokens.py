@@ -35,8 +35,9 @@ from skipvit_fx.capture.fakes import fake_inputs
 from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
-from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.torch_internals import TorchDispatchMode, aten, is_writing, pytree
 
 

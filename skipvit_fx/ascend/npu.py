@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.torch_internals import TorchDispatchMode, overload_name, schema_name
 
 

@@ -33,8 +33,9 @@ from skipvit_fx.capture.watch import watch_calls
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.author_class import own, refuse_taken_names
 from skipvit_fx.graph.inputs import LIVE, Inputs
-from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import naming_parts
+from skipvit_fx.names import CONSTANT_BUFFER, OWN_CHILD
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import FixedSize
 from skipvit_fx.options import Frontend
@@ -253,7 +254,7 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
                 node.target = name
                 break
         else:
-            name = f"{OWN_CHILD}_constant_{len(constants)}"
+            name = f"{CONSTANT_BUFFER}{len(constants)}"
             constants[name] = value
             node.target = name
     for name in [name for name in vars(root) if name.startswith(CONSTANT)]:

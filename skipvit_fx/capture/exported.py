@@ -32,6 +32,7 @@ from skipvit_fx.capture.outputs import KeepsOutputClass
 from skipvit_fx.capture.repeated import Alone
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
+from skipvit_fx.names import LEAF
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.torch_internals import (
     PythonReferenceAnalysis,
@@ -87,9 +88,6 @@ class _LeafCall:
         return args, kwargs
 
 
-_LEAF = "skipvit_leaf"
-"""Where a forward that calls the opaque operator keeps the one that it stands for, for a second export."""
-
 _CALLS: list[_LeafCall] = []
 """Calls of the export that runs; the operator knows them by their index."""
 
@@ -138,7 +136,7 @@ def _opaque(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         outs = [next(made) if out is TENSOR else out for out in record.out_leaves]
         return pytree.tree_unflatten(outs, record.out_spec)
 
-    setattr(call, _LEAF, forward)
+    setattr(call, LEAF, forward)
     return call
 
 
@@ -164,7 +162,7 @@ def export_graph(
         raise not_known_before_training(asked)
     for path, module in model.named_modules():
         if path not in open_paths and path.rpartition(".")[0] in open_paths:
-            forward = getattr(module.forward, _LEAF, module.forward)
+            forward = getattr(module.forward, LEAF, module.forward)
             module.forward = _opaque(path, forward)
     args, kwargs = inputs.several_samples()
     batches = inputs.by_parameter(

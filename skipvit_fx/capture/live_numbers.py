@@ -9,7 +9,7 @@ from torch import fx
 
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import LIVE, Inputs
-from skipvit_fx.graph.module_paths import INSERTED
+from skipvit_fx.names import INSERTED
 from skipvit_fx.ops.guard import guard
 
 _NAMES = ("add", "sub", "mul", "truediv", "pow", "neg", "gt", "ge", "lt", "le", "eq", "ne")

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, NoReturn
 from torch import fx, nn
 
 from skipvit_fx.errors import TraceError
-from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.recompute import CHECKPOINT
+from skipvit_fx.names import CHECKPOINT, OWN_CHILD
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import InTraining, by_mode
 from skipvit_fx.torch_internals import pytree

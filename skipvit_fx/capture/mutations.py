@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx import Proxy
 
 from skipvit_fx.errors import TraceError
+from skipvit_fx.names import WRITES
 from skipvit_fx.torch_internals import (
     FakeTensor,
     TorchDispatchMode,
@@ -27,8 +28,6 @@ AUGMENTED = (
 )  # fmt: skip
 """Operators with an assignment, such as ``+=``."""
 
-_WRITES = "skipvit_writes"
-
 
 def augmented(name: str) -> Callable[[Proxy, Any], Proxy]:
     """The method of a proxy behind ``x += y``: a new value, and a note that it was written over the old one."""
@@ -36,7 +35,7 @@ def augmented(name: str) -> Callable[[Proxy, Any], Proxy]:
 
     def method(proxy: Proxy, other: Any) -> Proxy:
         result: Proxy = function(proxy, other)
-        result.node.meta[_WRITES] = True
+        result.node.meta[WRITES] = True
         return result
 
     return method
@@ -64,7 +63,7 @@ def refuse_lost_writes(
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         place = order[node]
-        if node.meta.get(_WRITES) and _kind(value(node.args[0])) != _kind(value(node)):
+        if node.meta.get(WRITES) and _kind(value(node.args[0])) != _kind(value(node)):
             raise _refusal(node, f"is written over {node.args[0]}, of another shape or dtype")
         is_leaf = node.op == "call_module"
         for written in written_by_leaf(node) if is_leaf else _written(node):
@@ -91,7 +90,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     elif node.op in ("call_method", "call_function"):
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__")
-        if in_place or node.kwargs.get("inplace") is True or node.meta.pop(_WRITES, False):
+        if in_place or node.kwargs.get("inplace") is True or node.meta.pop(WRITES, False):
             places.append(node.args[0] if node.args else node.kwargs.get("input"))
         places.append(node.kwargs.get("out"))
     found: list[fx.Node] = []

@@ -46,8 +46,8 @@ def with_capture(
     """
     recorded = torch.is_grad_enabled()
     # in inference mode no operator could be watched
+    mode = TracelessFakeMode(model)
     with torch.inference_mode(False), contained(model):
-        mode = TracelessFakeMode(model)
         args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
         look = functools.partial(_opening, model, args, kwargs, work, mode, recorded)
         try:

@@ -33,8 +33,8 @@ from skipvit_fx.capture.mutations import AUGMENTED, WatchWrites, augmented, refu
 from skipvit_fx.capture.outputs import KeepsOutputClass
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
-from skipvit_fx.graph.recompute import CHECKPOINT
 from skipvit_fx.graph.sizes import dimension_of, sizes_of
+from skipvit_fx.names import CHECKPOINT
 from skipvit_fx.ops.guard import READS, guard, kind_of
 from skipvit_fx.torch_internals import FakeTensor, pytree
 

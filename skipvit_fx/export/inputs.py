@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from skipvit_fx.capture.example import arguments_of, example_from_config
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
-from skipvit_fx.graph.record import RECORD, RewriteRecord
+from skipvit_fx.graph.record import RewriteRecord
+from skipvit_fx.names import RECORD
 from skipvit_fx.torch_internals import pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from skipvit_fx.errors import ExportError
-from skipvit_fx.graph.record import RECORD, RewriteRecord
+from skipvit_fx.graph.record import RewriteRecord
+from skipvit_fx.names import INSERTED, RECORD
 from skipvit_fx.ops.rows import rows_of, same_rows
 
-_KEPT = "skipvit.kept_positions"
+_KEPT = f"{INSERTED}kept_positions"
 
 
 def add_kept(module: nn.Module) -> None:

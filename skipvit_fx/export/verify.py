@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.errors import ExportError, first_line
 from skipvit_fx.export.inputs import Inputs
-from skipvit_fx.graph.record import RECORD, RewriteRecord
+from skipvit_fx.graph.record import RewriteRecord
+from skipvit_fx.names import RECORD
 from skipvit_fx.reports.tokens import trace_tokens
 from skipvit_fx.torch_internals import pytree
 

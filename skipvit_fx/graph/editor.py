@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from skipvit_fx.graph.module import OWN_CHILD, SkipViTModule
+from skipvit_fx.graph.module import SkipViTModule
+from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.torch_internals import children_of
 
 Predicate = Callable[[fx.Node], bool]
-INSERTED_BY = "skipvit_pass"
-"""Key in ``node.meta``: name of the pass that inserted the node. The author's nodes do not have it."""
 
 
 class Event(NamedTuple):

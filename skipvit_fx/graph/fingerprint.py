@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.names import OWN_CHILD
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 

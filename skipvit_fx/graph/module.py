@@ -30,6 +30,7 @@ from skipvit_fx.graph.traced_through import (
     StayAway,
     Traced,
 )
+from skipvit_fx.names import CONSTANT_BUFFER, OWN_CHILD
 from skipvit_fx.ops.following import in_compilation, in_jit_trace
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
@@ -41,12 +42,6 @@ from skipvit_fx.torch_internals import (
     hooks_before,
     pytree,
 )
-
-OWN_CHILD = "skipvit"
-"""Name of the one child that the compiler adds; everything inserted lives below it and holds no state."""
-
-_CONSTANT = f"{OWN_CHILD}_constant_"
-"""How the names of buffers begin that hold what the author's code makes anew in every call."""
 
 MOST_CALLS = 16
 """Graphs of one rewritten model."""
@@ -317,7 +312,7 @@ class SkipViTModule(fx.GraphModule):
             target = str(node.target)
             if node.op == "call_module" and target.startswith(f"{OWN_CHILD}."):
                 node.target = f"{OWN_CHILD}.{group}{target.removeprefix(OWN_CHILD)}"
-            elif node.op == "get_attr" and target.startswith(_CONSTANT):
+            elif node.op == "get_attr" and target.startswith(CONSTANT_BUFFER):
                 node.target = f"{target}_{group}"
                 if node.target not in buffers_of(self):
                     self.register_buffer(node.target, getattr(made, target), persistent=False)
@@ -339,10 +334,10 @@ class SkipViTModule(fx.GraphModule):
         assert own.rewrite is not None
         made = own.rewrite(author_of(self), args, kwargs)
         settings = _settings(own)
-        for name in [name for name in buffers_of(self) if name.startswith(_CONSTANT)]:
+        for name in [name for name in buffers_of(self) if name.startswith(CONSTANT_BUFFER)]:
             del buffers_of(self)[name]
         for name, constant in made.named_buffers(recurse=False):
-            if name.startswith(_CONSTANT):
+            if name.startswith(CONSTANT_BUFFER):
                 self.register_buffer(name, constant, persistent=False)
         kept = children_of(own)
         kept.clear()
@@ -518,7 +513,7 @@ def author_of(fast: SkipViTModule) -> nn.Module:
         bare.__dict__[name] = every[name]
     bare.__dict__["_modules"] = {n: m for n, m in children_of(fast).items() if n != OWN_CHILD}
     bare.__dict__["_buffers"] = {
-        n: b for n, b in buffers_of(fast).items() if not n.startswith(_CONSTANT)
+        n: b for n, b in buffers_of(fast).items() if not n.startswith(CONSTANT_BUFFER)
     }
     known: dict[int, Any] = {id(t): t for t in [*bare.parameters(), *bare.buffers()]}
     copied = copy.deepcopy(bare, {**known, id(own): None})

@@ -8,9 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from torch import fx
 
 from skipvit_fx.errors import TraceError, UnsupportedModelError
-
-INSERTED = "skipvit."
-"""How the paths of modules begin that the compiler inserts."""
+from skipvit_fx.names import INSERTED
 
 
 def module_path(node: fx.Node) -> str:

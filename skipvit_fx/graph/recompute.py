@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from torch import fx
 
+from skipvit_fx.names import CHECKPOINT
 from skipvit_fx.torch_internals import COUNTER
-
-CHECKPOINT = "skipvit_checkpoint"
-"""Key of ``node.meta``: number of the checkpoint that the node was made in."""
 
 
 class _Region(NamedTuple):

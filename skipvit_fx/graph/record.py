@@ -9,13 +9,10 @@ from torch import fx, nn
 
 from skipvit_fx.errors import NotRewrittenError
 from skipvit_fx.graph.editor import Event
-from skipvit_fx.graph.module import OWN_CHILD
+from skipvit_fx.names import OWN_CHILD, RECORD
 from skipvit_fx.options import Frontend, Options
 from skipvit_fx.plan import Plan
 from skipvit_fx.torch_internals import printed_target
-
-RECORD = "skipvit"
-"""Key of the record in ``fast.meta``."""
 
 
 @dataclass(frozen=True)

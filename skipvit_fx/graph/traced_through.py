@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from skipvit_fx.author.nested import functions_in
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.kept import Contents, Kept, same
-from skipvit_fx.graph.module_paths import INSERTED
+from skipvit_fx.names import INSERTED
 from skipvit_fx.ops.following import sizes
 from skipvit_fx.torch_internals import call_hooks_of, children_of, hooks_made, parameters_of
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
-from skipvit_fx.graph.editor import INSERTED_BY
 from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
+from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.reports.diff import graph_diff
 from skipvit_fx.reports.inspection_report import (

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from skipvit_fx.analysis.axes import tokens_of
-from skipvit_fx.graph.editor import INSERTED_BY, is_pure
+from skipvit_fx.graph.editor import is_pure
 from skipvit_fx.graph.sizes import RESHAPES
+from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
 from skipvit_fx.rewriting.sizes import sizes_argument

@@ -7,22 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from skipvit_fx.graph.module import OWN_CHILD
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.graph.record import LayerRecord, PassRecord, RewriteRecord, StageRecord
+from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.torch_internals import pytree
 
 
 def record_rewrite(
-    model: str,
     context: Context,
     edits: tuple[PassRecord, ...],
     before: tuple[str, ...],
     computation: tuple[str, ...],
     validated: str,
 ) -> RewriteRecord:
-    """What was found in ``model`` and done to it, by names and numbers; see :class:`RewriteRecord`."""
+    """What was found in a model and done to it, by names and numbers; see :class:`RewriteRecord`."""
     stream, capture, spans = context.stream, context.capture, context.spans
     layers = tuple(
         LayerRecord(
@@ -47,7 +46,7 @@ def record_rewrite(
         for stage in spans.stages
     )
     return RewriteRecord(
-        model=model,
+        model=capture.module.own.author.__name__,
         options=context.options,
         frontend=capture.frontend,
         frontend_reason=capture.frontend_reason,

@@ -11,8 +11,8 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import Dim, Tokens, axes_of, size
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.graph.editor import INSERTED_BY
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.ops.score import ScoreByFunction
 from skipvit_fx.rewriting.context import Context
 
