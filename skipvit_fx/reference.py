@@ -25,6 +25,7 @@ from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import ValidationError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.nodes import callee
 from skipvit_fx.graph.sizes import RESHAPES, SPLITS
 from skipvit_fx.reports.tokens import Selection
 from skipvit_fx.torch_internals import aten
@@ -111,12 +112,10 @@ class Run:
             return attribute(self.module, str(node.target))
         if node.op == "output":
             return args[0]
-        part = self.parts[str(node.target)] if node.op == "call_module" else node.target
+        called = callee(node, self.parts.__getitem__)
         try:
             with author_code():
-                if isinstance(part, str):
-                    return getattr(args[0], part)(*args[1:], **kwargs)
-                return part(*args, **kwargs)
+                return called(*args, **kwargs)
         except AuthorError as error:
             raise ValidationError(
                 f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run: {error.message}",

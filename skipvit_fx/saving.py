@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from skipvit_fx.api import rewrite
 from skipvit_fx.arguments import check_model
+from skipvit_fx.capture.example import floating_like
 from skipvit_fx.errors import SavedModelError
 from skipvit_fx.graph.fingerprint import (
     fingerprint,
@@ -277,7 +278,7 @@ def _build(described: Any, model: nn.Module) -> Any:
     """The example input that :func:`_describe` described: zeros on the model's device, floating ones of its dtype."""
     kind, value, *rest = described
     if kind == "tensor":
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        like = floating_like(model)
         dtype = getattr(torch, rest[0])
         dtype = like.dtype if dtype.is_floating_point else dtype
         return torch.zeros(value, dtype=dtype, device=like.device)

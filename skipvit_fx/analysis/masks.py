@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.capture.symbolic import attribute
+from skipvit_fx.graph.nodes import callee
 
 
 def is_causal(analysis: TokenAnalysis, mask: fx.Node) -> bool:
@@ -45,10 +46,5 @@ def _constant(analysis: TokenAnalysis, node: fx.Node, known: dict[fx.Node, Any])
     )
     args, kwargs = inputs
     with torch.no_grad():
-        if node.op == "call_module":
-            known[node] = analysis.module.get_submodule(str(node.target))(*args, **kwargs)
-        elif node.op == "call_method":
-            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        known[node] = callee(node, analysis.module.get_submodule)(*args, **kwargs)
     return known[node]

@@ -37,6 +37,7 @@ from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.nodes import callee
 from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.torch_internals import TorchDispatchMode, aten, is_writing, pytree
 
@@ -250,11 +251,7 @@ class TokenAnalysis:
 
     def callee(self, node: fx.Node) -> Callable[..., Any]:
         """What a node calls."""
-        if node.op == "call_module":
-            return self.fake_module(str(node.target))
-        if isinstance(node.target, str):
-            return _method(node.target)
-        return node.target
+        return callee(node, self.fake_module)
 
     def execute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NodeFacts:
         """What a node does with these fake arguments; call it under the fake mode.
@@ -270,9 +267,9 @@ class TokenAnalysis:
             return _attention(AttentionArguments(*args, **kwargs))
         mode = AxisMode()
         try:
-            callee = self.callee(node)
+            called = self.callee(node)
             with mode, author_code():
-                mode.facts.value = callee(*args, **kwargs)
+                mode.facts.value = called(*args, **kwargs)
         except AuthorError as error:
             raise TraceError(
                 f"node {node.name!r} in module {module_path(node) or '<root>'!r} does not run on fake "
@@ -346,10 +343,6 @@ def _attention(given: AttentionArguments) -> NodeFacts:
             facts.mixing = str(reason)
             mark_lost(out)
     return facts
-
-
-def _method(name: str) -> Callable[..., Any]:
-    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
 def carries_tokens(facts: NodeFacts) -> bool:

@@ -53,7 +53,7 @@ def example_from_config(model: nn.Module) -> tuple[torch.Tensor]:
         TraceError: the model names no image size.
     """
     for shape in _image_shapes(model):
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        like = floating_like(model)
         return (torch.zeros(BATCH, *shape, dtype=like.dtype, device=like.device),)
     raise TraceError(
         f"{type(model).__name__} names no image size",
@@ -111,3 +111,15 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         "example_inputs must be a tensor, a tuple of arguments or a dict of keyword arguments, got "
         f"{type(example_inputs).__name__}"
     )
+
+
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Samples in a call: the first axis of its largest floating-point tensor, the image; ``None`` if there is none."""
+    tensors = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
+    image = max((t for t in tensors if t.is_floating_point()), key=torch.numel, default=None)
+    return image.shape[0] if image is not None and image.ndim else None
+
+
+def floating_like(model: nn.Module) -> torch.Tensor:
+    """A tensor of the dtype and on the device that images for ``model`` have: its first floating-point parameter."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))

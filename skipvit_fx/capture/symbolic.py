@@ -33,6 +33,7 @@ from skipvit_fx.capture.mutations import AUGMENTED, WatchWrites, augmented, refu
 from skipvit_fx.capture.outputs import KeepsOutputClass
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
+from skipvit_fx.graph.nodes import callee
 from skipvit_fx.graph.sizes import dimension_of, sizes_of
 from skipvit_fx.names import CHECKPOINT
 from skipvit_fx.ops.guard import READS, guard, kind_of
@@ -388,9 +389,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
                 return self._mode.twin(value)
             return value
         with author_code():
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return callee(node, self.root.get_submodule)(*args, **kwargs)
 
 
 def _state(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

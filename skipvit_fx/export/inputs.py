@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.capture.example import arguments_of, example_from_config
+from skipvit_fx.capture.example import arguments_of, batch_size, example_from_config, floating_like
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
 from skipvit_fx.graph.record import RewriteRecord
@@ -38,7 +38,11 @@ def inputs_of(
         raise ExportError(f"a batch of {batch} is none", hint="give a batch size of 1 or more")
     dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
     given = arguments_of(example) if example is not None else _own_example(model)
-    own = batch_of(given)
+    own = batch_size(*given)
+    if own is None:
+        raise ExportError(
+            "there is no image among the example inputs", hint="pass example_inputs=(images,)"
+        )
     if isinstance(batch, int) and example is not None and own != batch:
         raise ExportError(
             f"batch={batch}, but the example inputs have a batch of {own}",
@@ -54,27 +58,13 @@ def _own_example(model: nn.Module) -> Inputs:
     record = getattr(model, "meta", {}).get(RECORD)
     if not isinstance(record, RewriteRecord):
         return example_from_config(model), {}
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = floating_like(model)
 
     def made(leaf: Any) -> Any:
         return torch.zeros_like(leaf, device=like.device) if isinstance(leaf, Tensor) else leaf
 
     args, kwargs = pytree.tree_map(made, (record.args, record.kwargs))
     return tuple(args), dict(kwargs)
-
-
-def batch_of(inputs: Inputs) -> int:
-    """Length of the first axis of the first tensor.
-
-    Raises:
-        ExportError: there is none.
-    """
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.ndim > 0:
-            return leaf.shape[0]
-    raise ExportError(
-        "there is no tensor among the example inputs", hint="pass example_inputs=(images,)"
-    )
 
 
 def _with_batch(inputs: Inputs, own: int, batch: int) -> Inputs:

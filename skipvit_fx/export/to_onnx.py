@@ -16,10 +16,11 @@ from torch.export import Dim, ExportedProgram
 from skipvit_fx.arguments import check_model
 from skipvit_fx.ascend.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.capture.cloning import clone_structure
+from skipvit_fx.capture.example import batch_size
 from skipvit_fx.errors import ExportError, GuardError, SkipViTError, first_line
 from skipvit_fx.export.decompose import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
-from skipvit_fx.export.inputs import batch_of, inputs_of
+from skipvit_fx.export.inputs import inputs_of
 from skipvit_fx.export.kept import add_kept
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
@@ -179,7 +180,7 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run one sample, which ``torch.export`` takes to be computed as several are, through the same graph."""
-    size = batch_of((args, kwargs))
+    size = batch_size(args, kwargs)
     form = module.prepare(*args, **kwargs) if isinstance(module, SkipViTModule) else None
 
     def first(leaf: Any) -> Any:
@@ -288,7 +289,7 @@ def _program(
 ) -> ExportedProgram:
     shapes: Any = None
     if dynamic:
-        size = batch_of((args, kwargs))
+        size = batch_size(args, kwargs)
 
         def axes(leaf: Any) -> Any:
             has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.cloning import clone_structure
-from skipvit_fx.capture.example import arguments_of
+from skipvit_fx.capture.example import arguments_of, batch_size
 from skipvit_fx.errors import SkipViTError
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.reports.latency_model import LatencyModel
@@ -20,7 +20,6 @@ from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.layers import by_region, regions_of
 from skipvit_fx.reports.macs import (
     MacCount,
-    batch_size,
     count_macs,
     placeholder_values,
     skip_as_planned,

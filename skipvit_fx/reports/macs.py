@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.side_effects import contained
 from skipvit_fx.capture.cloning import fake_structure
+from skipvit_fx.capture.example import batch_size, floating_like
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import GuardError, TraceError
 from skipvit_fx.graph.attention_ops import SDPA_KERNELS
@@ -173,7 +174,7 @@ def _one_sample(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs cut to a batch of one, on the device and of the dtype that the module has now."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    like = floating_like(module)
     batch = batch_size(args, kwargs)
 
     def fake(leaf: Any) -> Any:
@@ -185,13 +186,6 @@ def _one_sample(
 
     one: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(fake, (args, kwargs))
     return one
-
-
-def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Samples in the largest floating-point tensor of a call; ``None`` if there is none."""
-    tensors = [tensor for tensor in _tensors((args, dict(kwargs))) if tensor.is_floating_point()]
-    images = max(tensors, key=Tensor.numel, default=None)
-    return images.shape[0] if images is not None and images.ndim else None
 
 
 def placeholder_values(

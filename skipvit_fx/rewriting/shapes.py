@@ -45,9 +45,7 @@ def _run(context: Context, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = inputs
     if node.op == "get_attr":
         return context.analysis.fake_attribute(str(node.target))
-    called: Any = node.target
-    if node.op == "call_module":
-        called = context.analysis.fake_module(str(node.target))
+    called: Any = context.analysis.callee(node)
     if isinstance(called, ScoreByFunction):  # the user's own code may need real numbers
         stream, dim = args[0], called.dim
         patches = stream.shape[dim] - called.prefix - called.suffix
@@ -55,8 +53,6 @@ def _run(context: Context, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
             return stream.new_empty(stream.shape[1 - dim], patches)
     try:
         with context.analysis.fake_mode, torch.no_grad(), author_code():
-            if node.op == "call_method":
-                return getattr(args[0], called)(*args[1:], **kwargs)
             return called(*args, **kwargs)
     except AuthorError as error:
         raise UnsupportedModelError(

@@ -1,0 +1,26 @@
+"""What a node calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx, nn
+
+
+def callee(node: fx.Node, part: Callable[[str], nn.Module]) -> Callable[..., Any]:
+    """The module, function or method that a node calls with its arguments.
+
+    Args:
+        node: no placeholder, attribute or output.
+        part: the module with a path.
+    """
+    if node.op == "call_module":
+        return part(str(node.target))
+    if isinstance(node.target, str):
+        return _method(node.target)
+    return node.target
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
