@@ -180,7 +180,11 @@ def always(x: Any) -> bool:
 def test_what_never_runs(fault: str, leaf: bool) -> None:
     run, name = FAULTS[fault]
     model = faulty(run, leaf=leaf, when=always)
-    for call in (rewrite, lambda m: skipvit_fx.find_attention(m, example_inputs=image())):
+    looks = (
+        lambda m: rewrite(m, PLAN),
+        lambda m: skipvit_fx.find_attention(m, example_inputs=image()),
+    )
+    for call in looks:
         with pytest.raises(
             TraceError, match=f"does not run on the example inputs: {name}: .*"
         ) as e:
