@@ -1,4 +1,4 @@
-"""Numbers that a graph takes as arguments: sound where they are factors or summands, and decide no shape."""
+"""Numbers that a graph takes as arguments: sound where they are factors or summands and decide no shape."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ARITHMETIC = frozenset(
         *("add", "sub", "mul", "div", "true_divide", "pow"),
     }
 )
-"""Functions and methods of tensors that work on every element alone."""
+"""Elementwise functions and methods of tensors."""
 
 
 def refuse_other_uses(graph: fx.Graph, inputs: Inputs) -> None:
     """Check where the live numbers of a captured graph go.
 
     Raises:
-        TraceError: into something else than arithmetic with tensors, a guard or the output.
+        TraceError: into anything other than arithmetic with tensors, a guard or the output.
     """
     given = inputs.taken()
     numbers: set[fx.Node] = set()
