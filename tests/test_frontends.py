@@ -521,7 +521,7 @@ def test_hidden_states_are_filled_where_asked_for(frontend: str) -> None:
     encoder = HUGGING_FACE[0]
     model, x = encoder.build(), pixels()
     example = {"pixel_values": pixels(2), "output_hidden_states": True}
-    with pytest.raises(UnsupportedModelError, match="off the way to its return") as caught:
+    with pytest.raises(UnsupportedModelError, match="off the path to its return") as caught:
         rewrite(model, example, TWO, frontend=frontend)
     assert caught.value.module_path == "layers.0"
     assert "fill_taps=True" in caught.value.hint

@@ -442,7 +442,7 @@ def check(variant: Variant, name: str, frontend: Any) -> None:
         assert_exact(model, fast, plan)
         return
     assert name in variant.refused, refusal
-    assert "the last layer is in no module" in refusal.reason
+    assert "the last layer is not a module" in refusal.reason
     assert "module of its own" in refusal.hint
     assert refusal.node
 

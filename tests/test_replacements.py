@@ -234,7 +234,7 @@ def test_where_nothing_can_be_run_it_has_to_be_called_before(follow: Any) -> Non
 def test_what_is_on_the_meta_device_has_to_be_called_before() -> None:
     fast = rewritten(vit())
     fast.blocks[2].mlp = nn.Linear(32, 32, device="meta")
-    with pytest.raises(GuardError, match="cannot be run by itself"):
+    with pytest.raises(GuardError, match="cannot be run on its own"):
         fast(pixels())
 
 
