@@ -281,7 +281,7 @@ class TokenAnalysis:
         return mode.facts
 
     def batch_dim(self, node: fx.Node) -> int | None:
-        """The dimension of a tensor node whose length changes with the number of samples; ``None`` unless it is unique."""
+        """The dimension of a tensor node whose length changes with the number of samples; ``None`` unless just one."""
         here, there = self.facts[node].value.shape, self._with_more_samples(node).shape
         if len(here) != len(there):
             return None
