@@ -493,7 +493,7 @@ OTHERS: list[Bad] = [
     ("atc-corrupt", lambda w: sv.atc_check(w.path("model.onnx")),
      ExportError, ("not an ONNX model", "export or download")),
     ("atc-empty", lambda w: sv.atc_check(w.path("empty")),
-     ExportError, ("holds no ONNX model", "export it again")),
+     ExportError, ("does not hold an ONNX model", "export it again")),
     ("atc-cann", lambda w: sv.atc_check(w.path("model.onnx"), cann="next"), ExportError, ("'next'",)),
 ]
 # fmt: on
