@@ -333,7 +333,7 @@ def test_causal_attention_is_refused(flag: bool, frontend: str) -> None:
 
 
 def test_unknown_front_end() -> None:
-    with pytest.raises(skipvit_fx.PlanError, match="frontend must be one of .*got 'dynamo'"):
+    with pytest.raises(skipvit_fx.PlanError, match=r"frontend must be one of .*got 'dynamo'"):
         rewrite(TORCHVISION.build(), TORCHVISION.input(2), TWO, frontend="dynamo")
 
 

@@ -349,7 +349,7 @@ def test_numbers_of_epochs_are_checked(value: Any) -> None:
             {"epoch": value, "warmup_epochs": 1, "ramp_epochs": 0}
         ),
     ):
-        with pytest.raises(sv.PlanError, match="no number of epochs") as caught:
+        with pytest.raises(sv.PlanError, match="is not a number of epochs") as caught:
             call()
         assert caught.value.hint
 

@@ -169,7 +169,7 @@ def test_what_the_stream_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight *= 1e-7
         model.blocks[1].mlp.fc2.bias.zero_()
-    with pytest.raises(ValidationError, match=r"they part in layer 2, at blocks\.1\.mlp"):
+    with pytest.raises(ValidationError, match=r"they first differ in layer 2, at blocks\.1\.mlp"):
         rewrite(model, "1(50%)+4", prefix_tokens=1)
 
 
@@ -591,7 +591,7 @@ def test_an_error_is_a_sentence_to_a_person(monkeypatch: pytest.MonkeyPatch) -> 
     error = caught.value
     assert isinstance(error, skipvit_fx.SkipViTError)
     assert "with the same tokens masked" in str(error)
-    assert "they part in layer 2, at blocks.1.norm2" in str(error)
+    assert "they first differ in layer 2, at blocks.1.norm2" in str(error)
     assert short(error.difference) in str(error)
     assert error.difference > 1e-2
     assert error.modules == ("blocks.1.norm2",)
