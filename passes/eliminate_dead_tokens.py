@@ -137,7 +137,7 @@ class _Liveness:
         return node in self.analysis.facts and carries_tokens(self.analysis[node])
 
     def _reads(self, node: fx.Node) -> list[tuple[fx.Node, float]]:
-        """What a node reads of its arguments, given what is read of it."""
+        """The rows that a node reads of its arguments, given the rows that are read of it."""
         arguments = [a for a in node.all_input_nodes if self._has_tokens(a)]
         need = self.need.get(node, NONE)
         op = self._op(node)

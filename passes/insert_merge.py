@@ -13,7 +13,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class InsertMerge:
-    """The token-level skip connection closes, last stage first.
+    """Close the token-level skip connection, last stage first.
 
     Before::
 

@@ -147,10 +147,10 @@ class Left:
     def nothing(cls, state: Tensor, stream_dim: int, patches: int) -> Self:
         """The state before the first stage, where the stream is ``state``."""
         batch = state.shape[1 - stream_dim]
-        nobody = torch.zeros(batch, patches, dtype=torch.bool, device=state.device)
+        none = torch.zeros(batch, patches, dtype=torch.bool, device=state.device)
         slots = torch.arange(patches, device=state.device).expand(batch, patches)
         # an in-place operator may change the state later
-        return cls(slots, nobody, nobody, state.clone())
+        return cls(slots, none, none, state.clone())
 
 
 class Masked(Run):
@@ -272,8 +272,8 @@ class Masked(Run):
             at = (slot + tokens.prefix).unsqueeze(-1).expand_as(fused)
             first = first.scatter(1, at, fused)
             state = first if dim == 1 else first.transpose(0, 1)
-        nobody = torch.ones_like(own).scatter(1, slots, False)
-        self._left[stage.index] = now = Left(slots, nobody, before.away | own, frozen)
+        empty = torch.ones_like(own).scatter(1, slots, False)
+        self._left[stage.index] = now = Left(slots, empty, before.away | own, frozen)
         return now, state
 
     # -- with every token in place --------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _block(stretches: Sequence[_Stretch], call: str) -> _Block | None:
     return _Block(held[0] - 1, held[-1]) if whole and held[0] > 0 else None
 
 
-# -- the end of the last layer, if no module tells it -------------------------------------------------------------
+# -- the end of the last layer, if no module marks it -------------------------------------------------------------
 
 
 def _last_end(

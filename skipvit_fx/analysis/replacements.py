@@ -150,7 +150,7 @@ class Replacements:
         self.uses = dict(uses)
         self._root = root
         self._parts: dict[str, list[nn.Module]] = {path: [] for path in uses}
-        self._contents: Contents | None = None  # None where there is something to judge
+        self._contents: Contents | None = None  # None if a judgement is due
         if judged:
             self._look()
 

@@ -248,7 +248,7 @@ class TokenAnalysis:
         return args, kwargs
 
     def callee(self, node: fx.Node) -> Callable[..., Any]:
-        """What a node calls."""
+        """The callable that a node calls."""
         if node.op == "call_module":
             return self.fake_module(str(node.target))
         if isinstance(node.target, str):

@@ -39,7 +39,7 @@ def refuse_other_uses(graph: fx.Graph, inputs: Inputs) -> None:
         checked = node.op == "call_module" and str(node.target).startswith(INSERTED)
         if not checked and node.target not in _ARITHMETIC:
             raise TraceError(
-                f"a number that changes from call to call goes into {node.name}, where it may decide a shape",
+                f"a number that changes from call to call is used in {node.name}, where it may decide a shape",
                 hint="pass it as a tensor",
             )
         if numbers.issuperset(node.all_input_nodes):

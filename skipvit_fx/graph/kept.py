@@ -14,7 +14,7 @@ from skipvit_fx.author.nested import holds, nested
 _PLAIN = (bool, int, float, str)
 
 _MOST = 256
-"""The largest container that is looked into; a larger one holds data: names of classes, a vocabulary."""
+"""The largest container that is examined; a larger one holds data: names of classes, a vocabulary."""
 
 
 class Contents:
