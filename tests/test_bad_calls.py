@@ -83,7 +83,7 @@ class World:
         self.before = self.state()
 
     def changes(self) -> list[str]:
-        """What is no longer as it was."""
+        """What has changed."""
         now = self.state()
         names = [*self.before, *(name for name in now if name not in self.before)]
         return [name for name in names if now.get(name) != self.before.get(name)]
@@ -525,7 +525,7 @@ API = [
 
 
 def complaint(error: BaseException) -> str:
-    """Why an error is no help; empty if it is one."""
+    """Why an error does not help; empty if it does."""
     text = str(error)
     if isinstance(error, SkipViTError) and not error.hint:
         return "it has no hint"

@@ -242,7 +242,7 @@ def _seed() -> None:
 
 
 def _styles() -> list[Any]:
-    """Every case in one style, in turns; in the others in the slow tests."""
+    """Every case in one style, alternating; in the others in the slow tests."""
     return [
         pytest.param(name, style, marks=[] if i % len(STYLES) == j else pytest.mark.slow)
         for (i, name), (j, style) in itertools.product(enumerate(CASES), enumerate(STYLES))

@@ -1,4 +1,4 @@
-"""Models that hold surprising attributes, or run something else than their class's forward."""
+"""Models that hold surprising attributes, or run something other than their class's forward."""
 
 from __future__ import annotations
 

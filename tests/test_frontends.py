@@ -126,7 +126,7 @@ def test_hugging_face(encoder: HuggingFace, frontend: str) -> None:
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_dropout_lives_in_train_only(frontend: str, attention: str) -> None:
-    """Inside attention, behind it, and on whole branches."""
+    """Inside attention, after it, and on whole branches."""
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.3}
     encoder = HuggingFace("beit", 1, options={**rates, "attn_implementation": attention})
     model, x = encoder.build(), pixels(6)

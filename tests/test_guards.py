@@ -37,7 +37,7 @@ _REFUSED = [
     ("looked-up", "export"),
     ("numel", "symbolic"),
 ]
-"""Where one graph cannot tell which way the branch goes, or whether it hangs on the number of tokens as well."""
+"""Where one graph cannot tell which way the branch goes, or whether it also depends on the number of tokens."""
 
 
 def rewrite(model: nn.Module, frontend: Any, plan: str = PLAN) -> Any:

@@ -550,7 +550,7 @@ class Weighing(Sdpa):
 
 
 class Gate(Mlp):
-    """A feed-forward network with a softmax in it that is no attention."""
+    """A feed-forward network with a softmax in it that is not an attention."""
 
     def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "rounded": lambda x: (x * 64).round() / 64,
 }
 PLACES = ("blocks.2.mlp", "blocks.2.mlp.fc1", "blocks.2.attn.proj", "blocks.3.norm2")
-"""Under the drop, and behind it where only the class token's row is left."""
+"""Under the drop, and after it, where only the class token's row is left."""
 
 
 class Wrapped(nn.Module):

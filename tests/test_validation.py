@@ -1,4 +1,4 @@
-"""Every rewrite is validated: what is wrong is found and named, what is right passes, and nothing is left behind."""
+"""Every rewrite is validated: errors are found and named, correct rewrites pass, and nothing is left behind."""
 
 import dataclasses
 import math
@@ -335,7 +335,7 @@ def test_sequence_first_and_dense_outputs(monkeypatch: pytest.MonkeyPatch, head:
 
 
 class Taps(nn.Module):
-    """Hands out the states behind the second and the third layer as well."""
+    """Also returns the states after the second and the third layer."""
 
     def __init__(self) -> None:
         super().__init__()
