@@ -1,8 +1,8 @@
-"""What does calling a rewritten model cost, over calling its graph as a plain graph module?
+"""The cost of calling a rewritten model, compared with calling its graph as a plain graph module.
 
-`python benchmarks/call_overhead.py` calls a model that computes next to nothing, 12 layers deep, and a graph module of
-its graph alone in turns, and prints the difference: finding the graph for the call and looking for changes and hooks,
-less what it saves, since its modules are at hand and are not looked up by their paths.
+`python benchmarks/call_overhead.py` alternately calls a 12-layer model that computes almost nothing and a graph module
+of only its graph, and prints the difference: the time to find the graph for the call and to check for changes and
+hooks, minus the time saved because modules are not looked up by path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import skipvit_fx as sv
 from skipvit_fx.cli.environment import hardware, versions
 
 TARGET = 50e-6
-"""Seconds."""
+"""In seconds."""
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -32,7 +32,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    """Print median, least and most of the differences of blocks."""
+    """Print the median, minimum and maximum of the differences of blocks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=20, help="blocks of a hundred pairs of calls")
     rounds = parser.parse_args().rounds

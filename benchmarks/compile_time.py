@@ -1,8 +1,8 @@
-"""How long does a rewrite take? ViT-S/16 with 12, 24, 48 and 96 layers.
+"""The time that a rewrite takes, for ViT-S/16 with 12, 24, 48 and 96 layers.
 
-The first call in the process is timed apart; then every depth takes its turn in each round, so that whatever else the
-machine does hits all alike. One model is in memory at a time. Processor seconds, of all threads together, tell how busy
-it was besides: on a quiet machine they are close to the seconds on the clock.
+The first call in the process is timed separately; then every depth takes its turn in each round, so that other load
+affects all alike. One model is in memory at a time. Processor seconds, over all threads, show how busy the machine was
+otherwise: on a quiet machine they are close to wall-clock seconds.
 
 Run it with `make bench`, or `python benchmarks/compile_time.py --rounds 5`.
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and return 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="where a 12-layer rewrite spends it")
+    parser.add_argument("--profile", action="store_true", help="profile a 12-layer rewrite")
     args = parser.parse_args(argv)
 
     first = measure(vit(DEPTHS[0]))
@@ -65,19 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     missed = [name for name, figure in reached.items() if figure > TARGETS[name]]
     for name in missed:
-        console.print(f"missed: {name} {reached[name]:.2f}, at most {TARGETS[name]:g} is wanted")
+        console.print(
+            f"missed: {name} {reached[name]:.2f}, the target is at most {TARGETS[name]:g}"
+        )
     return 1 if missed else 0
 
 
 class Seconds(NamedTuple):
-    """On the clock, and of the processor."""
+    """Wall-clock and processor seconds."""
 
     clock: float
     processor: float
 
 
 def vit(depth: int) -> nn.Module:
-    """ViT-S/16, as deep as wanted."""
+    """ViT-S/16 of the given depth."""
     return timm.create_model("vit_small_patch16_224", depth=depth).eval()
 
 
@@ -91,7 +93,7 @@ def measure(model: nn.Module) -> Seconds:
 
 
 def profile(model: nn.Module) -> None:
-    """Print the functions that take most of one rewrite."""
+    """Print the functions that take most of the time of one rewrite."""
     profiler = cProfile.Profile()
     profiler.runcall(measure, model)
     pstats.Stats(profiler).sort_stats("cumulative").print_stats(45)

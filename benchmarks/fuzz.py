@@ -1,8 +1,8 @@
-"""Is there a model, a plan and a call for which a rewrite is silently wrong? Look for one at random.
+"""Search at random for a model, a plan and a call for which a rewrite is silently wrong.
 
-`python benchmarks/fuzz.py --cases 10000 --jobs 2 --out docs/results/fuzz.md` runs the cases 0 to 9999. Each is drawn
-from its number alone, and is refused or equals the reference of the tests, or is a failure. Results are kept beside the
-page as jsonl, so that an interrupted run goes on where it stopped. Failures are shrunk and printed as tests.
+`python benchmarks/fuzz.py --cases 10000 --jobs 2 --out docs/results/fuzz.md` runs cases 0 to 9999. Each depends only on
+its number, and must be refused or equal the reference of the tests; otherwise it is a failure. Results are kept beside
+the page as jsonl, so that an interrupted run continues where it stopped. Failures are shrunk and printed as tests.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fuzzing.cases import FAILURES, Case, Outcome, as_test, draw_case, run, shri
 from skipvit_fx.cli.environment import hardware, versions
 
 TIMEOUT = 60
-"""Seconds for a case; one takes well under a second."""
+"""Seconds allowed for a case, which takes well under a second."""
 
 KINDS = ("exact", "refused", "guard", "wrong", "crash", "mute", "invalid", "unjudged", "timeout")
 PER_PROCESS = 500
-"""Cases after which a process is replaced: every rewrite makes classes, which stay."""
+"""Cases after which a process is replaced, as every rewrite makes classes that stay in memory."""
 
 
 class TimeIsUpError(BaseException):
-    """Not an Exception: nothing between the alarm and :func:`record` may catch it."""
+    """Not an Exception, so that nothing between the alarm and :func:`record` catches it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, write the page, print failures as tests; 1 if there are any."""
+    """Run, write the page, print failures as tests; return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first case; others count on")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, help="the page to write; rows are kept beside it")
     parser.add_argument("--shrink", type=int, default=10, help="failures to shrink and print")
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
     except KeyboardInterrupt:
-        print("interrupted; run it again to go on", file=sys.stderr)
+        print("interrupted; run it again to continue", file=sys.stderr)
     done = [rows[seed] for seed in sorted(rows)]
     text = page(done)
     if args.out:
@@ -92,7 +92,7 @@ def _kept(log: Path | None) -> Iterator[dict[str, Any]]:
 def _progress(
     new: Iterable[dict[str, Any]], kept: dict[int, dict[str, Any]], total: int
 ) -> Iterator[dict[str, Any]]:
-    """The rows as they come, with a bar on stderr."""
+    """The rows as they arrive, with a progress bar on stderr."""
     count = Counter(row["outcome"] for row in kept.values())
     columns = (
         BarColumn(),
@@ -113,7 +113,7 @@ def _progress(
 
 
 def record(seed: int) -> dict[str, Any]:
-    """Run a case, and say in a row what became of it."""
+    """Run a case, and return a row with its outcome."""
     case = draw_case(seed)
     before = signal.signal(signal.SIGALRM, _alarm)
     signal.alarm(TIMEOUT)
@@ -128,7 +128,7 @@ def record(seed: int) -> dict[str, Any]:
 
 
 def row_of(case: Case, outcome: Outcome) -> dict[str, Any]:
-    """What is kept of a case."""
+    """The row that is kept for a case."""
     kept = {"seed": case.seed, "model": case.model.kind, "outcome": outcome.kind}
     return kept | {"reason": outcome.reason, "error": outcome.error}
 
@@ -138,14 +138,14 @@ def _alarm(_signal: int, _frame: FrameType | None) -> None:
 
 
 def _quiet() -> None:
-    """One thread a process, and no warnings of models that are odd on purpose."""
+    """Use one thread per process, and suppress warnings of models that are odd on purpose."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
 
 
 def run_all(seeds: Sequence[int], jobs: int) -> Iterator[dict[str, Any]]:
-    """Rows, in the order in which they get done."""
+    """Rows, in order of completion."""
     if jobs < 2:
         _quiet()
         yield from map(record, seeds)
@@ -156,7 +156,7 @@ def run_all(seeds: Sequence[int], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def _pool(waiting: list[int], jobs: int) -> Iterator[dict[str, Any]]:
-    """Rows of some of the seeds that wait, until all are done or a process dies, and then those that ran in it."""
+    """Rows of some of the waiting seeds, until all are done or a process dies, and then those that ran in it."""
     context = multiprocessing.get_context("spawn")
     running: dict[Future[dict[str, Any]], int] = {}
     with ProcessPoolExecutor(
@@ -178,7 +178,7 @@ def _pool(waiting: list[int], jobs: int) -> Iterator[dict[str, Any]]:
 
 
 def _died(seed: int) -> dict[str, Any]:
-    """The row of a case whose process ended: perhaps not its fault, so it is looked at alone."""
+    """The row of a case whose process ended; it may not be the cause, so it is run again on its own."""
     process = multiprocessing.get_context("spawn").Process(target=record, args=(seed,))
     process.start()
     process.join()
@@ -203,8 +203,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         "",
         "Random models, plans, options and calls, each drawn from one number. A case is exact (equal to the reference",
         "of the tests, which shares no code with the compiler), refused by name, or stopped by a guard when it is",
-        "called. Wrong would be a result that differs without a word, crash an exception that is no refusal, mute a",
-        "refusal without a hint. Invalid are models that do not run by themselves, unjudged those that the reference",
+        "called. Wrong would be a result that differs silently, crash an exception that is not a refusal, mute a",
+        "refusal without a hint. Invalid are models that do not run on their own, unjudged those that the reference",
         "cannot run.",
         "",
         _line(["model", *shown, "all"]),
@@ -216,7 +216,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     totals = [sum(count[kind, outcome] for kind in kinds) for outcome in shown]
     lines.append(_line(["all", *totals, sum(totals)]))
     worst = max((row["error"] for row in rows if row["outcome"] == "exact"), default=0.0)
-    lines += ["", f"Largest relative error of what is exact: {worst:.1g}.", ""]
+    lines += ["", f"Largest relative error of exact cases: {worst:.1g}.", ""]
     for outcome in [kind for kind in shown if kind != "exact"]:
         reasons = Counter(row["reason"] for row in rows if row["outcome"] == outcome)
         if reasons:

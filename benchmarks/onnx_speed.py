@@ -1,7 +1,7 @@
-"""How much of the saved multiply-adds does onnxruntime turn into time?
+"""How much of the saved multiply-adds onnxruntime turns into saved time.
 
-Writes the original and the rewritten model, runs both in turns in one process, and compares the measured speed-up with
-the ratio of their multiply-adds. Random weights: the work does not depend on them.
+Writes the original and the rewritten model, runs both alternately in one process, and compares the measured speed-up
+with the ratio of their multiply-adds. Weights are random: the work does not depend on them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from skipvit_fx.cli.environment import hardware, versions
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """On the CPU, with a fixed number of threads."""
+    """A session on the CPU, with a fixed number of threads."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -64,7 +64,7 @@ def main() -> None:
     original, rewritten = (statistics.median(t) * 1e3 for t in times)
     print(f"{options.model} {options.plan}, batch {options.batch}, target {options.target}")
     print(
-        f"{hardware()}; onnxruntime with {options.threads} threads; {options.rounds} rounds in turns"
+        f"{hardware()}; onnxruntime with {options.threads} threads; {options.rounds} alternating rounds"
     )
     print(versions("onnxruntime", "timm", "skipvit_fx"))
     print(f"original {original:.1f} ms, rewritten {rewritten:.1f} ms")

@@ -1,8 +1,8 @@
-"""How much of the saved multiply-adds turns into time and memory, in training and in inference?
+"""How much of the saved multiply-adds turns into saved time and memory, in training and in inference.
 
-The unmodified model with its own fused attention and its rewrites run in turns, in one process, in an order that
+The unmodified model with its own fused attention and its rewrites run alternately in one process, in an order that
 rotates from round to round. Weights are random: the work does not depend on them. A training step is a forward and a
-backward pass, without an optimiser, which costs both alike.
+backward pass, without an optimiser, whose cost is the same for all.
 
     python benchmarks/throughput.py --rounds 15 --out docs/results/throughput.md
     python benchmarks/throughput.py --device cuda --batches 64 256 --precisions float32 bfloat16 --compile
@@ -38,12 +38,12 @@ from skipvit_fx.cli.environment import hardware, versions
 MODEL, PLAN = "vit_small_patch16_224", "6(55%)+11"
 
 TARGETS = {"plan": 0.97, "plan, no dead rows": 0.95, "0 %": 0.99, "skipping off": 0.99}
-"""For ``MODEL`` and ``PLAN`` on a CPU, eager and in float32: at least so much of the limit."""
+"""For ``MODEL`` and ``PLAN`` on a CPU, eager and in float32: the least share of the limit to reach."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed together."""
+    """A setting whose variants are timed together."""
 
     mode: str
     precision: str
@@ -61,7 +61,7 @@ class Result:
 
     Attributes:
         images_per_second: median.
-        speed: of the model's time in the same round over this one's: median, least and most.
+        speed: the model's time over this variant's in the same round: median, minimum and maximum.
         limit: the same ratio of multiply-adds.
         megabytes: peak of the allocator (CUDA), or what is saved for the backward pass (CPU, eager); training only.
     """
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     console = Console()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
-    caption = f"{where}; {versions('timm')}; random weights; {args.rounds} rounds in turns."
+    caption = f"{where}; {versions('timm')}; random weights; {args.rounds} alternating rounds."
     console.print(f"{args.model} {args.plan}", *tables(results), sep="\n")
     console.print(caption, highlight=False)
     if args.out:
@@ -122,7 +122,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--modes", nargs="+", default=["training", "inference"])
     parser.add_argument("--precisions", nargs="+", default=["float32"], help="or bfloat16")
-    parser.add_argument("--compile", action="store_true", help="compiled besides eager")
+    parser.add_argument("--compile", action="store_true", help="compiled in addition to eager")
     parser.add_argument("--batches", nargs="+", type=int, default=[8])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="a .md file; a .json file goes beside it")
@@ -130,7 +130,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def variants(model: nn.Module, text: str) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The model and its rewrites, which share its weights, and how many times fewer multiply-adds each has."""
+    """The model and its rewrites, which share its weights, and by which factor each has fewer multiply-adds."""
     plan = sv.Plan.parse(text)
     nothing = sv.Plan(
         tuple(sv.Stage(stage.layer, 0) for stage in plan.stages), plan.return_layer, plan.fused
@@ -255,7 +255,7 @@ def cells(result: Result) -> tuple[str, ...]:
 
 
 def tables(results: Sequence[Result]) -> Iterator[Table]:
-    """For the terminal, one a setting."""
+    """Tables for the terminal, one per setting."""
     for setting, group in groupby(results, key=lambda result: result.setting):
         drawn = Table(title=str(setting))
         for heading in HEADINGS:
@@ -266,15 +266,15 @@ def tables(results: Sequence[Result]) -> Iterator[Table]:
 
 
 def page(model: str, plan: str, results: Sequence[Result], caption: str) -> str:
-    """As Markdown."""
+    """The results as Markdown."""
     lines = [
         f"# Throughput of {model} with {plan}",
         "",
         f"Written by `benchmarks/throughput.py` on {caption}",
         "",
-        "Speed-up: of the model's time over the variant's in the same round, median (least to most). Limit: the same "
-        "ratio of multiply-adds. Reached: the one over the other. MB: of a training step, the peak of the allocator on "
-        "CUDA, what is saved for the backward pass on a CPU. `plan` computes rows that nobody reads; `0 %` and "
+        "Speed-up: the model's time over the variant's in the same round, median (minimum to maximum). Limit: the same "
+        "ratio of multiply-adds. Reached: the former over the latter. MB of a training step: the allocator's peak on "
+        "CUDA, what is saved for the backward pass on a CPU. `plan` computes rows that nothing reads; `0 %` and "
         "`skipping off` drop nothing and show what the inserted nodes cost.",
     ]
     for setting, group in groupby(results, key=lambda result: result.setting):
@@ -295,7 +295,7 @@ def misses(args: argparse.Namespace, results: Sequence[Result]) -> Iterator[str]
         if result.reached < TARGETS[result.variant]:
             yield (
                 f"missed: {setting}, {result.variant}: {result.reached:.3f} of the limit, "
-                f"at least {TARGETS[result.variant]:g} is wanted"
+                f"the target is at least {TARGETS[result.variant]:g}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Rewrite many models, compare each with the mask-and-freeze reference, and write down how it went.
+"""Rewrite many models, compare each with the mask-and-freeze reference, and record the results.
 
 ``python benchmarks/zoo.py --isotropic --elsewhere --out docs/zoo.md``. Interrupt it and run it again: finished models
 are skipped. Weights are random.
@@ -88,10 +88,10 @@ ELSEWHERE = (
     "open_clip:EVA02-B-16",
     "open_clip:RN50",
 )
-"""Encoders of torchvision, Hugging Face and open_clip; the last is no Transformer, and must be refused."""
+"""Encoders of torchvision, Hugging Face and open_clip; the last is not a Transformer, and must be refused."""
 
 DEPTHS = (24, 16, 12, 8, 6, 4, 3, 2)
-"""How shallow a model that does not fit may be made: as deep of these as fits."""
+"""Depths for a model that is too large: the largest of these that fits is used."""
 
 _TOO_LARGE = "raise --limit, on a machine with the memory for it"
 
@@ -107,20 +107,20 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What one model may raise without stopping the others; each becomes a row that names it."""
+"""Errors that one model may raise without stopping the others; each becomes a row that names it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """How it went with one model.
+    """The result for one model.
 
     Attributes:
-        name: as the command takes it.
+        name: the name that the command takes.
         status: ``exact``, ``refused``, ``wrong``, ``skipped`` or ``error``.
-        layers, prefix, patches: what was found; ``None`` where nothing was.
-        plan: what was rewritten.
+        layers, prefix, patches: what was found; ``None`` if nothing was.
+        plan: the plan of the rewrite.
         error: largest relative error against the reference.
-        seconds: that the rewrite took.
+        seconds: the duration of the rewrite.
         reason: why it was refused, skipped or failed.
         note: what was done to the model beforehand.
     """
@@ -157,7 +157,7 @@ def other_names() -> list[str]:
 
 
 def default_plan(depth: int) -> str:
-    """Two stages of 30 % and a return before the end, or as much of that as the layers allow."""
+    """Two stages of 30 % and a return before the end, or as much of this as the layers allow."""
     first = max(1, depth // 3)
     second = max(first + 1, 2 * depth // 3)
     if second > depth:
@@ -166,7 +166,7 @@ def default_plan(depth: int) -> str:
 
 
 def survey(name: str, *, limit: float, seed: int = 0, **options: Any) -> Row:
-    """Build, rewrite and check one model. Never raises for what a model may do; see :data:`FAILURES`."""
+    """Build, rewrite and check one model. Never raises because of a model; see :data:`FAILURES`."""
     note = ""
     try:
         options, note = _fit(name, limit, options)
@@ -183,7 +183,7 @@ def survey(name: str, *, limit: float, seed: int = 0, **options: Any) -> Row:
 
 
 def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Options under which the model's parameters fit into ``limit`` bytes, and what that changes."""
+    """Options with which the model's parameters fit into ``limit`` bytes, and what these change."""
     try:
         size = parameter_bytes(parse_spec(name, **options))
     except SpecError as error:
@@ -198,12 +198,13 @@ def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, An
             smaller = parameter_bytes(parse_spec(name, **shallow))
         except SpecError as error:
             raise SpecError(
-                f"{size / 2**30:.1f} GiB of parameters, and takes no depth", hint=_TOO_LARGE
+                f"{size / 2**30:.1f} GiB of parameters, and its depth cannot be set",
+                hint=_TOO_LARGE,
             ) from error
         if smaller <= limit:
             return shallow, f"made {depth} layers deep ({size / 2**30:.1f} GiB of parameters)"
     raise SpecError(
-        f"{size / 2**30:.1f} GiB of parameters, and too large with {DEPTHS[-1]} layers",
+        f"{size / 2**30:.1f} GiB of parameters, and still too large with {DEPTHS[-1]} layers",
         hint=_TOO_LARGE,
     )
 
@@ -219,7 +220,7 @@ def _check(name: str, model: nn.Module, seed: int, note: str) -> Row:
     check = reference.check(fast, x)
     skipvit_fx.set_skipping(fast, False)
     with torch.no_grad():
-        torch.manual_seed(seed)  # an autoencoder draws what it masks
+        torch.manual_seed(seed)  # an autoencoder draws its mask
         off = fast(x)
         torch.manual_seed(seed)
         own = model(x)
@@ -316,7 +317,7 @@ def run(
     limit: float,
     **options: Any,
 ) -> list[Row]:
-    """Survey every name that ``log`` does not have yet, or had to skip; a row is in ``log`` as soon as it is known."""
+    """Survey every name that ``log`` does not have, or had to skip; each row is written to ``log`` at once."""
     finished = read_rows(log)
     rows = []
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -362,7 +363,7 @@ _MEANING = {
     "refused": "with the reason given",
     "wrong": "rewritten, but not equal",
     "skipped": "could not be built here; where memory is the reason, a larger `--limit` on a larger machine runs it",
-    "error": "failed in a way that is no refusal",
+    "error": "failed in a way that is not a refusal",
 }
 
 

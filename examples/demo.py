@@ -1,4 +1,4 @@
-"""One picture through a timm ViT and through its rewrite: what is dropped, what changes, how fast.
+"""One picture through a timm ViT and through its rewrite: what is dropped, what changes, and how fast each is.
 
 Run it with `make demo`, or `python examples/demo.py --plan "4,7(30%,30%)+10" --pretrained`.
 """
@@ -67,11 +67,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("out/demo.png"), help="default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     parser.add_argument(
-        "--rounds", type=int, default=15, help="of the timing, default: %(default)s"
+        "--rounds", type=int, default=15, help="rounds of timing, default: %(default)s"
     )
-    parser.add_argument("--batch", type=int, help="of the timing, default: 8, on a GPU 256")
+    parser.add_argument(
+        "--batch", type=int, help="images per timed batch, default: 8, on a GPU 256"
+    )
     return parser.parse_args(argv)
 
 
@@ -94,7 +96,7 @@ def build(pretrained: bool, seed: int) -> nn.Module:
 
 
 def compare(before: Tensor, after: Tensor, top: int = 5) -> str:
-    """The best classes of two rows of logits side by side, and how far the logits are apart."""
+    """The best classes of two rows of logits side by side, and how far apart the logits are."""
     names = ImageNetInfo()
 
     def best(logits: Tensor) -> list[str]:
@@ -119,7 +121,7 @@ def grid(model: nn.Module) -> tuple[int, int]:
 
 
 def dim(picture: Tensor, kept: Tensor, rows: int, columns: int) -> Tensor:
-    """The picture [3, H, W] with every patch but the kept ones darkened."""
+    """The picture [3, H, W] with all patches except the kept ones darkened."""
     _, height, width = picture.shape
     light = torch.full((rows * columns,), 0.25)
     light[kept] = 1.0
@@ -129,7 +131,7 @@ def dim(picture: Tensor, kept: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def draw(picture: Tensor, kept: dict[int, Tensor], patches: tuple[int, int]) -> Figure:
-    """The picture, and beside it one panel per stage: what is left after each drop."""
+    """The picture, and beside it one panel per stage with the patches left after each drop."""
     rows, columns = patches
     panels = {"what the model sees": picture}
     for layer, indices in kept.items():
@@ -146,7 +148,7 @@ def draw(picture: Tensor, kept: dict[int, Tensor], patches: tuple[int, int]) -> 
 
 
 def measure(models: Sequence[nn.Module], x: Tensor, rounds: int) -> list[list[float]]:
-    """Seconds of each model in each round. The models take turns, so that drift hits all alike."""
+    """Seconds of each model in each round. The models take turns, so that drift affects all alike."""
 
     def seconds(model: nn.Module) -> float:
         start = perf_counter()
@@ -167,7 +169,7 @@ def speed_report(seconds: list[list[float]], batch: int, limit: float) -> str:
     milliseconds = [[1000 * time / batch for time in times] for times in seconds]
     ratios = [before / after for before, after in zip(*milliseconds, strict=True)]
     lines = [
-        f"{name:<10} {spread(times, '.2f')} ms a picture, in batches of {batch}"
+        f"{name:<10} {spread(times, '.2f')} ms per picture, in batches of {batch}"
         for name, times in zip(("model", "rewritten"), milliseconds, strict=True)
     ]
     return "\n".join(
@@ -185,7 +187,7 @@ def spread(values: Sequence[float], spec: str) -> str:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of what runs the model."""
+    """The name of the device that runs the model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":

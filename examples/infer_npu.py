@@ -1,8 +1,8 @@
-"""Run a rewritten ViT on an Ascend NPU where torch-npu exists, else on the CPU.
+"""Run a rewritten ViT on an Ascend NPU if torch-npu is available, else on the CPU.
 
     python examples/infer_npu.py --model vit_small_patch16_224 --plan "6(55%)+11" --batch 16
 
-Random weights: the time does not depend on them. Nothing here was run on an NPU by the authors of this file.
+Weights are random: the time does not depend on them. The authors of this file have not run it on an NPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from skipvit_fx.ascend.npu import find_device, npu_operators, synchronise
 
 
 def images_per_second(model: nn.Module, x: Tensor, seconds: float, half: bool) -> float:
-    """Throughput over about so many seconds, after a warm-up."""
+    """Throughput over about this many seconds, after a warm-up."""
     precision: AbstractContextManager[object] = nullcontext()
     if half:
         precision = torch.autocast(x.device.type, dtype=torch.float16)
@@ -55,8 +55,8 @@ def main() -> None:
     bad = [operator.name for operator in npu_operators(fast, x[:1]) if operator.known_bad]
     print(f"operators known to leave an NPU or to stop the host: {', '.join(bad) or 'none'}")
     if device.type == "cpu":
-        print("no NPU can be used here, so this is the CPU; `skipvit doctor` says why")
-    half = device.type == "npu"  # its attention is fused in half precision only
+        print("no NPU can be used here, so this runs on the CPU; `skipvit doctor` shows why")
+    half = device.type == "npu"  # its attention is fused only in half precision
     x = x.to(device)
     speeds = [images_per_second(one.to(device), x, options.seconds, half) for one in (model, fast)]
     print(f"{device}, batch {options.batch}: original {speeds[0]:.1f} images/s")

@@ -1,12 +1,12 @@
 """The paper's Table 1 in miniature: train a 12-layer ViT from scratch, row by row, and compare accuracy and speed.
 
-Handwritten digits lie at random places on larger canvases, cluttered with pieces of other digits; the class is the one
-whole digit. Every row starts from the same weights and sees the same images for the same seed.
+Handwritten digits lie at random places on larger canvases, cluttered with pieces of other digits; the class is that of
+the only complete digit. For the same seed, every row starts from the same weights and sees the same images.
 
     python examples/train_digits.py             # all rows, three seeds; about two hours on one core
     python examples/train_digits.py --quick     # three tiny rows: shows that it runs, learns nothing
 
-Every finished run is a line in digits.jsonl, and a run that is there is not repeated: stop and go on at any time.
+Every finished run is a line in digits.jsonl, and is not repeated: stop and continue at any time.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """The task and the recipe; runs of different settings are never mixed in one table."""
+    """The task and the recipe; runs with different settings are never mixed in one table."""
 
     canvas: int = 32
     patch: int = 4
@@ -78,7 +78,7 @@ TIMING_BATCH = 128
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, time all rows in turns, write the table."""
+    """Run what is missing, time all rows alternately, write the table."""
     args = parse(argv)
     settings, rows = (QUICK, ROWS[:3]) if args.quick else (Settings(), ROWS)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -107,13 +107,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="of the timing, all rows in turns")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of timing, rows alternating")
     parser.add_argument("--quick", action="store_true", help="a tiny model, for a test")
     return parser.parse_args(argv)
 
 
 def finished(log: Path, settings: Settings) -> dict[tuple[str, int], float]:
-    """Accuracy by row and seed of the runs that are in the log with these settings."""
+    """Accuracy by row and seed of the runs in the log that have these settings."""
     if not log.exists():
         return {}
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -141,7 +141,7 @@ class Digits:
         return self._scenes(chosen, generator)
 
     def validation(self) -> tuple[Tensor, Tensor]:
-        """The same images in every run, of digits that no training image shows."""
+        """The same images in every run, of digits that are in no training image."""
         generator = torch.Generator().manual_seed(1)
         count = self.settings.validation
         chosen = torch.randint(self.split, len(self.classes), (count,), generator=generator)
@@ -166,7 +166,7 @@ class Digits:
 
 
 def _window(rows: Tensor, columns: Tensor, *, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of one ``size`` x ``size`` window an image, from its upper left corner."""
+    """Index of one ``size`` x ``size`` window per image, from its upper left corner."""
     images = torch.arange(len(rows))[:, None, None]
     steps = torch.arange(size)
     return images, rows[:, None, None] + steps[:, None], columns[:, None, None] + steps
@@ -176,7 +176,7 @@ def _window(rows: Tensor, columns: Tensor, *, size: int) -> tuple[Tensor, Tensor
 
 
 def build(row: Row, seed: int, settings: Settings) -> nn.Module:
-    """The row's model, from the same random weights for every row. Rows that nobody reads are computed, as there."""
+    """The row's model, with the same random weights for every row. As in the paper, unread rows are computed."""
     torch.manual_seed(seed)
     model = VisionTransformer(
         img_size=settings.canvas,
@@ -196,7 +196,7 @@ def build(row: Row, seed: int, settings: Settings) -> nn.Module:
 
 
 def train(row: Row, seed: int, settings: Settings) -> tuple[float, float]:
-    """Train from scratch. Returns the share of validation images classed rightly, and the seconds that it took."""
+    """Train from scratch. Returns the share of validation images classified correctly, and the seconds it took."""
     start = perf_counter()
     model = build(row, seed, settings)
     warmup = settings.warmup_epochs if row.warmup else 0
@@ -231,7 +231,7 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tens
 
 
 def measure(rows: Sequence[Row], settings: Settings, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a training step with skipping on, round by round. Rows take turns, so that drift hits all alike."""
+    """Seconds of a training step with skipping on, round by round. Rows take turns, so that drift affects all alike."""
     x, y = (part[:TIMING_BATCH] for part in Digits(settings).validation())
     models = {row.name: build(row, 0, settings).train() for row in rows}
     seconds: dict[str, list[float]] = {name: [] for name in models}
@@ -281,13 +281,13 @@ def page(
         f"{settings.pieces} pieces of others. {seeds} seeds; the same weights and images for every row "
         f"of a seed. {settings.warmup_epochs} of {settings.epochs} epochs are warm-up. Validation: "
         f"{settings.validation} images of digits not trained on; "
-        "chance is 10 %. The paper's columns: ViT-small, ImageNet, Ascend 910A. One task and one machine: what agrees "
-        "here supports the paper, what does not is no refutation.",
+        "chance is 10 %. The paper's columns: ViT-small, ImageNet, Ascend 910A. One task and one machine: agreement "
+        "here supports the paper, disagreement does not refute it.",
         "",
         "The difference is to the same seed's baseline, mean (min to max). Speed is that of a training step with "
-        f"skipping on, {TIMING_BATCH} images, relative to the baseline's: median (min to max) of {rounds} rounds in "
-        "turns. An average over a training with its warm-up is less. Rows that nobody reads are computed, as in the "
-        "paper.",
+        f"skipping on, {TIMING_BATCH} images, relative to the baseline's: median (min to max) of {rounds} "
+        "alternating rounds. The average over a training with its warm-up is less. Unread rows are computed, "
+        "as in the paper.",
         "",
         "| row | top-1 % | difference | speed | images/s | paper top-1 | paper speed |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -6,15 +6,15 @@
 
     torchrun --nproc-per-node=8 examples/train_imagenet.py /data/imagenet --amp bfloat16 --compile
 
-DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg. Every epoch ends with a checkpoint in --out that appears as a whole or
-not at all; --resume goes on from it to the same weights. Defaults follow DeiT. On an NPU: --device npu.
+DIR holds train/CLASS/*.jpg and val/CLASS/*.jpg. Every epoch ends with a checkpoint in --out that is complete or absent;
+--resume continues from it to the same weights. Defaults follow DeiT. On an NPU: --device npu.
 """
 
 from __future__ import annotations
 
 import os
 
-# An installed torch_npu without its CANN would fail `import torch`. Here --device npu imports it.
+# An installed torch_npu without CANN would make `import torch` fail. Here --device npu imports it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import argparse
@@ -62,20 +62,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", type=Path, nargs="?", metavar="DIR")
-    parser.add_argument("--make-synthetic", type=Path, metavar="DIR", help="write images, and stop")
+    parser.add_argument(
+        "--make-synthetic", type=Path, metavar="DIR", help="write images, then stop"
+    )
     parser.add_argument("--out", type=Path, default=Path("out/train"), help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoint in --out"
+    )
     parser.add_argument("--model", default="vit_small_patch16_224", help="default: %(default)s")
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
-    parser.add_argument("--plan", default="6(55%)+11", help='default: %(default)s; "" is the model')
-    parser.add_argument("--warmup-epochs", type=int, default=15, help="without skipping")
-    parser.add_argument("--ramp-epochs", type=int, default=0, help="in which ratios rise")
-    parser.add_argument("--multiple-of", type=int, default=1, help="length of short sequences")
+    parser.add_argument("--plan", default="6(55%)+11", help='default: %(default)s; "" for none')
+    parser.add_argument("--warmup-epochs", type=int, default=15, help="epochs without skipping")
+    parser.add_argument("--ramp-epochs", type=int, default=0, help="epochs in which ratios rise")
+    parser.add_argument("--multiple-of", type=int, default=1, help="of shortened sequences")
     parser.add_argument("--train-only", action="store_true", help="validate on all tokens")
     parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=256, help="on each device")
+    parser.add_argument("--batch", type=int, default=256, help="images per device")
     parser.add_argument("--opt", default="adamw")
-    parser.add_argument("--lr", type=float, help="default: 5e-4 for 512 images a step")
+    parser.add_argument("--lr", type=float, help="default: 5e-4 per 512 images of a step")
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--lr-warmup-epochs", type=int, default=5)
     parser.add_argument("--clip-grad", type=float, default=1.0)
@@ -91,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "npu", "cpu"], default="cuda")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tensorboard", action="store_true", help="besides log.csv")
+    parser.add_argument("--tensorboard", action="store_true", help="in addition to log.csv")
     args = parser.parse_args(argv)
     if not args.data and not args.make_synthetic:
         parser.error("name the folder that holds train and val, or make one: --make-synthetic DIR")
@@ -119,12 +123,12 @@ def start(name: str) -> torch.device:
 
 
 def rank() -> int:
-    """Number of this process."""
+    """The number of this process."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def processes() -> int:
-    """How many there are."""
+    """The number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -132,7 +136,7 @@ def processes() -> int:
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """All epochs that are left."""
+    """Run all remaining epochs."""
     checkpoint = args.out / "last.pt"
     if checkpoint.exists() != args.resume:
         found = (
@@ -144,7 +148,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     random_seed(args.seed)
     model = build(args, classes).to(device)
     average = ModelEmaV3(model, decay=args.ema) if args.ema else None
-    # The average is a copy, and is switched for itself.
+    # The average is a copy, with its own switch.
     schedules = [
         sv.SkipSchedule(one, args.warmup_epochs, ramp_epochs=args.ramp_epochs)
         for one in (model, average)
@@ -188,7 +192,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             average.update(model)
 
     for epoch in range(len(history), args.epochs):
-        # From the epoch alone, so that a resumed run draws the same numbers.
+        # Depends only on the epoch, so that a resumed run draws the same numbers.
         random_seed(args.seed + processes() * epoch, rank())
         if hasattr(training.sampler, "set_epoch"):
             training.sampler.set_epoch(epoch)
@@ -237,7 +241,7 @@ def one_epoch(
     update: Callable[[Tensor], None],
     title: str,
 ) -> float:
-    """Returns the mean loss of this process."""
+    """Train for one epoch; returns the mean loss of this process."""
     learner.train()
     criterion = SoftTargetCrossEntropy()
     total = 0.0
@@ -257,7 +261,7 @@ def accuracy(
     device: torch.device,
     precision: Callable[[], AbstractContextManager[Any]],
 ) -> float:
-    """Share of images classed rightly, of all processes together."""
+    """The share of images classified correctly, over all processes."""
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, device=device)
@@ -272,7 +276,7 @@ def accuracy(
 
 
 def autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What to run a forward pass in."""
+    """The context in which to run a forward pass."""
     if amp == "float32":
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=getattr(torch, amp))
@@ -293,7 +297,7 @@ def loaders(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, i
         "std": config["std"],
         "batch_size": args.batch,
         "num_workers": args.workers,
-        "persistent_workers": False,  # workers that live on would not draw the same after a resume
+        "persistent_workers": False,  # persistent workers would draw other numbers after a resume
         "distributed": processes() > 1,
         "device": device,
     }
@@ -320,7 +324,7 @@ def loaders(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any, i
 
 
 def data_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Image size, mean and the like, as timm has them for this model; a size among its own options wins."""
+    """Image size, mean and the like from timm's configuration of the model; a size among its options wins."""
     known = timm.get_pretrained_cfg(args.model)
     config: dict[str, Any] = resolve_data_config(
         args.model_kwargs, pretrained_cfg=known.to_dict() if known else {}
@@ -329,7 +333,7 @@ def data_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_synthetic(folder: Path, classes: int = 4, size: int = 40) -> None:
-    """Stripes of another direction for each class, 16 images to train with and 8 to validate."""
+    """Stripes in a different direction for each class, 16 images for training and 8 for validation."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     for split, count in (("train", 16), ("val", 8)):
@@ -350,7 +354,7 @@ def make_synthetic(folder: Path, classes: int = 4, size: int = 40) -> None:
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write beside ``path`` and rename: whenever the process dies, there is a whole checkpoint."""
+    """Write beside ``path`` and rename: whenever the process dies, there is a complete checkpoint."""
     unfinished = path.with_suffix(".part")
     with unfinished.open("wb") as file:
         torch.save(state, file)
@@ -360,7 +364,7 @@ def save(state: dict[str, Any], path: Path) -> None:
 
 
 def logger(args: argparse.Namespace) -> Callable[[list[dict[str, float]]], None]:
-    """Writes log.csv anew after every epoch, prints its last line, and tells TensorBoard if asked to."""
+    """Rewrites log.csv after every epoch, prints its last line, and logs to TensorBoard if asked to."""
     board: Any = None
     if args.tensorboard:
         try:

@@ -1,4 +1,4 @@
-"""The graph passes, one per file, and the order that they run in.
+"""The graph passes, one per file, and the order in which they run.
 
 They live in passes/ and are imported as skipvit_fx.passes.
 """
@@ -19,7 +19,7 @@ from skipvit_fx.rewriting.passes import Pass
 
 
 def passes_for(options: Options) -> tuple[Pass, ...]:
-    """The passes of :func:`skipvit_fx.rewrite`, in the order that they run in."""
+    """The passes of :func:`skipvit_fx.rewrite`, in the order in which they run."""
     dead: tuple[Pass, ...] = (EliminateDeadTokens(),) if options.eliminates else ()
     return (
         FollowTokenSizes(),

@@ -1,4 +1,4 @@
-"""Compute only the rows that are read: behind the last attention, often the class token alone."""
+"""Compute only the rows that are read: after the last attention, often only the class token."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from skipvit_fx.rewriting.sizes import follow_input
 
 ALL = math.inf
 NONE = -math.inf
-"""How far the rows of a token axis are read is counted from the first patch: 0 is "the prefix rows and no more"."""
+"""How far the rows of a token axis are read is counted from the first patch: 0 means the prefix rows only."""
 
 
 @dataclass(frozen=True)
 class EliminateDeadTokens:
-    """Exact: what is left out is never read. Nothing changes where all tokens are read.
+    """Leave out rows that are never read, which is exact. Nothing changes where all tokens are read.
 
     Before::
 
@@ -82,7 +82,7 @@ class EliminateDeadTokens:
 
 
 class _Liveness:
-    """Which rows of every node are read (``need``), and which nodes can do with computing just these."""
+    """Which rows of every node are read (``need``), and which nodes can compute only these."""
 
     def __init__(self, context: Context) -> None:
         self.analysis = context.analysis
@@ -100,7 +100,7 @@ class _Liveness:
         return node in self.narrow
 
     def passes_through(self, node: fx.Node) -> bool:
-        """A merge of which only prefix rows are read: these never left."""
+        """Whether a node is a merge of which only prefix rows are read: these never left."""
         return isinstance(self._op(node), Merge) and self.need.get(node, NONE) <= 0
 
     def edges_to_narrow(self, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
@@ -137,7 +137,7 @@ class _Liveness:
         return node in self.analysis.facts and carries_tokens(self.analysis[node])
 
     def _reads(self, node: fx.Node) -> list[tuple[fx.Node, float]]:
-        """What a node reads of its arguments, given what is read of it."""
+        """The rows that a node reads of its arguments, given the rows that are read of it."""
         arguments = [a for a in node.all_input_nodes if self._has_tokens(a)]
         need = self.need.get(node, NONE)
         op = self._op(node)
@@ -166,14 +166,14 @@ class _Liveness:
         return [(a, ALL) for a in arguments]
 
     def _up_to(self, argument: fx.Node, reads: float) -> float:
-        """So many rows of an argument; all of it, where these end behind the patches, which may be fewer."""
+        """This many rows of an argument, or all of them if they end after the patches, of which there may be fewer."""
         tokens = _single_tokens(self.analysis.axes(argument))
         if tokens is None or reads > tokens.patches:
             return ALL
         return max(reads, 1 - tokens.prefix)  # one row is kept where none is read
 
     def _reads_token_size(self, node: fx.Node) -> bool:
-        """Whether a size of a token axis is taken, and not just handed on as part of ``x.shape``."""
+        """Whether the size of a token axis is read, and not just passed on as part of ``x.shape``."""
         found = dimension_of(node, self.analysis.rank)
         if found is not None:
             axes = self.analysis.axes(found[0])
@@ -189,7 +189,7 @@ class _Liveness:
     def _row_by_row(self, node: fx.Node, need: float) -> bool:
         """Whether row i of the value needs only row i of every argument (of the query, for an attention).
 
-        And, in a module, prefix rows that are needed anyway.
+        In a module, it may also need prefix rows that are needed anyway.
         """
         facts = self.analysis[node]
         if facts.mixing or node.op in ("placeholder", "output"):
@@ -210,7 +210,7 @@ class _Liveness:
         return self._apart(node)
 
     def _apart(self, node: fx.Node) -> bool:
-        """Whether the node may see fewer rows; with an inserted argument, which has no value, that cannot be tried."""
+        """Whether the node may see fewer rows; this cannot be tried with an inserted argument, which has no value."""
         known = all(argument in self.analysis.facts for argument in node.all_input_nodes)
         return known and not why_not_apart(self.analysis, node)
 
@@ -239,7 +239,7 @@ class _Liveness:
 
 
 def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
-    """Of the nodes that hold the residual stream: that it has the axes of the author's."""
+    """Facts of the inserted nodes that hold the residual stream: its axes are those of the author's nodes."""
     module, facts = context.analysis.module, {}
     for stage, skip in context.stages():
         stream = context.analysis[stage.cut]
@@ -251,7 +251,7 @@ def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
 
 
 def _single_token_dim(axes: Axes | None) -> int | None:
-    """The dimension that is a token axis and nothing else, if there is exactly one token axis."""
+    """The dimension that is exactly a token axis, if there is only one token axis."""
     dims = [d for d, dim in enumerate(axes or ()) if tokens_of(dim)]
     if axes is None or len(dims) != 1 or len(axes[dims[0]]) != 1:
         return None

@@ -1,4 +1,4 @@
-"""What nobody reads any more goes."""
+"""Nodes that nothing reads any more are erased."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class EraseDead:
-    """Remove inserted nodes, and pure ones of the author's, that nobody reads.
+    """Remove inserted nodes, and the author's pure nodes, that nothing reads.
 
     Before::
 

@@ -13,7 +13,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class FillTaps:
-    """A reader that is not on the way to the return sees all tokens: the dropped ones as they were when they left.
+    """A reader that is not on the path to the return sees all tokens, the dropped ones as they were when they left.
 
     Before::
 

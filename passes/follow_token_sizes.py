@@ -38,9 +38,9 @@ class FollowTokenSizes:
         mul_1_tokens = mul_1.size(1)
         reshape_1 = mul_1.reshape(getitem_7, mul_1_tokens, 2, 4)
 
-    A drop never changes what the author computes from a token count, such as a position table or a scale: where a size
-    was read from the shortened sequence, such a use gets the full count, which is a constant, since every input is
-    bound to the size that it had in the example.
+    A drop never changes what the author computes from a token count, such as a position table or a scale: if such a
+    size was read from the shortened sequence, its use gets the full count. That is a constant, since every input is
+    bound to its size in the example.
     """
 
     name: ClassVar[str] = "follow-token-sizes"
@@ -70,7 +70,7 @@ def _fix_to_full(context: Context, node: fx.Node) -> None:
     source = node.args[0] if node.args else None
     facts = context.analysis.facts
     if not isinstance(source, fx.Node) or source not in facts:
-        return  # a number made of numbers, inserted ones among them
+        return  # a number computed from numbers, including inserted ones
     if not isinstance(facts[source].value, Tensor):
         return
     axes = context.analysis.axes(source)
@@ -98,7 +98,7 @@ def _fix_to_full(context: Context, node: fx.Node) -> None:
 
 
 def _redirect_shape(context: Context, node: fx.Node, axes: Axes) -> None:
-    """``x.shape`` or a slice of it: element by element."""
+    """Redirect ``x.shape`` or a slice of it, element by element."""
     found = sizes_of(node)
     assert found is not None
     dims = list(range(len(axes)))[found[1]]
@@ -134,7 +134,7 @@ def _redirect(context: Context, node: fx.Node, dim: Dim) -> None:
 
 
 def _follows(context: Context, user: fx.Node, size_node: fx.Node) -> bool:
-    """Whether the user is a reshape that takes the size for a token axis under the same drops, and for nothing else."""
+    """Whether the user is a reshape that uses the size only for a token axis under the same drops."""
     axes = context.analysis.axes(user) if user in context.analysis.facts else None
     if user.target not in RESHAPES or axes is None:
         return False
@@ -148,10 +148,10 @@ def _follows(context: Context, user: fx.Node, size_node: fx.Node) -> bool:
 
 
 def _full_size(context: Context, reader: fx.Node, dim: Dim) -> int:
-    """The length that a token axis has without any drop.
+    """The length of a token axis without any drop.
 
     Raises:
-        UnsupportedModelError: there is no such number, or none that would mean what it meant.
+        UnsupportedModelError: there is no such number, or it would no longer have its meaning.
     """
     if any(isinstance(factor, Batch) for factor in dim):
         reason = "the size of an axis that merges tokens with samples is used in a computation"

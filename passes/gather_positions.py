@@ -1,4 +1,4 @@
-"""Rotary tables, position biases, masks: each token meets the row of its own position."""
+"""Rotary tables, position biases, masks: each token gets the row of its own position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class GatherPositionOperands:
-    """Each token meets the row of its own position.
+    """Each token gets the row of its own position.
 
     Before::
 
@@ -90,7 +90,7 @@ def _gather(node: fx.Node, meets: list[Position]) -> GatherPositions:
     first = meets[0]
     if first.batch_dim is None or any(p.per_sample and p.repeat > 1 for p in meets):
         raise UnsupportedModelError(
-            "an operand of fixed token length cannot be gathered per sample here, for want of a batch axis",
+            "an operand of fixed token length cannot be gathered per sample here, as there is no batch axis",
             node=node.name,
             module_path=module_path(node),
             hint="keep the batch as an axis of its own where position-dependent values are added",

@@ -13,7 +13,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class InsertMerge:
-    """The token-level skip connection closes, last stage first.
+    """Close the token-level skip connection, last stage first.
 
     Before::
 
@@ -39,7 +39,7 @@ class InsertMerge:
         if returns is None or not stages:
             return
         last, skip = stages[-1]
-        # cut and return may be one node: then the sequence was shortened right there
+        # cut and return may be the same node: then the sequence was shortened right there
         current = start = skip.kept_tokens if last.cut is returns else returns
         readers = list(start.users)
         for stage, skip in reversed(stages):

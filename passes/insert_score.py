@@ -22,7 +22,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class InsertScore:
-    """One row of the layer's own attention beside it; the attention itself stays as it is, fused or not.
+    """Compute one row of the layer's attention beside it; the attention itself is unchanged, fused or not.
 
     Before::
 
@@ -41,10 +41,10 @@ class InsertScore:
     ensures: ClassVar[tuple[Condition, ...]] = (SCORED,)
 
     def run(self, context: Context) -> None:
-        """Insert one score node a site.
+        """Insert one score node per site.
 
         Raises:
-            UnsupportedModelError: ``score="cls"`` on a model without class token, ``score="auto"`` where it cannot be
+            UnsupportedModelError: ``score="cls"`` on a model without a class token, ``score="auto"`` where it cannot be
                 told whether there is one, or an attention whose axes the score does not know.
         """
         asking = _asking_row(context)
@@ -75,7 +75,7 @@ def _asking_row(context: Context) -> int | None:
         raise UnsupportedModelError(
             token.ambiguous,
             hint="pass score='cls' if the first row is the class token, score='mean' if there is none, or "
-            "prefix_tokens=N if fewer rows stand in front",
+            "prefix_tokens=N if the prefix has fewer rows",
         )
     if context.options.score == "cls" and token.row is None and not token.ambiguous:
         raise UnsupportedModelError(
@@ -131,7 +131,7 @@ def _score_of(
 
 
 def _query_row(context: Context, site: AttentionSite, dim: Any, asking: int) -> int:
-    """Where the class token stands among the queries; counted from the last one if it stands after the patches."""
+    """The index of the class token among the queries, counted from the end if it is after the patches."""
     tokens, full = tokens_of(dim), context.stream.tokens
     assert isinstance(tokens, Tokens)
     row, first, last = asking + tokens.prefix - full.prefix, 0, tokens.prefix
@@ -148,7 +148,7 @@ def _query_row(context: Context, site: AttentionSite, dim: Any, asking: int) -> 
 
 
 def _heads(site: AttentionSite, leading: Axes) -> int:
-    """Heads a sample; the batch must come first, alone or with the heads merged into it."""
+    """Heads per sample; the batch must come first, alone or with the heads merged into it."""
     factors = [factor for dim in leading for factor in dim]
     if not factors or not isinstance(factors[0], Batch):
         raise UnsupportedModelError(

@@ -18,7 +18,7 @@ from skipvit_fx.rewriting.passes import Condition
 
 @dataclass(frozen=True)
 class InsertSkip:
-    """Choose the patches that stay, and let the others pass around.
+    """Choose the patches that stay, and pass the others around.
 
     Before::
 
@@ -40,8 +40,8 @@ class InsertSkip:
         add_1 = stage_1_kept_tokens + blocks_0_mlp
 
     A later stage also gets the positions of its survivors in the full sequence. With a fused token ("EViT: Expediting
-    Vision Transformers via Token Reorganizations", section 3.2), the kept tokens get one row more, made of the dropped
-    ones and their scores.
+    Vision Transformers via Token Reorganizations", section 3.2), the kept tokens get one more row, made from the
+    dropped ones and their scores.
     """
 
     name: ClassVar[str] = "insert-skip"
@@ -60,7 +60,7 @@ class InsertSkip:
 
 
 def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
-    """Insert one stage; ``before`` are the positions of those that the stage before it kept."""
+    """Insert one stage; ``before`` is the positions of the patches that the previous stage kept."""
     editor, plan, tokens = context.editor, context.plan, context.stream.tokens
     others = tokens.prefix + tokens.suffix + int(plan.fused)
     selector = Select(stage.stage.ratio, context.options.multiple_of, others)

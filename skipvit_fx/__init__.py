@@ -35,7 +35,7 @@ from skipvit_fx.training import SkipSchedule
 
 try:
     __version__ = version("skipvit_fx")
-except PackageNotFoundError:  # a checkout that was not installed
+except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "unknown"
 del version, PackageNotFoundError
 

@@ -53,41 +53,43 @@ def rewrite(
         model: any ``nn.Module`` with one sequence of tokens from its first layer to its last. It is not changed.
         plan: where tokens leave and return, as a :class:`Plan` or in the paper's notation: ``"6(55%)+11"`` drops
             55 % of the patch tokens at layer 6 and returns them at the input of layer 11. ``Plan()`` drops nothing.
-        example_inputs: what the model is called with: a tensor, a tuple of positional arguments, or a dict of
-            keyword arguments. Shapes, dtypes and devices matter; values only to validate with: random ones stand in
-            for a constant. Default: images of the size that the model's
-            own configuration names.
-        frontend: how the model is captured: ``"symbolic"`` traces it with torch.fx, ``"export"`` takes what
-            ``torch.export`` makes of it, and ``"auto"`` exports what cannot be traced.
-        cut: ``"attention"`` cuts behind the attention of the layer, in front of its feed-forward network (as EViT);
-            ``"block"`` behind the whole layer.
+        example_inputs: arguments of an example call: a tensor, a tuple of positional arguments, or a dict of keyword
+            arguments. Shapes, dtypes and devices matter; values matter only for validation, where random ones replace a
+            constant. Default: images of the size in the model's configuration.
+        frontend: how the model is captured: ``"symbolic"`` traces it with torch.fx, ``"export"`` uses ``torch.export``,
+            and ``"auto"`` exports what cannot be traced.
+        cut: ``"attention"`` cuts after the attention of the layer, before its feed-forward network (as EViT does);
+            ``"block"`` cuts after the whole layer.
         score: what makes a patch important. ``"cls"``: the attention that the class token pays it in that layer;
             ``"mean"``: the attention of the mean query; ``"auto"``: the first if there is a class token, else the
             second; ``"random"``; or a function from patch tokens ``[batch, patches, channels]`` to scores
             ``[batch, patches]``.
-        prefix_tokens: leading tokens that are no patches (class, distillation, registers). Default: found.
-        fill_taps: what a model hands out besides its last result (hidden states, a token grid of an earlier layer)
-            and computes under a drop is refused; with ``True`` it is handed out in full, the dropped tokens in the
-            state in which they left.
-        eliminate_dead_tokens: also leave out, exactly, what no output reads: behind the last attention often all
-            rows but the class token's. Not applied where the plan drops 0 %, which is bit-identical to the model.
-        multiple_of: more patches stay, so that the shortened sequence, prefix and fused tokens included, has a multiple
-            of so many tokens. Attention kernels work in tiles of 8 or 16, and pad the last one.
-        train_only: skip while training only. In eval mode every token passes every layer, bit for bit as in the model.
-        validate: run the rewritten graph once on two images beside the model with the same tokens masked, on the
-            model's device: about three forward passes, which leave no trace. Not done where the model, or the example,
-            is on the meta device. ``False`` is for models that are too large to run.
+        prefix_tokens: the number of leading tokens that are not patches (class, distillation, registers). Default:
+            found.
+        fill_taps: outputs besides the last result (hidden states, a token grid of an earlier layer) that are computed
+            under a drop are refused; with ``True`` they are returned in full, with the dropped tokens in the state in
+            which they left.
+        eliminate_dead_tokens: also leave out rows that no output reads, which is exact: after the last attention, often
+            all rows except the class token's. Not applied if the plan drops 0 %, which is bit-identical to the model.
+        multiple_of: more patches stay, so that the length of the shortened sequence, prefix and fused tokens included,
+            is a multiple of this. Attention kernels work in tiles of 8 or 16, and pad the last one.
+        train_only: skip only while training. In eval mode every token passes through every layer, bit for bit as in the
+            model.
+        validate: run the rewritten graph once on two images and compare it with the model with the same tokens masked,
+            on the model's device. This takes about three forward passes, which leave no trace. It is not done if the
+            model, or the example, is on the meta device. ``False`` is for models that are too large to run.
 
     Returns:
-        A ``torch.fx.GraphModule`` that takes and returns what the model does. It shares the model's parameters and
+        A ``torch.fx.GraphModule`` that takes and returns the same as the model. It shares the model's parameters and
         buffers, and has its ``state_dict`` keys.
 
     Raises:
-        PlanError: the plan contradicts itself, or does not fit the model's depth; an argument is none of its choices.
-        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that a module can be called with.
+        PlanError: the plan contradicts itself, or does not fit the model's depth, or an argument is not one of its
+            choices.
+        TypeError: ``model`` is not a module, or a module cannot be called with ``example_inputs``.
         TraceError: the model's Python code cannot be captured.
         UnsupportedModelError: a rewrite would not be sound; the node, its module and the reason are named.
-        ValidationError: the rewritten graph computes something else than the model; the first place is named.
+        ValidationError: the rewritten graph does not compute what the model does; the first place is named.
     """
     args, kwargs = example_of(model, example_inputs)
     options = Options(
@@ -104,7 +106,7 @@ def rewrite(
     )
     if any(isinstance(module, SkipViTModule) for module in model.modules()):
         raise UnsupportedModelError(
-            "the model was rewritten already",
+            "the model was already rewritten",
             hint="rewrite the original model with the plan that you want",
         )
     fast = _rewritten(options, model, args, kwargs)
@@ -115,7 +117,7 @@ def rewrite(
 def _rewritten(
     options: Options, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> SkipViTModule:
-    """``model`` rewritten for one call of its forward."""
+    """Rewrite ``model`` for one call of its forward."""
 
     def work(capture: Capture) -> SkipViTModule:
         fast = capture.module
@@ -139,7 +141,7 @@ def _rewritten(
 
 
 def set_skipping(fast: nn.Module, on: bool) -> None:
-    """Switch skipping off, or on again. Off, the module computes bit for bit what the model does, in train and eval.
+    """Switch skipping off, or on again. While off, the module computes bit for bit what the model does, in both modes.
 
     Nothing is traced again; a compiled module compiles once more for each of the two settings.
 
@@ -156,7 +158,7 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
 
 @contextlib.contextmanager
 def skipping(fast: nn.Module, on: bool) -> Iterator[None]:
-    """Within ``with skipping(fast, False):``, skipping is off, or on; afterwards it is as it was before.
+    """A context in which skipping is on or off; afterwards it is as before: ``with skipping(fast, False):``.
 
     Raises:
         NotRewrittenError, PlanError: as :func:`set_skipping` does.
@@ -172,14 +174,14 @@ def skipping(fast: nn.Module, on: bool) -> Iterator[None]:
 
 
 def set_train_only(fast: nn.Module, train_only: bool) -> None:
-    """Let skipping step aside in eval mode, or not: ``train_only`` of :func:`rewrite`."""
+    """Set whether skipping is off in eval mode: ``train_only`` of :func:`rewrite`."""
     for module in fast.modules():
         if isinstance(module, Switchable):
             module.train_only = train_only
 
 
 def check_rewritten(fast: nn.Module) -> None:
-    """Refuse what neither is nor contains a rewritten model.
+    """Check that ``fast`` is or contains a rewritten model.
 
     Raises:
         NotRewrittenError: ``fast`` did not come from :func:`rewrite`.

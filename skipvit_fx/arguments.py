@@ -1,4 +1,4 @@
-"""Checks of what public calls are passed. Each error names the argument, what it may be, and what it was."""
+"""Checks of arguments of public calls. Each error names the argument, what it may be, and what it was."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_model(model: object) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise PlanError unless ``value`` is a bool: ``"False"`` is true, and was not meant so."""
+    """Raise PlanError unless ``value`` is a bool: the string ``"False"`` would count as true."""
     if not isinstance(value, bool):
         raise PlanError(
             f"{name} must be True or False, got {value!r}", hint=f"pass {name}=True or {name}=False"

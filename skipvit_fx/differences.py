@@ -1,4 +1,4 @@
-"""How far two results of one computation are apart."""
+"""How far apart two results of the same computation are."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 TOLERANCE = 1e-4
-"""Relative error up to which two float32 results of the same computation, in another order, count as equal."""
+"""Relative error up to which float32 results of the same computation, done in different orders, count as equal."""
 
 _ROUNDINGS = 16
-"""Results of one computation in another order differ by roundings that add up like a random walk: over the some 100
-roundings in a row of 12 to 48 layers, by about 10 units of the last place, and a few more where values cancel."""
+"""Results of one computation in different orders differ by roundings that add up like a random walk: over about 100
+consecutive roundings in 12 to 48 layers, by about 10 units in the last place, and a few more if values cancel."""
 
 
 def tolerance(tensors: Iterable[Tensor]) -> float:
-    """Up to which relative error results count as equal, for a model of these parameters, buffers and inputs."""
+    """The relative error up to which results count as equal, for a model with these parameters, buffers and inputs."""
     kinds = {t.dtype for t in tensors}
     coarse = [torch.finfo(d).eps for d in (torch.bfloat16, torch.float16) if d in kinds]
     if torch.get_float32_matmul_precision() != "highest":
@@ -40,29 +40,29 @@ def badness(error: float) -> float:
 def relative_error(got: Any, wanted: Any) -> float:
     """Largest difference of two outputs, relative to the largest value of ``wanted``, over all tensors in them.
 
-    Mappings are compared by key, whatever their class. Values that are not finite are equal to others at the same
-    places; at other places the error is NaN.
+    Mappings are compared by key, whatever their class. Non-finite values at the same places count as equal; if the
+    places differ, the error is NaN.
 
     Raises:
         ValueError: the outputs differ in structure or shape.
     """
     if isinstance(wanted, Tensor):
         if not isinstance(got, Tensor) or got.shape != wanted.shape:
-            raise ValueError(f"a tensor {tuple(wanted.shape)} is wanted, got {_outline(got)}")
+            raise ValueError(f"expected a tensor {tuple(wanted.shape)}, got {_outline(got)}")
         return _tensor_error(got.detach(), wanted.detach())
     if isinstance(wanted, Mapping):
         if not isinstance(got, Mapping) or got.keys() != wanted.keys():
-            raise ValueError(f"a mapping with {list(wanted)} is wanted, got {_outline(got)}")
+            raise ValueError(f"expected a mapping with {list(wanted)}, got {_outline(got)}")
         errors = [relative_error(got[key], wanted[key]) for key in wanted]
     elif isinstance(wanted, (tuple, list)):
         if not isinstance(got, (tuple, list)) or len(got) != len(wanted):
-            raise ValueError(f"{len(wanted)} values are wanted, got {_outline(got)}")
+            raise ValueError(f"expected {len(wanted)} values, got {_outline(got)}")
         errors = [relative_error(a, b) for a, b in zip(got, wanted, strict=True)]
     elif is_dataclass(wanted) and type(got) is type(wanted):
         names = [f.name for f in fields(wanted)]
         errors = [relative_error(getattr(got, name), getattr(wanted, name)) for name in names]
     elif isinstance(wanted, (bool, int, float, str, type(None))) and got != wanted:
-        raise ValueError(f"{wanted!r:.80} is wanted, got {got!r:.80}")
+        raise ValueError(f"expected {wanted!r:.80}, got {got!r:.80}")
     else:
         return 0.0
     return max(errors, default=0.0, key=badness)

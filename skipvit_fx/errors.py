@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. Each carries a hint: what to try next."""
+"""Every error that this package raises on purpose. Each has a hint: what to try next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _STAND_INS = re.compile(
 
 
 def _plain(message: str) -> str:
-    """A message that may quote one of Python's or torch's, without the classes that stand in for tensors in tracing."""
+    """A message that may quote Python or torch, with the classes that stand in for tensors in tracing replaced."""
     return _STAND_INS.sub("a traced tensor", message)
 
 
@@ -20,10 +20,10 @@ class SkipViTError(Exception):
 
     Attributes:
         message: what is wrong, and where.
-        hint: one sentence that says what to do about it; empty where nothing is known to help.
+        hint: one sentence that says what to do about it; empty if nothing is known to help.
     """
 
-    # torch.compile cannot follow Exception.__init__, and does follow a call that one graph refuses and another computes
+    # torch.compile cannot trace Exception.__init__, but does trace calls that one graph refuses and another computes
     def __init__(self, message: str, *, hint: str = "") -> None:
         self.message = message
         self.hint = hint
@@ -47,7 +47,7 @@ class UnsupportedModelError(SkipViTError):
     """The model (or this plan on it) cannot be rewritten soundly.
 
     Attributes:
-        node: name of the graph node in the way; empty if no single node is to blame.
+        node: name of the graph node in the way; empty if no single node is responsible.
         module_path: path of the module that the node comes from, as in ``model.get_submodule``.
         reason: why a rewrite would not be sound, without the place.
         in_every_part: whether the parts of the model are no better, so that none of them could be rewritten alone.
@@ -72,12 +72,12 @@ class UnsupportedModelError(SkipViTError):
 
 
 class ValidationError(SkipViTError):
-    """A rewritten model computes something else than the model with the same tokens masked, or it does not run.
+    """A rewritten model does not compute what the model does with the same tokens masked, or it does not run.
 
     Attributes:
-        difference: the largest one found, relative to the largest value; infinite or NaN where that says nothing.
-        layer: the first in which the residual streams part, from 1; 0 in front of them, one more than there are layers
-            behind them; ``None`` if the place is not known.
+        difference: the largest one found, relative to the largest value; infinite or NaN if that has no meaning.
+        layer: the first in which the residual streams differ, from 1; 0 before the layers, the number of layers plus
+            one after them; ``None`` if the place is not known.
         modules: paths of the modules between the last place that agrees and the first that does not, in order.
     """
 
@@ -97,7 +97,7 @@ class ValidationError(SkipViTError):
 
 
 class GuardError(SkipViTError, ValueError):
-    """A call of a rewritten model that its graph was not made for: another size, dtype, device or branch."""
+    """A call of a rewritten model for which its graph was not made: another size, dtype, device or branch."""
 
 
 class ExportError(SkipViTError):
@@ -113,5 +113,5 @@ class SavedModelError(SkipViTError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the pages that compilers add to it."""
+    """The first line of an error's message, without the pages that compilers add to it."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What a rewrite is asked for, as one value: in the context of the passes, in the record and in the saved file."""
+"""The options of a rewrite as one value: in the context of the passes, in the record and in the saved file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Score = NamedScore | Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of :func:`skipvit_fx.rewrite`, which says what each means.
+    """The arguments of :func:`skipvit_fx.rewrite`, which describes them.
 
     Raises (from the constructor):
         PlanError: an argument is not one of its choices.
@@ -54,28 +54,28 @@ class Options:
 
     @property
     def drops(self) -> bool:
-        """Whether anything is left out: tokens, or what a plan without stages leaves out, rows that nobody reads."""
+        """Whether anything may be left out: tokens, or, in a plan without stages, rows that nothing reads."""
         return any(stage.ratio for stage in self.plan.stages) or not self.plan.stages
 
     @property
     def eliminates(self) -> bool:
-        """Whether rows that nobody reads are left out."""
+        """Whether rows that nothing reads are left out."""
         return self.eliminate_dead_tokens and self.drops
 
     @property
     def score_name(self) -> str:
-        """The score by name, also if it is a function."""
+        """The name of the score, even if it is a function."""
         if isinstance(self.score, str):
             return self.score
         return str(getattr(self.score, "__name__", "function"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, the plan in the paper's notation and a score function by its name."""
+        """The options as plain values, with the plan in the paper's notation and a score function by its name."""
         return {**asdict(self), "plan": str(self.plan), "score": self.score_name}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """What :meth:`to_dict` returned, as options again.
+        """The options that :meth:`to_dict` was called on, from its result.
 
         Raises:
             PlanError: a value is not one of its choices, such as the name of a score function.

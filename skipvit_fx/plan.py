@@ -23,9 +23,9 @@ class Stage:
     """One drop: at ``layer`` (counted from 1), ``ratio`` of the patch tokens still present.
 
     Attributes:
-        layer: the layer whose attention scores the tokens and after which they leave.
-        ratio: the dropped share, exact, in [0, 1). The constructor also takes a float, read as
-            its decimal text (0.29 is 29/100), an int, or text such as "29%", "0.29" or "2/7".
+        layer: the layer whose attention scores the tokens, and in which they leave.
+        ratio: the dropped share, exact, in [0, 1). The constructor also takes a float, read in decimal (0.29 is
+            29/100), an int, or a string such as "29%", "0.29" or "2/7".
     """
 
     layer: int
@@ -56,12 +56,12 @@ class Stage:
 class Plan:
     """All drops, ascending by layer, and the layer at whose input every dropped token returns.
 
-    A plan without stages drops nothing. ``str(plan)`` is its canonical text.
+    A plan without stages drops nothing. ``str(plan)`` is its canonical notation.
 
     Attributes:
         stages: the drops.
-        return_layer: may be depth + 1 (before the final norm); None: they never return.
-        fused: one extra token, the score-weighted sum of the dropped ones, stands in for them.
+        return_layer: may be depth + 1 (before the final norm); None if they never return.
+        fused: whether an extra token, the score-weighted sum of the dropped ones, stands in for them.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -73,12 +73,12 @@ class Plan:
             isinstance(stage, Stage) for stage in self.stages
         ):
             raise PlanError(
-                f"stages must be a tuple of Stage, not {self.stages!r}",
+                f"stages must be a tuple of Stage, got {self.stages!r}",
                 hint="write Plan((Stage(6, 0.55),), return_layer=11) or Plan.parse('6(55%)+11')",
             )
         if not isinstance(self.fused, bool):
             raise PlanError(
-                f"fused must be true or false, not {self.fused!r}", hint="say fused=True"
+                f"fused must be True or False, got {self.fused!r}", hint="pass fused=True"
             )
         if self.return_layer is not None and not _is_int(self.return_layer):
             raise PlanError(
@@ -92,7 +92,8 @@ class Plan:
                 )
             if before > after:
                 raise PlanError(
-                    f"layer {after} stands after layer {before}", hint="put the layers in order"
+                    f"layer {after} comes after layer {before}",
+                    hint="put the layers in ascending order",
                 )
         if not self.stages and (self.return_layer is not None or self.fused):
             raise PlanError(
@@ -118,7 +119,7 @@ class Plan:
         return f"{layers}({ratios}){returned}{'+fused' if self.fused else ''}"
 
     def check(self, depth: int) -> None:
-        """Raise PlanError unless a model of ``depth`` layers can carry out the plan."""
+        """Raise PlanError unless the plan fits a model of ``depth`` layers."""
         for stage in self.stages:
             if stage.layer > depth:
                 raise PlanError(
@@ -135,7 +136,7 @@ class Plan:
     def parse(cls, text: str) -> Plan:
         """Read the paper's notation, such as ``4,7(30%,30%)+10``; spaces do not matter."""
         if not isinstance(text, str):
-            raise PlanError(f"a plan's notation is text, not {text!r}", hint=_EXAMPLES)
+            raise PlanError(f"a plan's notation must be a string, got {text!r}", hint=_EXAMPLES)
         if not text.strip():
             return cls()
         match = _NOTATION.fullmatch(text)
@@ -157,7 +158,7 @@ def _is_int(value: object) -> bool:
 
 
 def _ratio(value: Fraction | float | str) -> Fraction:
-    """Exactly the ratio that ``value`` says in decimal; PlanError unless it is in [0, 1)."""
+    """The exact ratio that ``value`` denotes in decimal; PlanError unless it is in [0, 1)."""
     hint = 'ratios are at least 0 and below 1; 55 % is 0.55 or "55%"'
     if isinstance(value, bool) or not isinstance(value, Fraction | float | int | str):
         raise PlanError(f"ratio {value!r} is not a number", hint=hint)
@@ -185,7 +186,7 @@ def _fraction(text: str) -> Fraction:
 
 
 def _percent(ratio: Fraction) -> str:
-    """The exact percentage: decimal where it terminates ("12.5%"), a fraction else ("100/3%")."""
+    """The exact percentage: decimal if it terminates ("12.5%"), else a fraction ("100/3%")."""
     percent = ratio * 100
     for digits in range(percent.denominator.bit_length()):
         shifted = percent * 10**digits
@@ -210,7 +211,7 @@ def _parse_percent(text: str) -> Fraction:
 
 
 def _parse_suffix(text: str) -> tuple[int | None, bool]:
-    """Read what stands after the ratios: ``+R``, ``+fused``, ``+R+fused`` or nothing."""
+    """Read what follows the ratios: ``+R``, ``+fused``, ``+R+fused`` or nothing."""
     start, *items = (item.strip() for item in text.split("+"))
     fused = items[-1:] == ["fused"]
     if fused:

@@ -1,9 +1,9 @@
 """The mask-and-freeze reference: a captured graph run with every token in place.
 
 The dropped tokens are masked out of attention as keys, their values are zeroed, and their rows of the residual stream
-are held at their state at the cut. What this shares with the compiler is the capture and the finding of attention,
-layers and token axis; what it does not share is every edit: scores, selection, gathers, sizes, merges, dead tokens. It
-is given which tokens were dropped, and does not judge the scores.
+are held at their state at the cut. It shares with the compiler the capture and the finding of attention, layers and
+token axis, but none of the edits: scores, selection, gathers, sizes, merges, dead tokens. It is given which tokens were
+dropped, and does not judge the scores.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _EXPANDS = frozenset({"expand", "broadcast_to", torch.broadcast_to, aten.expand.
 
 
 class Step(NamedTuple):
-    """A node as it was when the steps were noted; passes edit graphs in place.
+    """A node as it was when the steps were noted, since passes edit graphs in place.
 
     Attributes:
-        node, args, kwargs: the node, and its arguments then.
+        node, args, kwargs: the node, and its arguments at that time.
         reads: the nodes among the arguments, each once, in order.
     """
 
@@ -48,18 +48,18 @@ class Step(NamedTuple):
 
 
 def steps_of(graph: fx.Graph) -> tuple[Step, ...]:
-    """The graph as it is now, whatever is done to it later."""
+    """A snapshot of the graph, unaffected by later edits."""
     return tuple(
         Step(node, node.args, node.kwargs, tuple(node.all_input_nodes)) for node in graph.nodes
     )
 
 
 class Run:
-    """Runs steps one after the other; subclasses look at values, and change them.
+    """Runs steps one after another; subclasses observe and change values.
 
     Args:
-        steps: of the graph.
-        module: where attributes are read.
+        steps: the steps of the graph.
+        module: the module whose attributes are read.
         parts: the modules that are called, by path.
     """
 
@@ -72,7 +72,7 @@ class Run:
         self.env: dict[fx.Node, Any] = {}
 
     def __call__(self, inputs: Mapping[str, Any]) -> Any:
-        """What the graph returns for these values of its placeholders."""
+        """The output of the graph for these values of its placeholders."""
         last = {node: i for i, step in enumerate(self.steps) for node in step.reads}
         value = None
         for i, step in enumerate(self.steps):
@@ -125,15 +125,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Left:
-    """Where tokens are after a stage of the plan. A token has a slot: the place of a patch in the full sequence.
+    """Where tokens are after a stage of the plan. A token has a slot: the index of a patch in the full sequence.
 
-    A fused token lives in the slot of a patch that it stands in for.
+    A fused token occupies the slot of a patch that it stands in for.
 
     Attributes:
-        slots: of the patches and fused tokens that are present, in the order that the rewritten graph has them in:
-            ``[batch, present]``.
-        gone: the slots in which nobody is: ``[batch, patches]`` booleans.
-        away: the patches that left, whoever is in their slots now: ``[batch, patches]`` booleans.
+        slots: ``[batch, present]``: those of the patches and fused tokens that are present, in their order in the
+            rewritten graph.
+        gone: ``[batch, patches]`` booleans: the empty slots.
+        away: ``[batch, patches]`` booleans: the patches that left, whatever is in their slots now.
         frozen: a residual stream in which these have the state in which they left.
     """
 
@@ -144,26 +144,26 @@ class Left:
 
     @classmethod
     def nothing(cls, state: Tensor, stream_dim: int, patches: int) -> Self:
-        """Before the first stage, where the stream is ``state``."""
+        """The state before the first stage, where the stream is ``state``."""
         batch = state.shape[1 - stream_dim]
-        nobody = torch.zeros(batch, patches, dtype=torch.bool, device=state.device)
+        none = torch.zeros(batch, patches, dtype=torch.bool, device=state.device)
         slots = torch.arange(patches, device=state.device).expand(batch, patches)
-        # an operator in place may change the state later
-        return cls(slots, nobody, nobody, state.clone())
+        # an in-place operator may change the state later
+        return cls(slots, none, none, state.clone())
 
 
 class Masked(Run):
-    """Runs a captured graph; tokens that leave stay in place, unseen, in the state in which they left.
+    """Runs a captured graph; tokens that leave stay in place, masked, in the state in which they left.
 
-    Where tokens never return, those that are left are gathered at the last layer's end, and the head sees no other.
+    If tokens never return, the remaining ones are gathered at the last layer's end, and the head sees only these.
 
     Args:
         steps, module, parts: as for :class:`Run`.
-        spans: the plan laid over this graph.
+        spans: the plan applied to this graph.
         selections: what each stage of the plan kept and dropped.
 
     Attributes:
-        returned: the residual stream where tokens returned; ``None`` if they never do.
+        returned: the residual stream after tokens returned; ``None`` if they never do.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Masked(Run):
     def see(self, node: fx.Node, value: Any, rows: Tensor | None) -> None:
         """Called with every value, before tokens leave or return there; subclasses compare it.
 
-        ``rows`` are the slots ``[batch, present]`` of the tokens that are left, ``None`` if ``value`` has just these.
+        ``rows`` are the slots ``[batch, present]`` of the remaining tokens, ``None`` if ``value`` has only these.
         """
 
     def see_filled(self, node: fx.Node, state: Tensor) -> None:
@@ -218,7 +218,7 @@ class Masked(Run):
         return self._filled[node] if tapped else self.env[node]
 
     def _left_at(self, node: fx.Node) -> Left | None:
-        """Who left before the node; stages are nested, so the last one that it is under tells."""
+        """Where tokens are before the node; stages are nested, so the last one that it is under decides."""
         active = self.spans.active(node)
         return self._left[active[-1].index] if active else None
 
@@ -248,13 +248,13 @@ class Masked(Run):
         return (flags if self.stream.dim == 1 else flags.T).unsqueeze(-1)
 
     def _fill(self, state: Tensor, left: Left | None) -> Tensor:
-        """Every patch in its own place, those that left as they were then."""
+        """The whole sequence, with the patches that left in the state in which they left."""
         return state if left is None else torch.where(self._rows(left.away), left.frozen, state)
 
     def _leave(
         self, stage: StageSpan, selection: Selection, state: Tensor, left: Left | None
     ) -> tuple[Left, Tensor]:
-        """Who has left after a stage, and the stream with a fused token in it."""
+        """Where tokens are after a stage, and the stream with the fused token in it."""
         tokens, dim = self.stream.tokens, self.stream.dim
         before = Left.nothing(state, dim, tokens.patches) if left is None else left
         slots = before.slots.gather(1, selection.kept)
@@ -271,14 +271,14 @@ class Masked(Run):
             at = (slot + tokens.prefix).unsqueeze(-1).expand_as(fused)
             first = first.scatter(1, at, fused)
             state = first if dim == 1 else first.transpose(0, 1)
-        nobody = torch.ones_like(own).scatter(1, slots, False)
-        self._left[stage.index] = now = Left(slots, nobody, before.away | own, frozen)
+        empty = torch.ones_like(own).scatter(1, slots, False)
+        self._left[stage.index] = now = Left(slots, empty, before.away | own, frozen)
         return now, state
 
     # -- with every token in place --------------------------------------------------------------------------------
 
     def _run_masked(self, step: Step, left: Left) -> Any:
-        """A node whose logits lack the keys of those who left, and whose values lack their rows."""
+        """Run a node with the keys of tokens that left masked in its logits, and their rows zeroed in its values."""
         node, facts = step.node, self.analysis[step.node]
         if node.target in SDPA:
             return self._attention(step, left.gone)
@@ -299,7 +299,7 @@ class Masked(Run):
         return self.execute(node, *self.arguments(step, replaced))
 
     def _spelled_out(self) -> set[fx.Node]:
-        """The softmaxes over tokens whose weights go on to be summed with values, and meet tokens nowhere before."""
+        """The softmaxes over tokens whose weights are then summed with values, and meet no tokens before that."""
         leads: set[fx.Node] = set()
         for step in reversed(self.steps):
             facts = self.analysis[step.node]
@@ -312,7 +312,7 @@ class Masked(Run):
         return any(self._has(node, weights=False) for node in step.reads)
 
     def _has(self, node: fx.Node, *, weights: bool) -> bool:
-        """Whether a value has a token axis that is the keys of attention weights, or has others only."""
+        """Whether a value has token axes of the given kind: keys of attention weights, or only others."""
         axes = self.analysis.axes(node) or ()
         found = [tokens.weights for dim in axes if (tokens := tokens_of(dim))]
         return any(found) if weights else bool(found) and not any(found)
@@ -333,10 +333,10 @@ class Masked(Run):
             mask = mask.masked_fill(flags, -math.inf)
         return step.node.target(**given._replace(attn_mask=mask)._asdict())  # type: ignore[operator]
 
-    # -- behind the last layer, with nobody in place who left ---------------------------------------------------------
+    # -- after the last layer, without the tokens that left ---------------------------------------------------------
 
     def _run_short(self, step: Step, left: Left) -> Any:
-        """A node that gets the tokens that are left, and sizes and tables made for all."""
+        """Run a node on the remaining tokens, with sizes and tables made for all tokens adapted."""
         node, facts = step.node, self.analysis[step.node]
         replaced: dict[fx.Node, Tensor] = {}
         for position in facts.positions:
@@ -388,7 +388,7 @@ class Masked(Run):
 
 
 def _length(dim: Dim, slots: Tensor) -> int:
-    """The length of an axis where these tokens are left."""
+    """The length of an axis if only these tokens remain."""
     batch, present = slots.shape
     length = 1
     for factor in dim:
@@ -400,7 +400,7 @@ def _length(dim: Dim, slots: Tensor) -> int:
 
 
 def _rows(tokens: Tokens, slots: Tensor) -> Tensor:
-    """Rows ``[batch, prefix + present + suffix]`` of the full sequence in which the patches ``slots`` are left."""
+    """Rows ``[batch, prefix + present + suffix]`` of the full sequence if only the patches ``slots`` remain."""
     rows = torch.arange(tokens.prefix + tokens.patches + tokens.suffix, device=slots.device)
     rows = rows.expand(slots.shape[0], -1)
     start, stop = tokens.prefix, tokens.prefix + tokens.patches
@@ -410,9 +410,9 @@ def _rows(tokens: Tokens, slots: Tensor) -> Tensor:
 def take_rows(
     whole: Tensor, dim: int, tokens: Tokens, slots: Tensor, *, batch_dim: int | None = None
 ) -> Tensor:
-    """The rows along ``dim`` of those tokens that are left: prefix, the patches ``slots [batch, present]``, trailing.
+    """The rows along ``dim`` of the remaining tokens: prefix, the patches ``slots [batch, present]``, trailing.
 
-    ``batch_dim``: by default 0, or 1 where that is ``dim``.
+    ``batch_dim``: by default 0, or 1 if ``dim`` is 0.
     """
     at = int(dim == 0) if batch_dim is None else batch_dim
     rows = _rows(tokens, slots)
@@ -422,7 +422,7 @@ def take_rows(
 
 
 def _take_positions(operand: Tensor, position: Position, slots: Tensor) -> Tensor:
-    """The rows of a table of fixed token length that belong to the tokens that are left."""
+    """The rows of a table of fixed token length that belong to the remaining tokens."""
     at, rank = position.batch_dim, position.rank
     if at is None:
         return operand
@@ -435,9 +435,9 @@ def _take_positions(operand: Tensor, position: Position, slots: Tensor) -> Tenso
 
 
 def _spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:
-    """Flags ``[batch, patches]`` of rows along ``dim``, with as many axes as ``like``: samples at its batch axis.
+    """Flags ``[batch, patches]`` of rows along ``dim``, with as many axes as ``like``, samples along its batch axis.
 
-    Nothing is flagged where that axis is not known; then the two runs will differ.
+    Nothing is flagged if that axis is not known; the two runs will then differ.
     """
     tokens = tokens_of(axes[dim])
     at = next((d for d, dims in enumerate(axes) if any(isinstance(f, Batch) for f in dims)), None)

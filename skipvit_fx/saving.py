@@ -38,16 +38,16 @@ _FORMAT = 3
 
 @dataclass(frozen=True)
 class _Header:
-    """What the file says beside the weights.
+    """What the file holds besides the weights.
 
     Attributes:
-        format: of this header.
-        versions: of the packages that made the file, for a person to read.
+        format: the format of this header.
+        versions: versions of the packages that wrote the file, for information.
         model: class name of the model.
-        options: of the rewrite; ``frontend`` is the one that was used.
+        options: the options of the rewrite; ``frontend`` is the one that was used.
         inputs: the example inputs: positional, and by name.
-        graph, modules, state: what the fingerprint is made of, so that a difference can be named.
-        tied: names that are another tensor of the file.
+        graph, modules, state: the lines that the fingerprint is made of, so that a difference can be named.
+        tied: for names of tied tensors, the name of the same tensor in the file.
     """
 
     format: int
@@ -66,11 +66,12 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a rewritten model: its weights, its plan, and a fingerprint of the model that it was made from.
 
     The file appears complete or not at all. The model's code is not in it: :func:`load` takes a freshly built model.
-    Train or eval mode, the switch of skipping and how far a schedule has come are not saved.
+    Train or eval mode, the skipping switch and the progress of a schedule are not saved.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
-        SavedModelError: the rewrite holds what a file cannot (a score function), or the file cannot be written.
+        SavedModelError: the rewrite holds something that a file cannot (a score function), or the file cannot be
+            written.
     """
     record = record_of(fast)
     state = fast.state_dict()
@@ -90,7 +91,7 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
         state=list(lines),
         tied=tied,
     )
-    # safetensors refuses tensors that share memory; what is no tie but an overlap gets memory of its own
+    # safetensors refuses tensors that share memory; tensors that overlap without being tied are copied
     weights = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -102,17 +103,17 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = True) -> SkipViTModule:
     """Rewrite a freshly built model as the saved one was, and load the saved weights.
 
-    The result shares its parameters with ``model``, which so gets the weights too. If anything does not fit, ``model``
-    is left as it was.
+    The result shares its parameters with ``model``, which thereby gets the weights as well. If anything does not fit,
+    ``model`` is left unchanged.
 
     Args:
         path: a file that :func:`save` wrote.
-        model: built as the original model was, of the same dtype, on any device.
+        model: built like the original model, with the same dtype, on any device.
         validate: as for :func:`skipvit_fx.rewrite`.
 
     Raises:
         ValidationError: as :func:`skipvit_fx.rewrite` does.
-        SavedModelError: the file cannot be read, or ``model`` is not what was saved; it says what differs.
+        SavedModelError: the file cannot be read, or ``model`` is not what was saved; the error says what differs.
         TypeError: ``model`` is not a module, or ``path`` not a path.
     """
     check_model(model)
@@ -150,14 +151,14 @@ def _check_savable(fast: nn.Module, record: RewriteRecord, state: Mapping[str, A
     if by_function or callable(record.options.score):
         raise SavedModelError(
             f"the score is a function ({record.options.score_name}), and code is not saved",
-            hint="save fast.state_dict(), and rewrite with the function again where it is loaded",
+            hint="save fast.state_dict(), and rewrite with the function again before loading it",
         )
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else "no tensor"
+            kind = f"a {value.layout} tensor" if isinstance(value, Tensor) else "not a tensor"
             where = " on the meta device" if isinstance(value, Tensor) and value.is_meta else ""
             raise SavedModelError(
-                f"{name!r} in the state_dict is {kind}{where}, which safetensors does not hold",
+                f"{name!r} in the state_dict is {kind}{where}, which safetensors cannot hold",
                 hint="turn it into an ordinary dense tensor before saving",
             )
 
@@ -170,11 +171,11 @@ def _version(package: str) -> str:
 
 
 def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
-    """Write beside ``path`` and rename, so that no reader ever finds half a file."""
+    """Write to a file beside ``path`` and rename it, so that no reader ever finds a partial file."""
     try:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
         unfinished.touch(exist_ok=False)
-    except (OSError, ValueError) as error:  # ValueError: no name at all, or one with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: an empty name, or one with a zero byte
         raise _not_written(path, error) from error
     try:
         mode = unfinished.stat().st_mode  # safetensors makes a file that only its owner may read
@@ -200,7 +201,7 @@ def _not_written(path: Path, error: Exception) -> SavedModelError:
 def _read_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:
     if not metadata or RECORD not in metadata:
         raise SavedModelError(
-            f"{os.fspath(path)!r} holds weights and no plan: skipvit_fx.save did not write it",
+            f"{os.fspath(path)!r} holds weights but no plan: skipvit_fx.save did not write it",
             hint="load the weights into the model, and call skipvit_fx.rewrite(model, plan)",
         )
     try:
@@ -214,14 +215,14 @@ def _read_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:
         ) from error
     if header is None:
         raise SavedModelError(
-            f"{os.fspath(path)!r} has format {fields['format']}, this version reads {_FORMAT}",
+            f"{os.fspath(path)!r} has format {fields['format']}, but this version reads {_FORMAT}",
             hint="use the version of skipvit_fx that wrote it, or a later one",
         )
     return header
 
 
 def _check_parts(header: _Header, model: nn.Module) -> None:
-    """Before anything is rewritten: the same submodules, and tensors of the same names, shapes, dtypes and ties."""
+    """Check before rewriting that submodules and names, shapes, dtypes and ties of tensors are the same."""
     name = type(model).__name__
     prefix = "" if name == header.model else f"{header.model} in the file, {name} in the model; "
     for stored, found in (
@@ -237,10 +238,10 @@ def _check_graph(header: _Header, fast: SkipViTModule) -> None:
     graph = record_of(fast).computation
     if difference := first_difference(header.graph, graph):
         what = "{!r} in the file, {!r} in the model".format(*difference)
-        raise _another_model(header, f"it computes something else: {what}")
+        raise _another_model(header, f"it does not compute the same: {what}")
     found = fingerprint(graph, module_lines(fast), state_lines(fast.state_dict()))
     if found != header.fingerprint:
-        raise _another_model(header, "the file's fingerprint is not that of its own header")
+        raise _another_model(header, "the file's fingerprint does not match its own header")
 
 
 def _another_model(header: _Header, what: str) -> SavedModelError:
@@ -265,8 +266,8 @@ def _describe(value: Any) -> Any:
     if _is_plain(value):
         return ["plain", value]
     raise SavedModelError(
-        f"an example input is a {type(value).__name__}, which cannot be written down",
-        hint="rewrite with example inputs that are tensors, numbers, texts, or containers of these",
+        f"an example input is a {type(value).__name__}, which cannot be saved",
+        hint="rewrite with example inputs that are tensors, numbers, strings, or containers of these",
     )
 
 
@@ -275,7 +276,7 @@ def _is_plain(value: Any) -> TypeGuard[bool | int | float | str | None]:
 
 
 def _build(described: Any, model: nn.Module) -> Any:
-    """The example input that :func:`_describe` described: zeros on the model's device, floating ones of its dtype."""
+    """The example input from :func:`_describe`: zeros on the model's device, floating-point ones of its dtype."""
     kind, value, *rest = described
     if kind == "tensor":
         like = floating_like(model)

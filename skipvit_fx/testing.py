@@ -1,9 +1,9 @@
-"""Check a rewritten model of your own against a reference that removes no token.
+"""Check your own rewritten model against a reference that removes no token.
 
-The reference (:mod:`skipvit_fx.reference`) interprets the model's graph as it was captured, before any pass, with the
-dropped tokens masked and frozen. It finds a wrong edit, and cannot find a wrong layer. It is the one that
-:func:`skipvit_fx.rewrite` validates with; here it runs on inputs of your own, with the scores of the model. (The
-project's own tests use another reference besides, made of hooks on the original model, which shares nothing.)
+The reference (:mod:`skipvit_fx.reference`) interprets the model's captured graph, before any pass, with the dropped
+tokens masked and frozen. It finds a wrong edit, but cannot find a wrong layer. :func:`skipvit_fx.rewrite` validates
+with the same reference; here it runs on your own inputs, with the scores of the model. (The project's own tests use a
+second reference, made of hooks on the original model, which shares nothing with the compiler.)
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from skipvit_fx.torch_internals import BATCH_NORM
 
 @dataclass(frozen=True)
 class Check:
-    """A rewritten model beside the reference.
+    """A rewritten model compared with the reference.
 
     Attributes:
         error: largest difference, relative to the reference's largest value, between the outputs and between the
-            residual streams behind the return (a class token alone does not tell whether patches are in order); NaN
-            if one holds values that are not finite, at other places than the other.
-        selections: what was chosen at each stage; the reference dropped the same.
+            residual streams after the return (a class token alone does not show whether patches are in order); NaN if
+            the two have non-finite values at different places.
+        selections: the choice at each stage; the reference dropped the same tokens.
         traces: the same in terms of patches.
     """
 
@@ -58,7 +58,7 @@ class Check:
 
 
 class Reference:
-    """The mask-and-freeze reference of one model. Looking at the model is done once, for any number of rewrites.
+    """The mask-and-freeze reference of one model. The model is analysed once, for any number of rewrites.
 
     Args:
         model: the original model, in eval mode.
@@ -80,26 +80,26 @@ class Reference:
 
     @property
     def depth(self) -> int:
-        """Layers found."""
+        """The number of layers found."""
         return len(self._located.stream.layers)
 
     @property
     def prefix_tokens(self) -> int:
-        """Rows in front of the patches."""
+        """The number of rows before the patches."""
         return self._located.stream.tokens.prefix
 
     @property
     def patches(self) -> int:
-        """Patches in the full sequence."""
+        """The number of patches in the full sequence."""
         return self._located.stream.tokens.patches
 
     def run(
         self, record: RewriteRecord, selections: Sequence[Selection], *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor | None]:
-        """Run the model with the tokens of ``selections`` masked and frozen, by the plan of a rewrite.
+        """Run the model with the dropped tokens of ``selections`` masked and frozen, by the plan of a rewrite.
 
         Returns:
-            The model's output, and the residual stream where the tokens return, ``None`` if they never do.
+            The model's output, and the residual stream where the tokens return; ``None`` if they never do.
         """
         located = self._located
         spans = lay_plan(located.analysis, located.stream, record.options)
@@ -122,7 +122,7 @@ class Reference:
         rewritten = check_skips(fast)
         devices = {t.device: None for t in fast.parameters()}
         rewritten.prepare(*args, **kwargs)
-        # some models draw in eval mode too
+        # some models draw random numbers even in eval mode
         with generators_kept(devices), torch.no_grad(), selections_noted(rewritten) as noted:
             got = rewritten.graph_forward(*args, **kwargs)
         record = noted.record
@@ -133,14 +133,14 @@ class Reference:
         if noted.returned is not None and stream is not None:
             rows = noted.returned.shape[
                 record.token_dim
-            ]  # those behind the last that is read may be missing
+            ]  # those after the last that is read may be missing
             there = stream.narrow(record.token_dim, 0, rows)
             error = max(error, relative_error(noted.returned, there), key=badness)
         return Check(error, selections, tuple(traces_of(noted)))
 
 
 def check_rewrite(model: nn.Module, fast: nn.Module, *args: Any, **kwargs: Any) -> Check:
-    """Compare a rewritten model with the mask-and-freeze reference, both in eval mode, on these inputs.
+    """Compare a rewritten model with the mask-and-freeze reference on these inputs, both in eval mode.
 
     Raises:
         ValueError, SkipViTError: as :class:`Reference` and its ``check`` do.
@@ -151,10 +151,10 @@ def check_rewrite(model: nn.Module, fast: nn.Module, *args: Any, **kwargs: Any) 
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Move all weights and running statistics far from their initial values, the same for the same seed.
+    """Move all weights and running statistics far from their initial values, reproducibly by ``seed``.
 
-    A fresh model hides mistakes: biases and position terms are zero, LayerScale is next to zero, norms are the
-    identity. Returns the model, changed in place.
+    A fresh model hides mistakes: biases and position terms are zero, LayerScale is almost zero, norms are the identity.
+    Returns the model, which is changed in place.
     """
     generator = torch.Generator().manual_seed(seed)
 

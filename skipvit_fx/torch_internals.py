@@ -1,7 +1,7 @@
-"""Everything of torch that this package uses and that torch does not promise to keep, in one place.
+"""Everything in torch that this package uses and torch does not promise to keep, in one place.
 
-Each entry says what it is for, since which release of torch it is there as it is used here, and what is lost without
-it. A test sees to it that no other file reaches into torch.
+Each entry says what it is for, since which release of torch it exists in the form used here, and what is lost without
+it. A test makes sure that no other file uses torch's internals.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-# Trees of nested tuples, lists and dicts. Since 2.0; `torch.utils.pytree` is to replace it. All arguments and results
-# are taken apart with it.
+# Trees of nested tuples, lists and dicts. Since 2.0; `torch.utils.pytree` is to replace it. All
+# arguments and results are flattened with it.
 from torch.utils import _pytree as pytree
 
-# A context that sees every operator. Since 1.13. The token analysis is one, and every watch over a run.
+# A context that sees every operator. Since 1.13. The token analysis and every watch over a run are based on it.
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Fake tensors: shapes without data. Since 2.0, `may_turn_const` and `from_real_tensor(make_constant=)` since 2.1.
@@ -28,19 +28,19 @@ from torch._subclasses.fake_tensor import (  # isort: skip
     FakeTensorMode,
 )
 
-# What a fake tensor is wrapped in while `torch.export` runs. Since 2.1. A value that export made would be taken for the
-# author's own.
+# The wrapper of fake tensors while `torch.export` runs. Since 2.1. Without it, a value that export
+# made would be taken for the author's.
 from torch._subclasses.functional_tensor import FunctionalTensor  # isort: skip
 
-# Sizes as symbols. Since 2.1. Whether a module computes with the number of tokens is found with them.
+# Sizes as symbols. Since 2.1. They show whether a module computes with the number of tokens.
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv  # isort: skip
 
-# Expressions of sizes, as `torch.export` leaves them, turned into nodes. Since 2.3. Batch sizes that export computed
-# with could not be followed.
+# Turns expressions of sizes, as `torch.export` leaves them, into nodes. Since 2.3. Without it,
+# computations with batch sizes could not be followed.
 from torch.utils._sympy.interp import sympy_interp  # isort: skip
 from torch.utils._sympy.reference import PythonReferenceAnalysis  # isort: skip
 
-# Of the code of graphs. Since 1.8. Modules at hand instead of looked up at every call.
+# The code of graphs. Since 1.8. With it, modules are not looked up at every call.
 from torch.fx import _symbolic_trace  # isort: skip
 from torch.fx.graph import _format_target  # isort: skip
 from torch.fx.graph_module import _forward_from_src  # isort: skip
@@ -107,10 +107,10 @@ class _Absent:
 
 
 class _Operators:
-    """``torch.ops.aten``, where a missing operator is no error.
+    """``torch.ops.aten``, except that a missing operator is not an error.
 
-    Names with an underscore come and go: `_safe_softmax` since 2.5, `_fused_rms_norm` since 2.9. A rule for an operator
-    that is not there is never asked.
+    Names with an underscore come and go: `_safe_softmax` since 2.5, `_fused_rms_norm` since 2.9. A rule for a missing
+    operator is never applied.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -121,12 +121,12 @@ aten: Any = _Operators()
 
 
 def is_operator(target: object) -> bool:
-    """Whether a node's target is an operator with its overload. Since 1.11; exported graphs hold nothing else."""
+    """Whether a node's target is an operator overload. Since 1.11; exported graphs hold nothing else."""
     return isinstance(target, torch._ops.OpOverload)
 
 
 def schema_arguments(operator: Any) -> list[Any]:
-    """The arguments that an operator declares, with defaults and what it writes into. Since 1.11."""
+    """The arguments that an operator declares, with defaults and whether it writes into them. Since 1.11."""
     return list(operator._schema.arguments)
 
 
@@ -149,7 +149,7 @@ def is_writing(operator: Any) -> bool:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """Equal for tensors that share memory, fake ones too, which have no address. Since 2.0."""
+    """A number that is equal for tensors that share memory, even fake ones, which have no address. Since 2.0."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -161,12 +161,12 @@ def expression_of(number: Any) -> Any:
 
 
 def symbol_of(size: Any) -> Any:
-    """The sympy symbol of a size as it was made, whatever is known of it since. Since 2.1."""
+    """The sympy symbol that a size was made with, whatever became known about it since. Since 2.1."""
     return size.node._expr
 
 
 def new_size(env: ShapeEnv, kind: str, hint: int) -> Any:
-    """A symbolic size of which nothing is known but what the example has. Since 2.1."""
+    """A symbolic size of which only the example's value is known. Since 2.1."""
     from torch._dynamo.source import ConstantSource  # takes a second to import
 
     source = ConstantSource(f"{kind}_{len(env.source_to_var)}")
@@ -175,13 +175,13 @@ def new_size(env: ShapeEnv, kind: str, hint: int) -> Any:
 
 
 def hint_of(size: Any) -> int:
-    """A size as a number, a symbolic one as the example has it. Since 2.1."""
+    """A size as a number; a symbolic one as in the example. Since 2.1."""
     hint: Any = size.node.hint if isinstance(size, torch.SymInt) else size
     return int(hint)
 
 
 def is_in_fake_mode() -> bool:
-    """Whether somebody follows with fake tensors: ``torch.compile``, ``torch.export``. Since 2.1."""
+    """Whether a tool is tracing with fake tensors: ``torch.compile``, ``torch.export``. Since 2.1."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
@@ -191,29 +191,29 @@ def is_wrapped_by_functorch(tensor: Tensor) -> bool:
 
 
 DTYPE_OF_MASK = (F, "_none_or_dtype")
-"""What ``F.multi_head_attention_forward`` asks of its masks, replaced where they are proxies. Since 1.13."""
+"""What ``F.multi_head_attention_forward`` asks of its masks, replaced if they are proxies. Since 1.13."""
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The dict of a module's children, itself. Since 0.1; a change of it is noticed."""
+    """The dict of a module's children itself, not a copy. Since 0.1; changes to it are noticed."""
     return module._modules
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The dict of a module's own parameters, itself. Since 0.1."""
+    """The dict of a module's own parameters itself, not a copy. Since 0.1."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The dict of a module's own buffers, itself. Since 0.1."""
+    """The dict of a module's own buffers itself, not a copy. Since 0.1."""
     return module._buffers
 
 
 def hooks_before(module: nn.Module) -> dict[int, Any]:
-    """The dict of hooks that run before every call, itself. Since 1.0."""
+    """The dict of hooks that run before every call itself, not a copy. Since 1.0."""
     return module._forward_pre_hooks
 
 
@@ -228,49 +228,49 @@ def call_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward")))
-"""Attributes of a module that hold hooks of its calls, whatever this release has."""
+"""Attributes of a module that hold hooks of its calls, in this release of torch."""
 
 
 def hooks_made() -> int:
-    """How many hooks were ever registered in this process: unchanged where no hook is new. Since 1.0."""
+    """The number of hooks ever registered in this process: unchanged if no hook is new. Since 1.0."""
     from torch.utils.hooks import RemovableHandle
 
     return RemovableHandle.next_id
 
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
-"""What all batch norms are. Since 0.4; their running statistics are state that a run must leave alone."""
+"""The base class of all batch norms. Since 0.4; their running statistics are state that a run must leave alone."""
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
 
 ASSERT = torch._assert
-"""An assertion that tracing keeps as a node. Since 1.8; nobody reads it, and it must stay."""
+"""An assertion that tracing keeps as a node. Since 1.8; nothing reads it, but it must stay."""
 
 COUNTER = "# COUNTER: "
-"""What ``torch.fx`` puts before the code of every node and takes away again. Since 2.1; regions that are recomputed are
+"""The mark that ``torch.fx`` puts before the code of every node and removes again. Since 2.1; recomputed regions are
 found by it."""
 
 
 symbolic_trace_module = _symbolic_trace
-"""Where ``torch.fx`` keeps what it replaces while it traces. Since 1.8; kept from other threads."""
+"""Where ``torch.fx`` keeps the functions that it replaces while it traces. Since 1.8; hidden from other threads."""
 
 
 def graph_of(module: fx.GraphModule) -> fx.Graph:
-    """The graph that a graph module has now, past what a subclass makes of its ``graph``. Since 1.8."""
+    """The current graph of a graph module, bypassing a subclass's ``graph`` property. Since 1.8."""
     return module._graph
 
 
 def spelled_path(base: str, target: str) -> str:
-    """How the code of a graph spells a module's path, as ``getattr(self.blocks, "0")``. Since 1.8."""
+    """A module's path as spelled in the code of a graph, such as ``getattr(self.blocks, "0")``. Since 1.8."""
     return _format_target(base, target)
 
 
 def function_from(source: str, names: dict[str, Any]) -> Any:
-    """The ``forward`` that some code defines, where tracebacks can show its lines. Since 1.8."""
+    """The ``forward`` that some code defines, whose lines tracebacks can show. Since 1.8."""
     return _forward_from_src(source, names)
 
 
 def printed_target(node: fx.Node) -> str:
-    """What a node calls, as ``torch.fx`` prints it. Since 1.8; for people only."""
+    """A node's target as ``torch.fx`` prints it. Since 1.8; only for people."""
     return str(node._pretty_print_target(node.target))

@@ -1,4 +1,4 @@
-"""When skipping starts, and how fast it rises."""
+"""When skipping starts, and how fast it increases."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from skipvit_fx.errors import PlanError
 from skipvit_fx.ops.select import Select
 
 _STEPS = 1000
-"""The share of a ratio that applies is rounded to so many steps, so that ratios stay small exact fractions."""
+"""The share of a ratio that applies is rounded to this many steps, so that ratios stay small exact fractions."""
 
 
 class SkipSchedule:
     """Turns skipping on after a warm-up, at once or step by step. Epochs count from 0.
 
-    In the SkipViT paper the first 15 epochs see every token ("Effect of Warm-up On Patch Detection"). EViT also lets
-    the keep rate fall by a cosine afterwards; ``ramp_epochs`` does the same to every drop ratio r of the plan, once an
+    In the SkipViT paper the first 15 epochs see every token ("Effect of Warm-up On Patch Detection"). EViT also lowers
+    the keep rate along a cosine afterwards; ``ramp_epochs`` does the same with every drop ratio r of the plan, once per
     epoch: ``r * (1 - cos(pi * (epoch - warmup_epochs) / ramp_epochs)) / 2``.
 
-    The graph never changes. A compiled module compiles once more whenever a step changes how many tokens leave;
-    ``torch._dynamo.config.recompile_limit`` must allow for a long ramp.
+    The graph never changes. A compiled module compiles once more whenever a step changes how many tokens leave; a long
+    ramp needs a sufficient ``torch._dynamo.config.recompile_limit``.
 
     Args:
         fast: what :func:`skipvit_fx.rewrite` returned, or anything that wraps it: DDP, FSDP2, a compiled module, an
-            average of weights. Wrap first where wrapping copies, as an average does; each copy has its own schedule.
+            average of weights. If wrapping copies, as an average does, wrap first; each copy has its own schedule.
         warmup_epochs: epochs without skipping.
-        ramp_epochs: epochs behind these in which the ratios rise to the plan's; 0: they apply at once.
-        train_only: skip while training only, see :func:`skipvit_fx.rewrite`; ``None``: as it was rewritten.
+        ramp_epochs: epochs after these in which the ratios rise to the plan's; with 0, they apply at once.
+        train_only: skip only while training, see :func:`skipvit_fx.rewrite`; ``None`` keeps the setting of the rewrite.
 
     Raises:
-        PlanError: a number of epochs is no integer of at least 0, or ``train_only`` is not a bool.
+        PlanError: a number of epochs is not an integer of at least 0, or ``train_only`` is not a bool.
         NotRewrittenError: there is no rewritten model in ``fast``.
     """
 
@@ -68,10 +68,10 @@ class SkipSchedule:
         )
 
     def step(self, epoch: int) -> None:
-        """Set ``fast`` to what an epoch trains with. Call it before the epoch, in any order.
+        """Set ``fast`` to what an epoch trains with. Call it before the epoch; epochs may come in any order.
 
         Raises:
-            PlanError: ``epoch`` is no integer of at least 0.
+            PlanError: ``epoch`` is not an integer of at least 0.
         """
         share = self.share(epoch)
         self.epoch = epoch
@@ -89,14 +89,14 @@ class SkipSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on as the schedule that :meth:`state_dict` was taken from, and set ``fast`` to its epoch.
+        """Continue as the schedule that :meth:`state_dict` was taken from, and set ``fast`` to its epoch.
 
         Raises:
             PlanError: the state is not one that :meth:`state_dict` returned.
         """
         if set(state) != set(self.state_dict()):
             raise PlanError(
-                f"the state of a schedule has {', '.join(self.state_dict())}, not {', '.join(state) or 'nothing'}",
+                f"the state of a schedule must hold {', '.join(self.state_dict())}, got {', '.join(state) or 'none'}",
                 hint="pass what state_dict() of a SkipSchedule returned",
             )
         numbers = {name: _count(name, value) for name, value in state.items()}
@@ -108,6 +108,6 @@ class SkipSchedule:
 def _count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise PlanError(
-            f"{name}={value!r} is no number of epochs", hint="pass an integer of at least 0"
+            f"{name}={value!r} is not a number of epochs", hint="pass an integer of at least 0"
         )
     return value

@@ -1,12 +1,12 @@
-"""Every rewrite is run once beside a reference, on two images, before it is handed out.
+"""Every rewrite is run once and compared with a reference, on two images, before it is returned.
 
-Two comparisons, each of one run with another. The author's own forward on one image, and the graph as it was captured:
-is the graph the model? That graph on two images with the dropped tokens masked (:mod:`skipvit_fx.reference`), and the
-rewritten graph: did the passes keep what it computes? Which tokens leave is drawn, for the second image as different
-from the first as can be, so that a row which belongs to another token, or to another image, cannot pass unnoticed.
+There are two comparisons. The author's forward on one image against the captured graph shows whether the graph is the
+model. That graph on two images with the dropped tokens masked (:mod:`skipvit_fx.reference`) against the rewritten graph
+shows whether the passes preserved what it computes. Which tokens leave is random, and as different as possible for the
+two images, so that a row that belongs to another token, or to another image, cannot pass unnoticed.
 
-Outputs are compared, the residual stream, and what every module called as a whole returns. The last tells a difference
-that the stream hides, where a fresh model scales its branches by next to nothing.
+Outputs, the residual stream, and the results of every module called as a whole are compared. The last show differences
+that the stream hides if a fresh model scales its branches by almost zero.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ NO_VALUES = "not validated (meta device)"
 
 
 def validate(model: nn.Module, context: Context, captured: tuple[Step, ...]) -> str:
-    """Compare a rewritten graph with the model that it was made from. Nothing of either is changed.
+    """Compare a rewritten graph with the model that it was made from. Neither is changed.
 
     Args:
         model: as its author wrote it, in any mode.
         context: after all passes.
-        captured: its graph before them.
+        captured: its graph before the passes.
 
     Returns:
         What was found, for :func:`skipvit_fx.inspect`.
@@ -75,7 +75,7 @@ def validate(model: nn.Module, context: Context, captured: tuple[Step, ...]) -> 
 
 
 def _as_guarded(compare: Callable[[Any], float], *sets: Any) -> float:
-    """Compare on the first of these sets of images that the graph was made for; on the last it runs."""
+    """Compare on the first of these sets of images that the graph was made for; it always runs on the last."""
     *others, last = sets
     for images in others:
         with contextlib.suppress(GuardError):
@@ -85,7 +85,7 @@ def _as_guarded(compare: Callable[[Any], float], *sets: Any) -> float:
 
 @contextlib.contextmanager
 def _alone(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
-    """Without gradients and autocast, and without drawing from anybody's generators."""
+    """A context without gradients and autocast, and without effect on the global generators."""
     devices = list(devices)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -104,11 +104,11 @@ def is_tensor(leaf: Any) -> bool:
 
 
 def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The example call with two different samples, its own where it holds two; with the first of them alone; and with
-    as many as it has, these two in turns.
+    """The example call with two different samples, its own if it holds two; with only the first of them; and with its
+    own number of samples, alternating between the two.
 
-    A tensor has one value a sample if its first axis is as long as that of the largest floating-point one. Random
-    numbers stand in for what is constant, except in tensors of fewer axes than a picture: masks, or scales.
+    A tensor has one value per sample if its first axis is as long as that of the largest floating-point one. Random
+    numbers replace constant tensors, except those of fewer axes than a picture: masks, or scales.
     """
     example = (args, kwargs)
     tensors = [t for t in pytree.tree_leaves(example) if is_tensor(t) and t.ndim]
@@ -130,7 +130,7 @@ def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
             return torch.randn(two.shape, generator=generator).to(two)
         if not torch.equal(two[0], two[1]):
             return two
-        mirrored = two[0].flatten().flip(0).reshape(two[0].shape)  # other values of the same range
+        mirrored = two[0].flatten().flip(0).reshape(two[0].shape)  # other values in the same range
         return torch.stack([two[0], mirrored])
 
     def alone(leaf: Any, two: Any) -> Any:
@@ -160,7 +160,7 @@ def _is_constant(values: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Finding:
-    """How much two runs differ at a node; ``filled``: in the whole sequence, where tokens have returned there."""
+    """How much two runs differ at a node; ``filled``: in the whole sequence, after tokens have returned there."""
 
     node: fx.Node
     error: float
@@ -168,7 +168,7 @@ class _Finding:
 
 
 def _apart(got: Any, wanted: Any) -> float:
-    """The relative error; infinite between values of other shapes."""
+    """The relative error; infinite if the shapes differ."""
     try:
         return relative_error(got, wanted)
     except ValueError:
@@ -176,7 +176,7 @@ def _apart(got: Any, wanted: Any) -> float:
 
 
 class _Captured(Run):
-    """The captured graph as it is, beside what the author's modules returned, in the order of their calls."""
+    """The captured graph, compared with what the author's modules returned, in the order of their calls."""
 
     def __init__(
         self, steps: Iterable[Step], parts: Mapping[str, nn.Module], returned: dict[str, list[Any]]
@@ -193,7 +193,7 @@ class _Captured(Run):
 
 
 class _Rewritten(Run):
-    """The rewritten graph, with tokens that leave drawn, and everything to be compared noted."""
+    """The rewritten graph, with a random choice of the tokens that leave; notes everything to be compared."""
 
     def __init__(
         self,
@@ -217,10 +217,10 @@ class _Rewritten(Run):
             return self._select(step, part)
         drawing = isinstance(part, (ScoreAtRandom, ScoreByFunction))
         with generators_kept(self.devices) if drawing else contextlib.nullcontext():
-            value = super().step(step)  # as if no score had drawn: the captured graph draws none
+            value = super().step(step)  # undo what the score draws: the captured graph has no score
         inserted = INSERTED_BY in node.meta
         self._edited |= inserted
-        # copies: an operator in place may change the value later
+        # copies: an in-place operator may change the value later
         if inserted and isinstance(part, Merge):
             self.filled[_filled_at(node)] = value.clone()
         elif self._edited and _place(self.context, node) is not None:
@@ -228,7 +228,7 @@ class _Rewritten(Run):
         return value
 
     def _select(self, step: Step, part: Select) -> Any:
-        """Let chance select, and check that what is kept has the highest scores and stays in order."""
+        """Select by random scores, and check that the kept patches have the highest scores and stay in order."""
         (scores, *others), _ = self.arguments(step)
         samples, patches = scores.shape
         drawn = torch.rand(patches, generator=torch.Generator().manual_seed(0))
@@ -244,7 +244,7 @@ class _Rewritten(Run):
 
 
 class _Compared(Masked):
-    """The captured graph with tokens masked, beside what was noted of the rewritten one."""
+    """The captured graph with tokens masked, compared with what was noted of the rewritten one."""
 
     def __init__(
         self,
@@ -265,11 +265,11 @@ class _Compared(Masked):
         if got is None or place is None:
             return
         dim, batch_dim, tokens = place
-        error = math.inf  # where tokens and samples are not where the analysis has them
+        error = math.inf  # if tokens and samples are not where the analysis says
         if rows is None or value.shape[dim] == tokens.prefix + tokens.patches + tokens.suffix:
             if rows is not None and value.shape[batch_dim] == rows.shape[0]:
                 value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
-            # rows behind the last that is read may be missing
+            # rows after the last that is read may be missing
             value = value.narrow(dim, 0, min(got.shape[dim], value.shape[dim]))
             error = _apart(got, value)
         self.findings.append(_Finding(node, error))
@@ -281,7 +281,7 @@ class _Compared(Masked):
 
 
 def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
-    """Where a node of the author's that is compared has tokens and samples; ``None`` if it is not compared."""
+    """The token and batch dimensions of an author's node, and its tokens; ``None`` if it is not compared."""
     analysis, stream = context.analysis, context.stream
     if node not in analysis.facts:
         return None
@@ -300,14 +300,14 @@ def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
 
 
 def _filled_at(node: fx.Node) -> fx.Node:
-    """The author's node whose rows a merge puts back into the whole sequence, perhaps with others before it."""
+    """The author's node whose rows a merge puts back into the whole sequence, possibly through other merges."""
     while INSERTED_BY in node.meta:
         node = node.all_input_nodes[0]
     return node
 
 
 def _check_selection(context: Context, path: str, selection: Selection) -> None:
-    """Check that a stage's choice is a partition, in order, by the scores that it was given.
+    """Check that a stage's choice is an ordered partition that follows the given scores.
 
     Raises:
         ValidationError: it is not.
@@ -358,7 +358,7 @@ class _Validation:
         self.draws = False
 
     def capture(self, image: tuple[Any, Any]) -> float:
-        """The captured graph beside the author's forward: the largest difference.
+        """Compare the captured graph with the author's forward; return the largest difference.
 
         Raises:
             ValidationError: they differ.
@@ -381,7 +381,7 @@ class _Validation:
         return self._judge(what, run.findings, got, wanted)
 
     def rewrite(self, images: tuple[Any, Any]) -> float:
-        """The rewritten graph beside the captured one with tokens masked: the largest difference.
+        """Compare the rewritten graph with the captured one with tokens masked; return the largest difference.
 
         Raises:
             ValidationError: they differ.
@@ -416,7 +416,7 @@ class _Validation:
     def _error(
         self, what: str, largest: float, findings: list[_Finding], bad: int
     ) -> ValidationError:
-        """Name the first place that differs, and what lies between it and the last that does not."""
+        """Name the first place that differs, and the modules between it and the last that does not."""
         order = {step.node: i for i, step in enumerate(self.captured)}
         start = order[findings[bad - 1].node] + 1 if bad else 0
         stop = order[findings[bad].node] if bad < len(findings) else len(self.captured) - 1
@@ -430,23 +430,23 @@ class _Validation:
             layer = returns
         elif order[layers[-1].end] < stop:
             layer = len(layers) + 1
-        place = f"in layer {layer}" if 0 < layer <= len(layers) else "behind the last layer"
+        place = f"in layer {layer}" if 0 < layer <= len(layers) else "after the last layer"
         text = (
             f"{what}; the largest difference is {short(largest)} of the largest value, up to "
-            f"{short(self.allowed)} is rounding; they part {place if layer else 'in front of the first layer'}"
+            f"{short(self.allowed)} is rounding; they first differ {place if layer else 'before the first layer'}"
         )
         if modules:
             text += f", at {', '.join(modules)}"
         if self.draws:
-            text += "; the model draws random numbers in eval mode, not the same in both"
+            text += "; the model draws random numbers in eval mode, which differ between the two"
         return ValidationError(text, difference=largest, layer=layer, modules=modules, hint=_HINT)
 
 
 @contextlib.contextmanager
 def _returned(author: nn.Module, captured: Iterable[Step]) -> Iterator[dict[str, list[Any]]]:
-    """While ``author``, a copy that nobody else uses, runs: what the modules that the graph calls return, call by call.
+    """While ``author``, a copy that nothing else uses, runs, note what the modules that the graph calls return.
 
-    What they call in turn is not noted.
+    Modules that these call in turn are not noted.
     """
     modules = dict(author.named_modules(remove_duplicate=False))
     called = [str(step.node.target) for step in captured if step.node.op == "call_module"]
@@ -459,7 +459,7 @@ def _returned(author: nn.Module, captured: Iterable[Step]) -> Iterator[dict[str,
 
     def leave(module: nn.Module, given: Any, value: Any) -> None:
         inside.pop()
-        if not inside:  # an operator in place may change it later
+        if not inside:  # an in-place operator may change it later
             copied = pytree.tree_map(lambda t: t.clone() if is_tensor(t) else t, value)
             calls[module].append(copied)
 

@@ -83,7 +83,7 @@ class World:
         self.before = self.state()
 
     def changes(self) -> list[str]:
-        """What is no longer as it was."""
+        """What has changed."""
         now = self.state()
         names = [*self.before, *(name for name in now if name not in self.before)]
         return [name for name in names if now.get(name) != self.before.get(name)]
@@ -146,10 +146,10 @@ def parsed(text: Any) -> Call:
 
 # fmt: off
 NOTATION: list[tuple[Any, tuple[str, ...]]] = [
-    (None, ("a plan's notation is text", "6(55%)+11")),
-    (6, ("a plan's notation is text", "6")),
-    (b"6(55%)", ("a plan's notation is text",)),
-    (["6(55%)"], ("a plan's notation is text",)),
+    (None, ("a plan's notation must be a string", "6(55%)+11")),
+    (6, ("a plan's notation must be a string", "6")),
+    (b"6(55%)", ("a plan's notation must be a string",)),
+    (["6(55%)"], ("a plan's notation must be a string",)),
     ("6", ("cannot read the plan '6'", "write it like")),
     ("6(55%", ("cannot read the plan", "write it like")),
     ("6)55%(", ("cannot read the plan", "write it like")),
@@ -176,7 +176,7 @@ NOTATION: list[tuple[Any, tuple[str, ...]]] = [
     ("-6(55%)", ("layer -6 is out of range", "count from 1")),
     ("4,,7(5%,5%,5%)", ("'' is not a layer number", "write it like")),
     ("4,7(5%,5%,5%)", ("2 layer(s) but 3 ratio(s)", "its own ratio")),
-    ("7,4(5%,5%)", ("layer 4 stands after layer 7", "in order")),
+    ("7,4(5%,5%)", ("layer 4 comes after layer 7", "ascending order")),
     ("4,4(5%,5%)", ("layer 4 is repeated", "once")),
     ("6(55%)+6", ("return at layer 6", "return at layer 7 or later")),
     ("6(55%)+", ("'' is not a layer number", "write it like")),
@@ -205,7 +205,7 @@ STAGES: list[Bad] = [
     ("ratio-complex", lambda w: Stage(6, 0.5j), PlanError, ("ratio", "below 1")),
     ("plan-list", lambda w: Plan([Stage(6, 0.5)]), PlanError, ("stages must be a tuple", "Plan.parse")),
     ("plan-numbers", lambda w: Plan((6, 7)), PlanError, ("stages must be a tuple of Stage",)),
-    ("plan-fused", lambda w: Plan((Stage(6, 0.5),), None, 1), PlanError, ("fused must be true or false",)),
+    ("plan-fused", lambda w: Plan((Stage(6, 0.5),), None, 1), PlanError, ("fused must be True or False",)),
     ("plan-back", lambda w: Plan((Stage(6, 0.5),), "7"), PlanError, ("return layer '7' is not an integer",)),
     ("plan-empty", lambda w: Plan((), 7), PlanError, ("nothing to return", "add a stage")),
 ]
@@ -309,9 +309,9 @@ REWRITES: list[Bad] = [
     ("model-function", lambda w: sv.rewrite(torch.relu, PLAN), TypeError, ("builtin", "torch.nn.Module")),
     ("model-state", lambda w: sv.rewrite(w.model.state_dict(), PLAN), TypeError, ("Dict", "torch.nn.Module")),
     ("model-twice", lambda w: sv.rewrite(w.fast, PLAN),
-     UnsupportedModelError, ("rewritten already", "original")),
+     UnsupportedModelError, ("already rewritten", "original")),
     ("model-inside", on(lambda: nn.Sequential(sv.rewrite(vit(), PLAN))),
-     UnsupportedModelError, ("rewritten already",)),
+     UnsupportedModelError, ("already rewritten",)),
     ("no-attention", on(PlainMLP), UnsupportedModelError, ("no attention", "find_attention")),
     ("no-parameters", on(_without_parameters), UnsupportedModelError, ("no attention", "find_attention")),
     ("no-module-inside", on(nn.Identity), UnsupportedModelError, ("no attention", "find_attention")),
@@ -437,7 +437,7 @@ OTHERS: list[Bad] = [
     ("load-half", lambda w: sv.load(w.path("half"), vit()),
      SavedModelError, ("cannot read", "skipvit_fx.save")),
     ("load-weights", lambda w: sv.load(w.path("weights"), vit()),
-     SavedModelError, ("holds weights and no plan", "rewrite")),
+     SavedModelError, ("holds weights but no plan", "rewrite")),
     ("load-damaged", lambda w: sv.load(w.path("damaged"), vit()),
      SavedModelError, ("damaged", "save the model again")),
     ("load-lacking", lambda w: sv.load(w.path("lacking"), vit()),
@@ -446,7 +446,7 @@ OTHERS: list[Bad] = [
     ("load-other", lambda w: sv.load(w.saved, PlainMLP()),
      SavedModelError, ("not the one that was saved", "build it")),
     ("load-twice", lambda w: sv.load(w.saved, w.fast),
-     UnsupportedModelError, ("rewritten already", "original")),
+     UnsupportedModelError, ("already rewritten", "original")),
     ("load-meta", lambda w: sv.load(w.saved, vit().to("meta")), SavedModelError, ("meta device", "to_empty")),
     ("load-none", lambda w: sv.load(w.saved, None), TypeError, ("NoneType", "torch.nn.Module")),
     ("load-swapped", lambda w: sv.load(w.model, w.saved), TypeError, ("torch.nn.Module",)),
@@ -493,7 +493,7 @@ OTHERS: list[Bad] = [
     ("atc-corrupt", lambda w: sv.atc_check(w.path("model.onnx")),
      ExportError, ("not an ONNX model", "export or download")),
     ("atc-empty", lambda w: sv.atc_check(w.path("empty")),
-     ExportError, ("holds no ONNX model", "export it again")),
+     ExportError, ("does not hold an ONNX model", "export it again")),
     ("atc-cann", lambda w: sv.atc_check(w.path("model.onnx"), cann="next"), ExportError, ("'next'",)),
 ]
 # fmt: on
@@ -525,7 +525,7 @@ API = [
 
 
 def complaint(error: BaseException) -> str:
-    """Why an error is no help; empty if it is one."""
+    """Why an error does not help; empty if it does."""
     text = str(error)
     if isinstance(error, SkipViTError) and not error.hint:
         return "it has no hint"

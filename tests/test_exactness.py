@@ -71,7 +71,7 @@ UNCLEAR = [
 
 
 def rewritten_or_refused(*args: Any, **options: Any) -> Any:
-    """The rewritten model, or None where it was refused in due form."""
+    """The rewritten model, or None if it was refused properly."""
     try:
         return rewrite(*args, **options)
     except UnsupportedModelError as error:

@@ -204,7 +204,7 @@ def test_counts_of_a_symbolic_size() -> None:
         ("4,7(30%)+10", "2 layer(s) but 1 ratio(s)"),
         ("4(30%,30%)+10", "1 layer(s) but 2 ratio(s)"),
         ("6,6(30%,30%)", "layer 6 is repeated"),
-        ("7,4(30%,30%)+10", "layer 4 stands after layer 7"),
+        ("7,4(30%,30%)+10", "layer 4 comes after layer 7"),
         ("6(55%)+6", "return at layer 6, but layer 6 still drops"),
         ("4,7(30%,30%)+5", "return at layer 5, but layer 7 still drops"),
         ("6(55%)11", "cannot read '11' after the ratios"),
@@ -225,7 +225,7 @@ def test_bad_text(text: str, message: str) -> None:
 def test_text_of_the_wrong_type(text: Any) -> None:
     with pytest.raises(PlanError) as error:
         Plan.parse(text)
-    assert_plan_error(error, "a plan's notation is text, not")
+    assert_plan_error(error, "a plan's notation must be a string, got")
 
 
 @pytest.mark.parametrize(
@@ -279,10 +279,10 @@ def test_bad_layer(layer: Any, message: str) -> None:
         ({"stages": Stage(6, 0.5)}, "stages must be a tuple of Stage"),
         ({"stages": (Stage(6, 0.5),), "return_layer": "11"}, "return layer '11' is not an integer"),
         ({"stages": (Stage(6, 0.5),), "return_layer": True}, "return layer True is not an integer"),
-        ({"stages": (Stage(6, 0.5),), "fused": 1}, "fused must be true or false, not 1"),
+        ({"stages": (Stage(6, 0.5),), "fused": 1}, "fused must be True or False, got 1"),
         ({"stages": (Stage(6, 0.5),), "return_layer": 6}, "return at layer 6, but layer 6 still"),
         ({"stages": (Stage(6, 0.5), Stage(6, 0.5))}, "layer 6 is repeated"),
-        ({"stages": (Stage(7, 0.5), Stage(6, 0.5))}, "layer 6 stands after layer 7"),
+        ({"stages": (Stage(7, 0.5), Stage(6, 0.5))}, "layer 6 comes after layer 7"),
         ({"return_layer": 11}, "a plan without stages has nothing to return or fuse"),
         ({"fused": True}, "a plan without stages has nothing to return or fuse"),
     ],

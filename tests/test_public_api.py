@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def public_looking(module: ModuleType | SimpleNamespace) -> set[str]:
-    """Names without underscore that are no submodules."""
+    """Names without underscore that are not submodules."""
     return {
         name
         for name, value in vars(module).items()

@@ -37,7 +37,7 @@ def defined_in(trees: list[ast.Module]) -> set[str]:
 
 
 def foreign_privates(tree: ast.Module, own: set[str]) -> Iterator[str]:
-    """Private names that this package does not define, but for operators, which may be missing."""
+    """Private names that this package does not define, except operators, which may be missing."""
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(value=ast.Name(id="aten")):

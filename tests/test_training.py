@@ -53,7 +53,7 @@ def _rewritten(build: Callable[[], nn.Module], plan: sv.Plan | str, options: fro
 def rewritten(
     build: Callable[[], nn.Module] = calm, plan: sv.Plan | str = PLAN, **options: Any
 ) -> Any:
-    """A rewrite of a model that nobody else holds, traced once."""
+    """A rewrite of a model that nothing else holds, traced once."""
     return copy.deepcopy(_rewritten(build, plan, frozenset(options.items())))
 
 
@@ -185,7 +185,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(data: tuple[Tensor, 
 
 
 def test_an_overflow_is_skipped_by_the_scaler(data: tuple[Tensor, Tensor]) -> None:
-    """Scores that are no numbers still choose patches, so that the step fails in the loss and nowhere else."""
+    """NaN scores still choose patches, so that the step fails in the loss and nowhere else."""
     fast = rewritten(tiny).train()
     before = copy.deepcopy(fast.state_dict())
     in_float16_with_scaled_loss(fast, data[0] * torch.nan, data[1], 1)
@@ -349,7 +349,7 @@ def test_numbers_of_epochs_are_checked(value: Any) -> None:
             {"epoch": value, "warmup_epochs": 1, "ramp_epochs": 0}
         ),
     ):
-        with pytest.raises(sv.PlanError, match="no number of epochs") as caught:
+        with pytest.raises(sv.PlanError, match="is not a number of epochs") as caught:
             call()
         assert caught.value.hint
 

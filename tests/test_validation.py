@@ -1,4 +1,4 @@
-"""Every rewrite is validated: what is wrong is found and named, what is right passes, and nothing is left behind."""
+"""Every rewrite is validated: errors are found and named, correct rewrites pass, and nothing is left behind."""
 
 import dataclasses
 import math
@@ -169,7 +169,7 @@ def test_what_the_stream_hides_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     with torch.no_grad():
         model.blocks[1].mlp.fc2.weight *= 1e-7
         model.blocks[1].mlp.fc2.bias.zero_()
-    with pytest.raises(ValidationError, match=r"they part in layer 2, at blocks\.1\.mlp"):
+    with pytest.raises(ValidationError, match=r"they first differ in layer 2, at blocks\.1\.mlp"):
         rewrite(model, "1(50%)+4", prefix_tokens=1)
 
 
@@ -335,7 +335,7 @@ def test_sequence_first_and_dense_outputs(monkeypatch: pytest.MonkeyPatch, head:
 
 
 class Taps(nn.Module):
-    """Hands out the states behind the second and the third layer as well."""
+    """Also returns the states after the second and the third layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -591,7 +591,7 @@ def test_an_error_is_a_sentence_to_a_person(monkeypatch: pytest.MonkeyPatch) -> 
     error = caught.value
     assert isinstance(error, skipvit_fx.SkipViTError)
     assert "with the same tokens masked" in str(error)
-    assert "they part in layer 2, at blocks.1.norm2" in str(error)
+    assert "they first differ in layer 2, at blocks.1.norm2" in str(error)
     assert short(error.difference) in str(error)
     assert error.difference > 1e-2
     assert error.modules == ("blocks.1.norm2",)

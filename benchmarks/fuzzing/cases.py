@@ -1,4 +1,4 @@
-"""A case: a model, a plan, options and a call, all drawn from one integer; and what becomes of it."""
+"""A case: a model, a plan, options and a call, all drawn from one integer; and its outcome."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from support.reference import (
 
 TOLERANCE = 1e-4
 TIE = 1e-4
-"""Scores that lie closer than this may be ranked either way; the reference is then given the compiler's choice."""
+"""Scores closer than this may be ranked either way; the reference is then given the compiler's choice."""
 
 FAILURES = ("wrong", "crash", "mute")
 PACKAGE = str(Path(skipvit_fx.__file__).parent)
@@ -53,17 +53,17 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"longest": longest, "steepes
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `rewrite`, and one of what it returns.
+    """One call of `rewrite`, and one call of its result.
 
     Attributes:
-        seed: of images, and of random scores.
+        seed: the seed of images and of random scores.
         model: what to build.
         stages: layers and percents; return_layer, fused: the rest of the plan.
         cut, frontend, fill_taps, multiple_of, eliminate: options.
-        score: also a name of :data:`FUNCTIONS`.
+        score: a named score, or a name in :data:`FUNCTIONS`.
         given: example inputs as a ``tensor``, ``tuple`` or ``dict``.
-        example, batch: samples of the example and of the call.
-        train, grad: whether the call is in train mode, and recorded for gradients.
+        example, batch: the number of samples of the example and of the call.
+        train, grad: whether the call is in train mode, and whether it records gradients.
     """
 
     seed: int
@@ -85,7 +85,7 @@ class Case:
 
     @property
     def plan(self) -> str:
-        """In the notation of plans."""
+        """The plan in its notation."""
         return plan_text(
             [(at, f"{p / 100}") for at, p in self.stages], self.return_layer, self.fused
         )
@@ -123,10 +123,10 @@ def draw_case(seed: int) -> Case:
 
 
 def _settled(case: Case) -> Case:
-    """Without combinations for which there is no reference."""
+    """The case without combinations for which there is no reference."""
     if isinstance(case.model, Composition):
         between = any(p.place == "between" for p in case.model.placed)
-        if between and case.cut == "block":  # is what stands between two blocks part of the first?
+        if between and case.cut == "block":  # does what is between two blocks belong to the first?
             case = replace(case, cut="attention")
         spec = case.model
         plain_prefix = spec.prefix in (("cls",), ())
@@ -142,14 +142,14 @@ def _settled(case: Case) -> Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Attributes:
-        kind: ``exact``, ``refused``, ``guard`` (a call was refused), ``wrong``, ``crash`` (an exception that is no
+        kind: ``exact``, ``refused``, ``guard`` (a call was refused), ``wrong``, ``crash`` (an exception that is not a
             refusal), ``mute`` (a refusal without a hint), ``invalid`` (the model does not run) or ``unjudged`` (the
             reference does not).
         reason: the class of the error and its first words, or what is wrong.
-        error: relative, of what was exact or wrong.
+        error: the relative error, if exact or wrong.
     """
 
     kind: str
@@ -158,7 +158,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the compiler is to blame."""
+        """Whether the compiler is at fault."""
         return self.kind in FAILURES
 
 
@@ -208,7 +208,7 @@ def run(case: Case) -> Outcome:
 
 
 def _answer(built: Built, x: Tensor, train: bool) -> Any:
-    """What model and twin return; in-place operators may write into what they are given."""
+    """The output of model and twin; in-place operators may write into their inputs."""
     model, twin = built.model.train(train), built.twin.train(train)
     answer, same = model(x.clone()), twin(x.clone())
     model.eval(), twin.eval()
@@ -240,7 +240,7 @@ def _rewritten(case: Case, model: nn.Module) -> Any:
     return skipvit_fx.rewrite(
         model,
         case.plan,
-        validate=False,  # the fuzzer is to find what the rules let through
+        validate=False,  # the fuzzer should find what the rules let through
         example_inputs=inputs,
         frontend=case.frontend,  # type: ignore[arg-type]
         cut=case.cut,  # type: ignore[arg-type]
@@ -274,7 +274,7 @@ def _compared(case: Case, built: Built, fast: Any, x: Tensor, plain: Any) -> Out
 
 
 def _refuse_gone_counts(case: Case, fast: Any) -> None:
-    """The reference's head counts what is left, an exported graph has the author's count, and both may be meant.
+    """The reference's head counts the remaining tokens, an exported graph has the author's count; either may be right.
 
     Raises:
         NoReferenceError: the head counts tokens of which some never return.
@@ -287,7 +287,7 @@ def _refuse_gone_counts(case: Case, fast: Any) -> None:
 
 
 def _error(got: Any, wanted: Any) -> float:
-    """Relative, of outputs of any structure.
+    """The relative error of outputs of any structure.
 
     Raises:
         Difference: the structures or shapes differ.
@@ -295,16 +295,16 @@ def _error(got: Any, wanted: Any) -> float:
     try:
         return relative_error(got, wanted)
     except AssertionError as error:
-        raise Difference(f"another form of output: {error}") from error
+        raise Difference(f"a different form of output: {error}") from error
 
 
 def _error_to_reference(
     case: Case, built: Built, x: Tensor, traces: Sequence[Any], got: Any, plain: Any
 ) -> float:
-    """How far the output is from the reference's, which drops the same tokens by the same scores.
+    """The error of the output against the reference's, which drops the same tokens by the same scores.
 
     Raises:
-        Difference: too far, at each mark at which the tokens of a layer may leave.
+        Difference: it is too large for every mark at which the tokens of a layer may leave.
     """
     differences = []
     for at in built.marks:
@@ -326,7 +326,7 @@ def _error_to_reference(
 def _wanted(
     case: Case, built: Built, at: str, x: Tensor, traces: Sequence[Any]
 ) -> tuple[ReferenceResult, Run]:
-    """The reference's answer with tokens that leave at a mark, and the run that gave it."""
+    """The reference's output with tokens leaving at a mark, and the run that gave it."""
     run = Run(case, built.twin, built.layout(at))
     wanted = _by_reference(case, built, run, x)
     if (
@@ -361,7 +361,7 @@ def _by_reference(case: Case, built: Built, run: Run, x: Tensor) -> ReferenceRes
 
 
 class Run(MaskedRun):
-    """The masked reference with the options that it lacks: other scores, and multiples of a number.
+    """The masked reference, with options that it lacks: other scores, and multiples of a number.
 
     Attributes:
         choices: patches to drop, by layer, in place of those of the score.
@@ -391,7 +391,9 @@ class Run(MaskedRun):
         return self
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(self.case.model, Named):  # marks are left at once, and their layers go on
+        if isinstance(
+            self.case.model, Named
+        ):  # its marks are passed at once, and their layers continue
             super()._leave(module, args, output)
 
     def _decide(self, layer: int, state: Tensor) -> None:
@@ -415,7 +417,7 @@ class Run(MaskedRun):
 
 
 def _among(patches: Tensor, first: int, like: Tensor) -> Tensor:
-    """Scores of the patches among those of all tokens, which have none."""
+    """Scores of the patches placed among all tokens; the others have none."""
     whole = torch.zeros(like.shape, dtype=patches.dtype)
     whole[:, first : first + patches.shape[1]] = patches
     return whole
@@ -423,17 +425,17 @@ def _among(patches: Tensor, first: int, like: Tensor) -> Tensor:
 
 def _same_tokens(traces: Sequence[Any], wanted: ReferenceResult, *, ranked: bool) -> None:
     if [t.layer for t in traces] != [stage.layer for stage in wanted.stages]:
-        raise Difference("other stages")
+        raise Difference("different stages")
     for mine, theirs in zip(traces, wanted.stages, strict=True):
         fused = mine.fused_kept is not None
         for name in ("kept", "dropped"):
             a, b = getattr(mine, name).sort(1).values, getattr(theirs, name)
             if not fused and not torch.equal(a, b):
-                raise Difference(f"other tokens {name}")
+                raise Difference(f"different tokens {name}")
         if ranked and not fused:
             error = _error(mine.scores, theirs.scores.detach())
             if error > TOLERANCE:
-                raise Difference("other scores", error)
+                raise Difference("different scores", error)
 
 
 def _same_gradients(built: Built, got: Any, wanted: Any, plain: Any) -> None:
@@ -441,7 +443,7 @@ def _same_gradients(built: Built, got: Any, wanted: Any, plain: Any) -> None:
     try:
         _gradients(built.model, plain)
         expected = _gradients(built.twin, wanted)
-    except RuntimeError as error:  # of a model whose operators in place do not let it be trained
+    except RuntimeError as error:  # a model that cannot be trained because of in-place operators
         raise NoReferenceError(_words(error)) from error
     scale = max((float(g.abs().max()) for g in expected if g is not None), default=0.0)
     for mine, theirs in zip(_gradients(built.model, got), expected, strict=True):
@@ -481,7 +483,7 @@ def _raised_by_package(error: BaseException) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """Words and the innermost place of this package."""
+    """The words, and the innermost place in this package."""
     ours = (f for f in _frames(error) if f.filename.startswith(PACKAGE))
     place = next((f"{Path(f.filename).name}:{f.name}" for f in ours), "in the graph")
     return f"{_words(error)} [{place}]"
@@ -555,7 +557,7 @@ from fuzzing.operators import Operator
 
 
 def as_test(case: Case) -> str:
-    """A pytest test that fails as the case does; the source of a composed model stands above it as a comment."""
+    """A pytest test that fails as the case does; the source of a composed model is a comment above it."""
     fields = ", ".join(f"{f.name}={getattr(case, f.name)!r}" for f in dataclasses.fields(case))
     source = case.model.source() if isinstance(case.model, Composition) else ""
     comment = "".join(f"# {line}".rstrip() + "\n" for line in source.splitlines())

@@ -1,8 +1,8 @@
-"""Models put together at random, as source code, and the same source with marks in it for the reference.
+"""Models composed at random, as source code, and the same source with marks for the reference.
 
 What the reference is told (where a layer begins, where tokens leave) follows from how the model was written: a layer is
-its block, and tokens leave right after the sum that ends its attention. The twin has the marks, and the same weights;
-the model has none, so that the compiler sees nothing of them.
+its block, and tokens leave right after the sum that ends its attention. The twin has the marks and the same weights;
+the model has no marks, so that the compiler cannot see them.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Composition:
 
     @property
     def kind(self) -> str:
-        """Kind of model in the table of results."""
+        """The kind of model in the table of results."""
         return "composed"
 
     @property
@@ -120,7 +120,7 @@ class Composition:
         return self.prefix.index("cls") if "cls" in self.prefix else None
 
     def build(self) -> Built:
-        """The model and its twin, scrambled, in eval mode, of the same weights."""
+        """The model and its twin, scrambled, in eval mode, with the same weights."""
         source, marked = self.source(), self.source(marked=True)
         model, twin = _run(source), _run(marked)
         scramble(model)
@@ -136,7 +136,7 @@ class Composition:
         return torch.randn(batch, 3, height * PATCH, width * PATCH, generator=generator)
 
     def smaller(self) -> list[Composition]:
-        """The same model with less in it, the boldest steps first."""
+        """The same model with parts removed, the largest steps first."""
         found = []
         if self.depth > 2:
             found += [self._without_block(i) for i in range(1, self.depth + 1)]
@@ -168,7 +168,7 @@ class Composition:
         )
 
     def _layout(self, twin: Any, at: str) -> Layout:
-        """What the reference is told, of tokens that leave at the mark ``at`` of a layer: ``sum`` or ``fork``."""
+        """What the reference is told if tokens leave at the mark ``at`` of a layer: ``sum`` or ``fork``."""
         layers = range(1, self.depth + 1)
         marks = dict(twin.named_modules())
         axis = {"heads-last": 2}
@@ -201,10 +201,10 @@ class Built:
     Attributes:
         model: for the compiler.
         twin: for the reference; the model itself, unless it has marks.
-        layout: by the mark at which tokens leave.
-        source: of the model, if it was composed.
-        marks: at which they may leave: the sum behind an attention, and what both the feed-forward network and the
-            connection past it read. An operator between the two may belong to either.
+        layout: the layout, by the mark at which tokens leave.
+        source: the source of the model, if it was composed.
+        marks: those at which they may leave: the sum after an attention, and the value that both the feed-forward
+            network and the connection past it read. An operator between the two may belong to either.
     """
 
     model: nn.Module
@@ -267,7 +267,7 @@ class _Writer:
         return self.classes.setdefault(text, f"{kind}{len(self.classes) + 1}")
 
     def _operators(self, owner: _Class, place: str, block: int, x: str = "x", y: str = "") -> None:
-        """Apply the operators at a place to the variable ``x`` (or ``y``, which may look at ``x``)."""
+        """Apply the operators at a place to the variable ``x`` (or ``y``, which may read ``x``)."""
         for placed in self.spec.placed:
             if (placed.place, placed.block) != (place, block):
                 continue
@@ -515,7 +515,7 @@ class _Writer:
 
 
 def compose(rng: random.Random) -> Composition:
-    """A composition, drawn."""
+    """A random composition."""
     depth = rng.choice([2, 2, 3, 3, 4])
     prefix = rng.choice(
         [("cls",)] * 6 + [(), ("reg", "cls"), ("cls", "reg", "reg"), ("memory", "cls"), ("reg",)]
@@ -543,7 +543,7 @@ def compose(rng: random.Random) -> Composition:
         placed=(),
     )
     tokens = grid[0] * grid[1] + len(spec.prefix) + len(spec.suffix)
-    if tokens == channels:  # the reference tells an attention by its square of all tokens
+    if tokens == channels:  # the reference recognises an attention by its square of all tokens
         spec = replace(spec, channels=channels + 8)
     count = rng.choice([0, 1, 1, 1, 2, 2, 3])
     return replace(spec, placed=tuple(_place(rng, spec) for _ in range(count)))

@@ -15,7 +15,7 @@ from support.odd_models import BAD, EITHER, GOOD, MIXERS, Example
 from support.outside import ATTENTIONS, HUGGING_FACE
 
 FREE = ("vit", "vit-unfused", "vit-clip", "vit-dynamic", "deit", "deit3")
-"""timm's plain ViT, whose options go together; of the others only depth and width vary."""
+"""timm's plain ViT, whose options can be combined; for the others only depth and width vary."""
 OPTIONS: dict[str, list[Any]] = {
     "patch_size": [16, 32],
     "reg_tokens": [0, 0, 2],
@@ -31,7 +31,7 @@ ODD = {example.name: example for example in (*GOOD, *EITHER, *BAD)}
 ODD |= {name: Example(name, make) for name, make in ATTENTIONS.items()}
 ODD.pop("cross-attention-head")
 ENCODERS = {encoder.kind: encoder for encoder in HUGGING_FACE}
-ENCODERS.pop("data2vec-vision")  # its layers return tuples, which the reference does not take
+ENCODERS.pop("data2vec-vision")  # its layers return tuples, which the reference cannot handle
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Named:
 
     Attributes:
         kind: ``timm``, ``hugging face``, ``odd`` or ``mixer``.
-        name: of the tests' family, encoder or example; of a mixer also its place and layer.
-        options: of the model.
+        name: the name of the tests' family, encoder or example; for a mixer also its place and layer.
+        options: the options of the model.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class Named:
             encoder = ENCODERS[self.name]
             found: Any = encoder.build(**self.options)
             for module in found.modules():
-                if getattr(module, "drop_prob", 0):  # draws of its own cannot be compared
+                if getattr(module, "drop_prob", 0):  # its own random draws cannot be compared
                     module.drop_prob = 0.0
             return Built(found, found, lambda at: encoder.layout(found))
         odd = (
@@ -105,7 +105,7 @@ def _mixer(name: str) -> tuple[str, str, int]:
 
 
 def named(rng: random.Random) -> Named:
-    """A model by name, drawn."""
+    """A random model by name."""
     kind = rng.choice(["timm", "timm", "hugging face", "odd", "mixer"])
     if kind == "odd":
         return Named(kind, rng.choice(sorted(ODD)))

@@ -1,8 +1,8 @@
-"""What authors write between the parts of a transformer: expressions by what they do to tokens, samples and counts.
+"""What authors write between the parts of a transformer: expressions, by what they do to tokens, samples and counts.
 
-An expression is Python over ``x``. In capitals stand constants of the model: ``T``, ``B`` its token and its batch axis,
-``C`` channels, ``N`` tokens, ``H`` heads, ``D`` channels a head, and ``M`` a module or parameter of its own, which
-``make`` makes. A word in braces is drawn from :data:`WORDS`. What has a ``return`` in it is the body of a function.
+An expression is Python over ``x``. Capitals are constants of the model: ``T`` and ``B`` its token and batch axis, ``C``
+channels, ``N`` tokens, ``H`` heads, ``D`` channels per head, and ``M`` a module or parameter of its own, created by
+``make``. A word in braces is drawn from :data:`WORDS`. Code that contains ``return`` is the body of a function.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Operator:
-    """An expression that was drawn.
+    """A random expression.
 
     Attributes:
         kind: what it does, as its author sees it: the key in one of the tables below.
         code: the expression, or the body of a function.
-        make: of ``M``; empty if there is none.
+        make: the expression that creates ``M``; empty if there is none.
     """
 
     kind: str
@@ -247,7 +247,10 @@ TOGETHER: dict[str, list[tuple[str, str]]] = {
         ("F.instance_norm(x.transpose(1, 2)).transpose(1, 2)", ""),
         ("F.avg_pool1d(x.mT, 3, 1, 1).mT", ""),
         ("x @ (x.mT @ x) * 0.02", ""),
-        ("(x @ x.mT * 0.1).tanh() @ x", ""),  # with a softmax it is an attention, and so a layer
+        (
+            "(x @ x.mT * 0.1).tanh() @ x",
+            "",
+        ),  # with a softmax it would be an attention, and so a layer
         ("torch.einsum('bnc,bmc->bn', x, x).unsqueeze(-1) * 0.02 + x", ""),
         ("torch.einsum('bnc,bmc,bmd->bnd', x, x, x) * 0.02", ""),
         ("torch.cat([x[:, :1], x[:, 1:].flip(1)], 1)", ""),
@@ -454,7 +457,7 @@ WEIGHTS: dict[str, list[tuple[str, str]]] = {
     ],
 }
 
-# Over the rows that the head read, `y`, with the sequence `x` in sight.
+# Over the rows `y` that the head read; the sequence `x` is available.
 POOLED: dict[str, list[tuple[str, str]]] = {
     "count": [
         ("y * (x.shape[1] / 16)", ""),
@@ -491,7 +494,7 @@ POOLED: dict[str, list[tuple[str, str]]] = {
 def draw(
     rng: random.Random, *tables: dict[str, list[tuple[str, str]]], axes: tuple[int, int] = (1, 0)
 ) -> Operator:
-    """An operator of one of the tables, each kind as likely as another; ``axes``: of tokens and of the batch."""
+    """An operator from one of the tables, with equally likely kinds; ``axes``: the token and the batch axis."""
     table = rng.choice(tables)
     kind = rng.choice(sorted(table))
     code, make = (_filled(rng, text) for text in rng.choice(table[kind]))

@@ -1,4 +1,4 @@
-"""Does a node keep tokens apart? What is left of the question when no plan is known yet."""
+"""Whether a node keeps tokens apart, as far as this can be told without a plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from skipvit_fx.torch_internals import pytree
 
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
-    """Why ``node`` may not see fewer tokens than the author gave it; empty if each row goes its own way."""
+    """Why ``node`` may not see fewer tokens than in the author's model; empty if it treats each row independently."""
     facts = analysis[node]
     if facts.mixing or not takes_tokens(analysis, node) or not tensors_in(facts.value):
         return facts.mixing
@@ -51,16 +51,16 @@ def _is_code(node: fx.Node) -> bool:
 
 
 def _takes_numbers(analysis: TokenAnalysis, node: fx.Node) -> bool:
-    """Whether an operator takes numbers that may be about tokens, and that no pass lets follow its input."""
+    """Whether an operator takes numbers that may count tokens and that no pass adapts to its input."""
     if node.op == "output" or node.target in RESHAPES | SPLITS | PICKS:
         return False
     return any(type(leaf) is int for leaf in pytree.tree_leaves(analysis.inputs(node)))
 
 
 def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:
-    """What the node's code does to tokens elsewhere than where it was watched: how it mixes them, or nothing.
+    """How the node's code mixes tokens under conditions other than those it was watched in; empty if it does not.
 
-    Elsewhere is in the other mode, for one sample only, and for any other number of tokens and samples.
+    These are the other mode, a single sample, and any other number of tokens and samples.
     """
     callee = analysis.callee(node)
     if isinstance(callee, nn.Module) and _is_torchs_own(callee):
@@ -68,7 +68,7 @@ def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:
     with analysis.fake_mode:
         alone = pytree.tree_map(_of_one_sample, analysis.inputs(node))
     if reason := _otherwise(analysis, node, alone):
-        return f"a module treats one sample otherwise than several: {reason}"
+        return f"a module treats one sample differently from several: {reason}"
     if reason := _counting(analysis, node):
         return reason
     if not isinstance(callee, nn.Module):
@@ -80,18 +80,18 @@ def _judge(analysis: TokenAnalysis, node: fx.Node) -> str:
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
-    """Whether all of its code is torch's, which asks for no counts: what it does to tokens shows in its operators."""
+    """Whether all of its code is torch's, which does not ask for counts: its operators show what it does to tokens."""
     return all(type(part).__module__.startswith("torch.nn.") for part in module.modules())
 
 
 def _in_other_mode(analysis: TokenAnalysis, node: fx.Node, module: nn.Module) -> str:
     with _other_mode(module, analysis.inputs(node)):
         reason = _otherwise(analysis, node, analysis.inputs(node))
-    return f"a module behaves otherwise in train than in eval mode: {reason}" if reason else ""
+    return f"a module behaves differently in train and eval mode: {reason}" if reason else ""
 
 
 def _otherwise(analysis: TokenAnalysis, node: fx.Node, inputs: Any) -> str:
-    """How the node treats the tokens of these inputs otherwise than of its own; nothing if it does not."""
+    """How the node treats the tokens of these inputs differently from its own; empty if it does not."""
     try:
         with analysis.fake_mode, torch.no_grad():
             other = analysis.execute(node, *inputs)
@@ -119,7 +119,7 @@ def _counting(analysis: TokenAnalysis, node: fx.Node) -> str:
 
 @contextlib.contextmanager
 def _other_mode(module: nn.Module, inputs: Any) -> Iterator[None]:
-    """With a module in its other mode, and those that it is handed to tell it the mode."""
+    """Switch a module, and the modules among its inputs that tell it the mode, to the other mode."""
     owners = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, nn.Module)]
     modes = {part: part.training for whole in (module, *owners) for part in whole.modules()}
     for whole in (module, *owners):
@@ -132,7 +132,7 @@ def _other_mode(module: nn.Module, inputs: Any) -> Iterator[None]:
 
 
 def _of_one_sample(leaf: Any) -> Any:
-    """A tensor with tokens, of the first sample only."""
+    """A tensor with tokens, reduced to one sample."""
     axes = axes_of(leaf) if isinstance(leaf, Tensor) else None
     if axes is None:
         return leaf
@@ -144,7 +144,7 @@ def _of_one_sample(leaf: Any) -> Any:
 
 
 def _unbatched(axes: Axes | None) -> Axes | None:
-    """The axes, whatever the number of samples."""
+    """The axes without the number of samples."""
     return axes and tuple(
         tuple(Batch(0) if isinstance(f, Batch) else f for f in dim) for dim in axes
     )

@@ -1,8 +1,8 @@
 """Which axis of a tensor carries the tokens: the abstract values of the token analysis.
 
 Every dimension of a tensor is a product of factors. A plain factor is an ``int``; :class:`Tokens` and :class:`Batch`
-stand for the token axis and the batch axis, also after they were merged into one dimension with others, as in
-``[batch * heads, tokens, channels]``.
+stand for the token axis and the batch axis, even after merging with others into one dimension, as in ``[batch * heads,
+tokens, channels]``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 
 
 class MixesTokens(Exception):  # noqa: N818 - a finding of the analysis, caught within it
-    """An operator that does not keep tokens and samples apart, or is not known to."""
+    """An operator does not keep tokens and samples apart, or is not known to."""
 
 
 class PoolsTokens(MixesTokens):
-    """A reduction over the whole token axis: sound where whatever is left is all that should be read."""
+    """A reduction over the whole token axis: sound where only the remaining tokens should be read."""
 
 
 class Tokens(NamedTuple):
     """The token axis: ``prefix`` prefix rows, then ``patches`` patch rows, then ``suffix`` rows.
 
-    ``weights`` marks the key axis of a softmax, which depends on all tokens. It may only be summed over, with values;
-    and only while a token that is gone would have no weight: ``nonzero`` says that this is no longer so.
+    ``weights`` marks the key axis of a softmax, which depends on all tokens. It may only be summed over, with values,
+    and only while a missing token would have weight zero; ``nonzero`` says that this no longer holds.
     """
 
     prefix: int
@@ -92,7 +92,7 @@ def plain(shape: Sequence[int]) -> Axes:
 
 
 def nonzero(axes: Axes) -> Axes:
-    """The same axes, where a token that is gone need not have weight zero."""
+    """The same axes, with a note that a missing token need not have weight zero."""
     return tuple(
         tuple(f._replace(nonzero=f.weights) if isinstance(f, Tokens) else f for f in dim)
         for dim in axes
@@ -100,7 +100,7 @@ def nonzero(axes: Axes) -> Axes:
 
 
 def merge_ints(factors: Iterable[Factor]) -> Dim:
-    """Neighbouring plain factors as one, ones left out."""
+    """The factors with neighbouring plain ones merged and ones left out."""
     merged: list[Factor] = []
     for factor in factors:
         last = merged[-1] if merged else None
@@ -114,7 +114,7 @@ def merge_ints(factors: Iterable[Factor]) -> Dim:
 
 
 def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
-    """The axes after a reshape to ``shape``: factors keep their order, and only plain ones may be cut.
+    """The axes after a reshape to ``shape``: factors keep their order, and only plain ones may be split.
 
     Raises:
         MixesTokens: the reshape cuts the token axis or the batch axis (a grid, a window).
@@ -157,7 +157,7 @@ def axes_of(tensor: Tensor) -> Axes | None:
 
 
 def set_axes(tensor: Tensor, axes: Axes | None) -> None:
-    """Label a tensor; without a token factor in ``axes`` it has no label."""
+    """Label a tensor with ``axes``; without a token factor in them it gets no label."""
     setattr(tensor, _LABEL, axes if has_tokens(axes) else None)
 
 

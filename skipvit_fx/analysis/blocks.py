@@ -1,4 +1,4 @@
-"""Where each layer begins and ends on the residual stream: the author's block, or else a stretch of the chain."""
+"""Where each layer begins and ends on the residual stream: at the author's block, or else a stretch of the chain."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from skipvit_fx.torch_internals import aten
 
 
 class Bounds(NamedTuple):
-    """A layer's places on the chain, as indices into its nodes.
+    """A layer's places on the chain, as indices into the chain's nodes.
 
     Attributes:
         input: the residual stream before the layer.
         cut: after its attention.
         end: after the layer.
-        unsure: why ``end`` cannot be told; empty where it can.
+        unsure: why ``end`` cannot be told; empty if it can.
     """
 
     input: int
@@ -32,17 +32,17 @@ class Bounds(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A module call that lies on the chain: what goes in and what comes out are nodes of it."""
+    """A module call on the chain: its input and its output are chain nodes."""
 
     input: int
     end: int
 
 
 def find_bounds(analysis: TokenAnalysis, chain: Chain, segments: Sequence[Segment]) -> list[Bounds]:
-    """The bounds of every layer, given the segment of the chain that each one's attention lies in.
+    """The bounds of every layer, given the chain segment that holds its attention.
 
-    A layer is the outermost module that holds its attention and no other layer's. Where there is none, such as in a
-    forward that spells all layers out, it goes from in front of one attention to in front of the next.
+    A layer is the outermost module that holds its attention and no other layer's. If there is none, as in a forward
+    that spells all layers out, it runs from just before one attention to just before the next.
     """
     places = {node: i for i, node in enumerate(chain.nodes)}
     joined = [places[segment.end] for segment in segments]
@@ -62,8 +62,8 @@ def find_bounds(analysis: TokenAnalysis, chain: Chain, segments: Sequence[Segmen
         else:
             spelled_out = [b for b, other in zip(bounds, blocks, strict=False) if other is None]
             end, unsure = _last_end(analysis, chain, spelled_out, inputs[i], joined[i])
-        # The sum after an attention is what the next branch leaves from, and what that branch's result is added to. A
-        # post-norm stands between: the stream forks only after it.
+        # The next branch starts from the sum after an attention, and its result is added to that
+        # sum. A post-norm comes in between: the stream forks only after it.
         cut = next((c for c in range(joined[i], end) if forks[c]), joined[i])
         bounds.append(Bounds(inputs[i], cut, end, unsure))
     return bounds
@@ -79,7 +79,7 @@ def _forks(chain: Chain, node: fx.Node) -> bool:
 def _find_blocks(
     analysis: TokenAnalysis, chain: Chain, segments: Sequence[Segment], joined: Sequence[int]
 ) -> list[_Block | None]:
-    """Each layer's block; ``None`` where no module begins and ends on the chain with that attention alone."""
+    """Each layer's block; ``None`` if no module begins and ends on the chain and holds only that attention."""
     stretches = _stretches_of(chain)
     blocks: list[_Block | None] = []
     for segment, at in zip(segments, joined, strict=True):
@@ -93,25 +93,27 @@ def _find_blocks(
             values = [analysis[chain.nodes[i]].value for i in block]
             if all(isinstance(v, Tensor) and v.shape == shape for v in values):
                 found.append(block)
-        if not others:  # every module around a lone attention holds no other: take the one that is a whole layer
+        if (
+            not others
+        ):  # all modules around a lone attention qualify: take the one that is a whole layer
             found = [block for block in reversed(found) if block.end > at]
         blocks.append(found[0] if found else None)
     return [None] * len(blocks) if _are_halves(blocks, joined) else blocks
 
 
 def _are_halves(blocks: Sequence[_Block | None], joined: Sequence[int]) -> bool:
-    """Whether these modules are attention and its residual alone, and what follows each is a module of its own."""
+    """Whether these modules are only attention with its residual, each followed by another module."""
     known = [(block, at) for block, at in zip(blocks, joined, strict=True) if block is not None]
     apart = any(a.end < b.input for (a, _), (b, _) in itertools.pairwise(known))
     return apart and all(block == (at - 1, at) for block, at in known)
 
 
 class _Stretch(NamedTuple):
-    """What leads from one node of the chain to the next, that one included.
+    """The nodes from one chain node to the next, including the latter.
 
     Attributes:
-        common: the module calls that all its nodes are made in, outermost first.
-        some: those that any of them is made in.
+        common: the module calls in which all of its nodes are made, outermost first.
+        some: the module calls in which any of them is made.
     """
 
     common: tuple[str, ...]
@@ -120,7 +122,7 @@ class _Stretch(NamedTuple):
 
 def _stretches_of(chain: Chain) -> list[_Stretch]:
     """One stretch for each node of the chain."""
-    # Every node on the way either leads to a node of the chain or comes from it, so the order of the graph tells.
+    # Every node on the way either leads to a chain node or comes from it, so the order of the graph is enough.
     stretches: list[_Stretch] = []
     calls: list[tuple[str, ...]] = []
     ends = iter(chain.nodes)
@@ -138,21 +140,21 @@ def _stretches_of(chain: Chain) -> list[_Stretch]:
 
 
 def _block(stretches: Sequence[_Stretch], call: str) -> _Block | None:
-    """Where a module call enters and leaves the chain; ``None`` if it holds a part of a stretch only."""
+    """Where a module call enters and leaves the chain; ``None`` if it holds only a part of a stretch."""
     held = [i for i, stretch in enumerate(stretches) if call in stretch.some]
     whole = all(call in stretches[i].common for i in range(held[0], held[-1] + 1))
     return _Block(held[0] - 1, held[-1]) if whole and held[0] > 0 else None
 
 
-# -- the end of the last layer, where no module tells -------------------------------------------------------------
+# -- the end of the last layer, if no module marks it -------------------------------------------------------------
 
 
 def _last_end(
     analysis: TokenAnalysis, chain: Chain, earlier: Sequence[Bounds], start: int, joined: int
 ) -> tuple[int, str]:
-    """Where the last layer of a forward that spells its layers out ends, and why that cannot be told, if so.
+    """Where the last layer ends in a forward that spells its layers out, and why, if this cannot be told.
 
-    It ends with its last residual sum, and what follows such a sum in an earlier layer of the same structure.
+    It ends with its last residual sum, plus the steps that follow that sum in an earlier layer of the same structure.
     """
     nodes = chain.nodes
     shape = analysis[nodes[start]].value.shape
@@ -176,25 +178,25 @@ def _last_end(
     ends = {end for end in alike if end >= sum_}
     end = min(ends, default=sum_)
     follow = [i for i in range(end + 1, last + 1) if nodes[i].target not in _SLICES]
-    # one step more is the final norm, unless other layers end with a step like it
+    # one more step is the final norm, unless other layers end with such a step
     final = len(follow) < 2
     if follow and not ends:
         like_it = _step(analysis, chain, follow[0])
         final &= all(_step(analysis, chain, layer.end) != like_it for layer in earlier)
     if len(ends) > 1 or not final or (alike and not ends):
         return sum_, (
-            f"the last layer is in no module of its own, so whether it ends with {nodes[end].name!r} or later "
+            f"the last layer is not a module of its own, so whether it ends with {nodes[end].name!r} or later "
             "cannot be told"
         )
     return end, ""
 
 
 _SLICES = (operator.getitem, aten.slice.Tensor)
-"""What takes the whole of a sequence where it takes all rows: nothing is computed."""
+"""Operators that compute nothing on the way, such as a slice that takes all rows."""
 
 
 def _step(analysis: TokenAnalysis, chain: Chain, index: int) -> tuple[bool, object]:
-    """What leads to a node of the chain: whether a branch is joined, and by what."""
+    """The step that leads to a chain node: whether it joins a branch, and its target."""
     node = chain.nodes[index]
     target: object = node.target
     if node.op == "call_module":

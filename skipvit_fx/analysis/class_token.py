@@ -1,4 +1,4 @@
-"""Which row of the sequence is the class token: a row that the head reads by itself, or one that its name tells of."""
+"""Which row of the sequence is the class token: one that the head reads by itself, or one told by its name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from skipvit_fx.analysis.tokens import TokenAnalysis
 REGISTERS = frozenset(
     {"reg", "regs", "register", "registers", "storage", "memory", "mem", "memories"}
 )
-"""What authors call rows in front that are no class token."""
+"""Words in the names of leading rows that are not class tokens."""
 
 
 class ClassToken(NamedTuple):
     """The row whose attention scores the patches.
 
     Attributes:
-        row: its place in the full sequence, from 0; ``None`` if there is none.
-        reason: what tells, such as ``read by the head``.
-        ambiguous: why there may be one all the same; empty otherwise.
+        row: its index in the full sequence, from 0; ``None`` if there is none.
+        reason: how this was told, such as ``read by the head``.
+        ambiguous: why there may nevertheless be one; empty otherwise.
     """
 
     row: int | None
@@ -57,23 +57,25 @@ def find_class_token(
                 return ClassToken(row, f"guessed from the name {name!r}")
     others = [row for row, names in enumerate(sources) if not any(map(_is_register, names))]
     if not others:
-        return ClassToken(None, "by their names, the rows in front are registers")
+        return ClassToken(None, "by their names, the rows before the patches are registers")
     if tokens.prefix == 1:
         named = (
-            f"guessed from the name {sources[0][0]!r}" if sources[0] else "the only row in front"
+            f"guessed from the name {sources[0][0]!r}"
+            if sources[0]
+            else "the only row before the patches"
         )
         return ClassToken(0, named)
     listed = ", ".join(dict.fromkeys(name for row in others for name in sources[row]))
     return ClassToken(
         None,
-        "the head reads none of the rows in front by itself, and no name tells",
-        f"{tokens.prefix} rows stand in front of the patches ({listed or 'of unknown origin'}), the head reads none of "
+        "the head reads none of the rows before the patches by itself, and no name tells",
+        f"there are {tokens.prefix} rows before the patches ({listed or 'of unknown origin'}), the head reads none of "
         "them by itself, and their names do not tell whether one is a class token",
     )
 
 
 def _read_behind(row: int, sources: list[tuple[str, ...]]) -> ClassToken:
-    """Judge a row behind the patches that the head reads by itself, where others stand in front of them."""
+    """Judge a row after the patches that the head reads by itself, if there are rows before the patches, too."""
     *front, own = sources
     rivals = [name for names in front if not any(map(_is_register, names)) for name in names]
     if not rivals or any(map(_is_class, own)):
@@ -81,8 +83,8 @@ def _read_behind(row: int, sources: list[tuple[str, ...]]) -> ClassToken:
     named, listed = " ".join(own) or "of unknown origin", ", ".join(dict.fromkeys(rivals))
     return ClassToken(
         None,
-        "the head reads a row behind the patches by itself, and others stand in front",
-        f"the head reads row {row}, behind the patches, by itself ({named}), but {listed} in front of them may be "
+        "the head reads a row after the patches by itself, and there are others before them",
+        f"the head reads row {row}, after the patches, by itself ({named}), but {listed} before them may be "
         "the class token as well",
     )
 
@@ -99,7 +101,7 @@ def _is_register(name: str) -> bool:
 
 
 def _rows_read(analysis: TokenAnalysis, end: fx.Node, dim: int, tokens: Tokens) -> list[int]:
-    """The rows, prefix first, that are taken out of the sequence one by one somewhere after ``end``."""
+    """The rows, prefix first, that are taken out of the sequence one at a time somewhere after ``end``."""
     stream = analysis[end].value
     tape = Tape({id(stream): "stream"}, {id(stream)})
     tape.play(analysis, {end: stream}, _after(analysis, end))
@@ -129,7 +131,7 @@ def _after(analysis: TokenAnalysis, end: fx.Node) -> Iterator[fx.Node]:
 def _sources(
     analysis: TokenAnalysis, first: fx.Node, dim: int, rows: Iterable[int]
 ) -> list[tuple[str, ...]]:
-    """For each of these rows, the names of the parameters and buffers that it is made of; none where that is lost."""
+    """For each of these rows, the names of the parameters and buffers that it is made of; empty if unknown."""
     needed = {first}
     for node in reversed(analysis.module.graph.nodes):
         if node in needed:

@@ -1,7 +1,7 @@
 """Layers of a Vision Transformer, found as the dominators of its output.
 
-Everything that the output knows of the image passes through the residual stream. So the chain of nodes that dominate
-the output contains, per layer, the layer's input, the sum after its attention, and its end.
+All information from the image to the output passes through the residual stream. So the chain of nodes that dominate the
+output contains, per layer, the layer's input, the sum after its attention, and its end.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class Layer:
         index: counts from 1.
         input: the residual stream before the layer.
         cut: the residual stream after the layer's attention, before its feed-forward network.
-        end: the residual stream after the layer. What the model does between two blocks follows it.
-        attention: the fused attention, or the softmax of one that is spelled out; the first, in a layer of several.
+        end: the residual stream after the layer, before anything that the model does between two blocks.
+        attention: the fused attention, or the softmax of one that is spelled out; the first if there are several.
         sites: its attentions (two in a layer of parallel blocks).
-        unclear: why it has none that can score, where its attention mixes tokens in some other way as well.
-        unsure: why its end cannot be told, where that is so.
+        unclear: why none of them can score, if its attention also mixes tokens in some other way.
+        unsure: why its end cannot be told; empty if it can.
     """
 
     index: int
@@ -89,9 +89,9 @@ class Stream:
 
     Attributes:
         layers: from first to last.
-        axes: the axes of the stream; the same at every layer.
-        dim: which dimension of the stream carries the tokens.
-        tokens: prefix, patch and trailing rows of it.
+        axes: the axes of the stream, the same at every layer.
+        dim: the dimension of the stream that carries the tokens.
+        tokens: the token axis, with its prefix, patch and suffix rows.
         class_token: which row is the class token.
         on_path: the nodes on any path from the image to the output.
     """
@@ -113,7 +113,7 @@ class Stream:
 
     @property
     def modules(self) -> frozenset[str]:
-        """Paths of the modules in which a layer's attention is, but for the model itself."""
+        """Paths of the modules that hold a layer's attention, except the model itself."""
         found: set[str] = set()
         for layer in self.layers:
             parts = module_path(layer.attention).split(".")
@@ -122,7 +122,7 @@ class Stream:
 
 
 def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> Stream:
-    """Find layers, token axis and prefix. Completes ``analysis`` where no constant prefix showed the axis.
+    """Find layers, token axis and prefix. Completes ``analysis`` if no constant prefix showed the axis.
 
     Raises:
         UnsupportedModelError: there is no stream of tokens that attention reads and a residual connection carries.
@@ -132,7 +132,7 @@ def find_stream(analysis: TokenAnalysis, prefix_tokens: int | None = None) -> St
     if not segments:
         raise UnsupportedModelError(
             "no attention was found between two points of a residual stream",
-            hint="skipvit_fx.find_attention(model) lists what was found, .explain(path) says why a place is none",
+            hint="skipvit_fx.find_attention(model) lists what was found; .explain(path) says why a place is not one",
         )
     first = _first_layer(analysis, segments, prefix_tokens)
     axes = analysis.axes(first)
@@ -177,7 +177,7 @@ def _attentions(
     if not found:
         softmax = segments[0].softmaxes[0]
         raise UnsupportedModelError(
-            "a softmax over tokens whose weights are not summed with values, so it is no attention known here",
+            "a softmax over tokens whose weights are not summed with values, so it is not an attention known here",
             node=softmax.name,
             module_path=module_path(softmax),
             hint="skipvit_fx.find_attention(model) lists what was found",
@@ -197,7 +197,7 @@ def _refuse_other_sequences(analysis: TokenAnalysis, layers: tuple[Layer, ...], 
 
 
 def _other_sequence(analysis: TokenAnalysis, first: Layer, layer: Layer) -> str:
-    reason = f"layer {layer.index} has another sequence of tokens than layer 1"
+    reason = f"layer {layer.index} has a different sequence of tokens from layer 1"
     shapes = [tuple(analysis[x.input].value.shape[1:]) for x in (first, layer)]
     if shapes[0] == shapes[1]:
         return reason
@@ -211,7 +211,7 @@ def _other_sequence(analysis: TokenAnalysis, first: Layer, layer: Layer) -> str:
 def _first_layer(
     analysis: TokenAnalysis, segments: list[Segment], prefix_tokens: int | None
 ) -> fx.Node:
-    """The input of the first layer; afterwards its axes are known."""
+    """The input of the first layer; its axes are known afterwards."""
     tried = None
     others: list[torch.Size] = []  # samples and tokens of sequences that no attention runs over
     lost = {segment.start for segment in segments if _was_lost(analysis, segment.start)}
@@ -242,10 +242,10 @@ def _first_layer(
 
 
 def _runs_over(analysis: TokenAnalysis, segment: Segment, dim: int, prefix: int) -> bool:
-    """Whether attention reads tokens if those of the segment's input lie along ``dim``; afterwards they do.
+    """Set the tokens of the segment's input to lie along ``dim``, and return whether attention then reads tokens.
 
     Raises:
-        UnsupportedModelError: no patch is left beside the prefix.
+        UnsupportedModelError: the prefix leaves no patch.
     """
     start = segment.start
     stream = analysis[start].value
@@ -283,7 +283,7 @@ def _reads_any(analysis: TokenAnalysis, segment: Segment) -> bool:
 def _first_of_stream(
     analysis: TokenAnalysis, segments: list[Segment], first: fx.Node, axes: Axes
 ) -> int:
-    """Index of the first segment on the stream: its attention may mix tokens beyond recognition, and still counts."""
+    """Index of the first segment on the stream; it counts even if its attention mixes tokens beyond recognition."""
     shape = analysis[first].value.shape
     for i, segment in enumerate(segments):
         if segment.start is first:
@@ -316,7 +316,7 @@ def _reads_tokens(analysis: TokenAnalysis, node: fx.Node) -> bool:
 def _continue_stream(
     analysis: TokenAnalysis, node: fx.Node, first: fx.Node, axes: Axes, prefix_tokens: int | None
 ) -> None:
-    """Give the stream its axes again behind an operator that mixed tokens; the segment check will find that one."""
+    """Give the stream its axes again after an operator that mixed tokens; the segment check will find that operator."""
     stream, known = analysis[node].value, analysis.axes(node)
     if known == axes or not isinstance(stream, Tensor):
         return
@@ -326,10 +326,10 @@ def _continue_stream(
             culprit = next((n for n in _between(first, node.next) if analysis[n].mixing), node)
             raise UnsupportedModelError(
                 f"{analysis[culprit].mixing or 'the token axis was lost'}; "
-                "where the prefix tokens are behind it cannot be told",
+                "where the prefix tokens are after it cannot be told",
                 node=culprit.name,
                 module_path=module_path(culprit),
-                hint="if the prefix tokens stay in front, pass prefix_tokens=N",
+                hint="if the prefix tokens stay at the front, pass prefix_tokens=N",
             )
         analysis.seed(node, axes)
 
@@ -338,7 +338,7 @@ def _continue_stream(
 
 
 class _Attended(NamedTuple):
-    """The attentions of a segment: the first, and those with a query and a key per token; or why they cannot score."""
+    """The attentions of a segment: the first, those with a query and a key per token, and why they cannot score."""
 
     first: fx.Node
     sites: tuple[AttentionSite, ...]
@@ -371,10 +371,10 @@ def _attended(analysis: TokenAnalysis, segment: Segment) -> _Attended | None:
 
 
 def _why_opaque(analysis: TokenAnalysis, segment: Segment, node: fx.Node) -> str:
-    """What mixed tokens in or before an attention, from the start of its segment on, and so hid what it attends to.
+    """What mixed tokens in or before an attention, from the start of its segment, and so hid what it attends to.
 
-    Empty if nothing did, or if it has not the shape of an attention, with as many queries as keys, or nothing is left
-    of its weights at the end of the segment.
+    Empty if nothing did, or if it does not have the shape of an attention (as many queries as keys), or if nothing is
+    left of its weights at the end of the segment.
     """
     value: Tensor = analysis[node].value
     keys = keys_of(analysis, node)
@@ -400,9 +400,9 @@ def _why_opaque(analysis: TokenAnalysis, segment: Segment, node: fx.Node) -> str
 def _reached(
     analysis: TokenAnalysis, segment: Segment, softmax: fx.Node, least: int
 ) -> set[fx.Node]:
-    """The nodes that weights come to in a segment, up to where they are summed with values.
+    """The nodes that weights reach in a segment, up to where they are summed with values.
 
-    Not through what has fewer numbers than ``least``: those are no weights any more.
+    Nodes with fewer than ``least`` numbers do not count: these are no longer weights.
     """
     reached = {softmax}
     node = softmax
@@ -417,10 +417,10 @@ def _reached(
 
 
 def _values_of(analysis: TokenAnalysis, segment: Segment, softmax: fx.Node) -> tuple[bool, str]:
-    """Whether a softmax's weights are summed with values before the segment ends, and what mixes tokens on the way.
+    """Whether a softmax's weights are summed with values before the segment ends, and what mixes tokens before that.
 
-    Where something mixes them, no sum can be told from anything else behind it: an attention that cannot be scored. Not
-    where fewer numbers are left than there are tokens: those are no weights any more.
+    If something mixes them, a sum after it cannot be told from other operators: the attention cannot be scored. This
+    does not hold if fewer numbers are left than there are tokens: these are no longer weights.
     """
     axes = analysis.axes(softmax)
     assert axes is not None

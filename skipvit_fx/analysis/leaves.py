@@ -1,7 +1,7 @@
-"""Does a module compute with how many tokens or samples there are? It runs once with both counts unknown.
+"""Whether a module computes with the number of tokens or samples. It runs once with both counts unknown.
 
-The counts are symbols of torch's own shape arithmetic, so a size that comes from one carries its origin: into a
-comparison, where it leaves a guard, and into the arguments of an operator.
+The counts are symbols of torch's shape arithmetic, so a size derived from one carries its origin: into a comparison,
+where it leaves a guard, and into the arguments of an operator.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from skipvit_fx.torch_internals import (
 )
 
 COUNTS = "a module computes with the number of tokens"
-BRANCHES = "a module asks how many samples there are, and may do something else for another number"
+BRANCHES = "a module asks how many samples there are, and may behave differently for another number"
 
 _RESHAPES = frozenset(
     {aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.flatten, aten.expand}
 )
-"""Operators that may be told the length of a token axis, if their tensor has that axis."""
+"""Operators that may take the length of a token axis as an argument, if their tensor has that axis."""
 
 
 def computes_with_counts(
     mode: TracelessFakeMode, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
 ) -> str:
-    """Whether what ``call`` computes depends on the number of tokens or samples: how, or nothing.
+    """How the result of ``call`` depends on the number of tokens or samples; empty if it does not.
 
     Args:
-        mode: that the arguments belong to; it has a shape environment.
+        mode: the mode that the arguments belong to; it has a shape environment.
         call: a module or function.
         args, kwargs: fake; tensors with tokens have their axes.
 
@@ -55,7 +55,7 @@ def computes_with_counts(
 
 
 class _Counts(TorchDispatchMode):
-    """Watches where the two counts go while a call runs on :meth:`unknown` arguments."""
+    """Watches where the two counts are used while a call runs on :meth:`unknown` arguments."""
 
     def __init__(self, mode: TracelessFakeMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ class _Counts(TorchDispatchMode):
         self._computes = False
 
     def unknown(self, value: Any) -> Any:
-        """The value, with tensors whose token and batch axes are of unknown length where it has such axes."""
+        """The value, with the token and batch axes of its tensors made of unknown length."""
 
         def fresh(leaf: Any) -> Any:
             axes = axes_of(leaf) if isinstance(leaf, Tensor) else None
@@ -110,21 +110,21 @@ class _Counts(TorchDispatchMode):
         return out
 
     def _token_dims(self, tensors: Any) -> int:
-        """How many dimensions of these tensors have a length that depends on the number of tokens."""
+        """The number of dimensions of these tensors whose length depends on the number of tokens."""
         return sum(map(self._of_tokens, (n for t in tensors_in(tensors) for n in t.shape)))
 
     def _of_tokens(self, number: Any) -> bool:
         return self._depends(number, Tokens)
 
     def _depends(self, number: Any, kind: type) -> bool:
-        """Whether a size, a number or a guard is made of counts of this kind."""
+        """Whether a size, a number or a guard is computed from counts of this kind."""
         expression = expression_of(number)
         return expression is not None and not expression.free_symbols.isdisjoint(
             symbol_of(size) for (own, _), size in self._lengths.items() if own is kind
         )
 
     def verdict(self, out: Any) -> str:
-        """What was seen, given what the call returned."""
+        """The finding, given what the call returned."""
         guards = self._env.guards[self._before :]
         numbers = [*guards, *pytree.tree_leaves(out)]
         if self._computes or any(self._depends(number, Tokens) for number in numbers):
@@ -134,7 +134,7 @@ class _Counts(TorchDispatchMode):
 
 
 def structure(module: nn.Module) -> Hashable:
-    """What two modules share that run the same code on inputs of the same kind, whatever their weights hold."""
+    """A key that is equal for modules that run the same code on inputs of the same kind, whatever their weights."""
     return tuple(
         (path, type(part), tuple(_described(part))) for path, part in module.named_modules()
     )
@@ -150,7 +150,7 @@ def _described(module: nn.Module) -> Iterator[Hashable]:
 
 
 def described(value: Any) -> Hashable:
-    """A value as far as code can tell it from others: plain ones by value, tensors by kind, all else by identity."""
+    """A key for a value, as far as code can tell it from others: plain ones by value, tensors by kind, others by id."""
     if isinstance(value, Tensor):
         return type(value), value.shape, value.dtype, value.device, axes_of(value)
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):

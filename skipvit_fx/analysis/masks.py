@@ -1,4 +1,4 @@
-"""Attention masks that do not depend on the image: are they causal?"""
+"""Whether attention masks that do not depend on the image are causal."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from skipvit_fx.graph.nodes import callee
 
 
 def is_causal(analysis: TokenAnalysis, mask: fx.Node) -> bool:
-    """Whether a mask (boolean, or added to the logits) hides from every query all keys behind it.
+    """Whether a mask (boolean, or added to the logits) hides all later keys from every query.
 
-    A mask that depends on the model's input is not looked into; it is treated as the values it has.
+    A mask that depends on the model's input is not examined; it is used as it is.
     """
     if any(is_data(t) for t in tensors_in(analysis[mask].value)):
         return False
@@ -31,7 +31,7 @@ def is_causal(analysis: TokenAnalysis, mask: fx.Node) -> bool:
 
 
 def _constant(analysis: TokenAnalysis, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    """The node's real value; everything below it is a parameter, a buffer, or made of sizes."""
+    """The node's real value; everything that it depends on is a parameter, a buffer, or made of sizes."""
     if node in known:
         return known[node]
     facts = analysis[node]

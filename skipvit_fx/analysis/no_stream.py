@@ -1,4 +1,4 @@
-"""Why a model has no single sequence of tokens that its attention runs over: found from what the attention sees."""
+"""Why a model has no single sequence of tokens that its attention runs over, told from what the attention sees."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ONE_SEQUENCE = (
 
 
 class Tried(NamedTuple):
-    """What became of a stream when its second axis was taken for the tokens.
+    """The result of taking the second axis of a stream for the tokens.
 
     Attributes:
         mixing: the first reason why tokens do not stay apart up to its attention; empty if they do.
-        over_tokens: whether the softmax runs over them.
+        over_tokens: whether the softmax runs over the tokens.
     """
 
     mixing: str
@@ -35,7 +35,7 @@ class Tried(NamedTuple):
 
 
 def try_tokens(analysis: TokenAnalysis, segment: Segment) -> Tried:
-    """Look at a segment whose start has just got a token axis."""
+    """Examine a segment whose start has just been given a token axis."""
     softmax = segment.softmaxes[0]
     node, mixing = segment.start.next, ""
     while not mixing and node is not softmax.next:
@@ -56,7 +56,8 @@ def no_stream(
     """The refusal of a model whose attention does not run over one axis of a residual stream.
 
     Args:
-        tried: what became of the first segment; ``None`` if it starts with no tensor ``[batch, tokens, channels]``.
+        tried: the result for the first segment; ``None`` if it does not start with a tensor ``[batch, tokens,
+            channels]``.
     """
     first, shrinks = segments[0], _shrinks(analysis, segments)
     several = _has_several_sequences(analysis, first)
@@ -77,16 +78,18 @@ def _on_a_sequence(analysis: TokenAnalysis, segment: Segment, tried: Tried) -> s
     _, tokens, channels = analysis[segment.start].value.shape
     keys, rows = _matrix(analysis, segment.softmaxes[0])
     if _runs_over_samples(analysis, segment.softmaxes[0]):
-        return "its first attention runs over the samples of a batch, and not over tokens"
+        return "its first attention runs over the samples of a batch, not over tokens"
     if SUMS_TOKENS in tried.mixing or (keys < tokens and rows == channels):
-        return "its first attention weighs channels, and not tokens"
+        return "its first attention weighs channels, not tokens"
     if keys < tokens:
         return (
             f"each query of its first attention sees {keys} keys, and there are {tokens} tokens: it runs in windows, "
             "or over tokens that were pooled"
         )
     if tried.mixing:
-        return f"its first attention is no plain one over the tokens of a sequence: {tried.mixing}"
+        return (
+            f"its first attention is not a plain one over the tokens of a sequence: {tried.mixing}"
+        )
     if tried.over_tokens:
         return "its first softmax over tokens has no query for each token"
     return "its first attention does not run over the tokens of a residual stream"
@@ -95,7 +98,7 @@ def _on_a_sequence(analysis: TokenAnalysis, segment: Segment, tried: Tried) -> s
 def _on_a_grid(analysis: TokenAnalysis, segment: Segment) -> str:
     shape = analysis[segment.start].value.shape[1:]
     keys, rows = _matrix(analysis, segment.softmaxes[0])
-    reason = f"its layers work on [{', '.join(map(str, shape))}], which is no sequence [tokens, channels]"
+    reason = f"its layers work on [{', '.join(map(str, shape))}], which is not a sequence [tokens, channels]"
     if keys in (math.prod(shape[1:]), math.prod(shape[:-1])):
         return reason
     if rows in shape:
@@ -120,19 +123,19 @@ def _runs_over_samples(analysis: TokenAnalysis, softmax: fx.Node) -> bool:
 
 
 def _matrix(analysis: TokenAnalysis, softmax: fx.Node) -> tuple[int, int]:
-    """Keys of an attention, and rows of all its matrices for one sample."""
+    """The number of keys of an attention, and of rows of all its matrices for one sample."""
     value: Tensor = analysis[softmax].value
     keys = keys_of(analysis, softmax)
     return keys, value[0].numel() // (value.shape[-1] if softmax.target in SDPA else keys)
 
 
 def _shrinks(analysis: TokenAnalysis, segments: Sequence[Segment]) -> str:
-    """Where an attention has a smaller sequence in front of it than the one before; empty if none has."""
+    """Where the sequence before an attention is smaller than that before the previous one; empty if nowhere."""
     values = [(segment, analysis[segment.start].value) for segment in segments]
     values = [(segment, value) for segment, value in values if isinstance(value, Tensor)]
     for (_, before), (segment, after) in itertools.pairwise(values):
         if before.ndim == after.ndim and min(before.shape[1:-1]) > min(after.shape[1:-1]):
             old, new = (" x ".join(map(str, t.shape[1:])) for t in (before, after))
             place = module_path(segment.softmaxes[0]) or segment.softmaxes[0].name
-            return f"the sequence shrinks from {old} to {new} in front of {place!r}"
+            return f"the sequence shrinks from {old} to {new} before {place!r}"
     return ""

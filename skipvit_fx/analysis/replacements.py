@@ -1,7 +1,7 @@
-"""Modules that a graph calls on fewer tokens, and that somebody replaced since: do they keep tokens and samples apart?
+"""Whether modules that a graph calls on fewer tokens still keep tokens and samples apart after a replacement.
 
-What replaces a module (an adapter, a quantised layer) may compute with operators that no rule knows. So it is run, on
-random rows and on some of them: both must give the same.
+A replacement (an adapter, a quantised layer) may compute with operators that no rule knows. So it is run on random rows
+and on some of them: both runs must agree.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from skipvit_fx.ops.following import in_compilation
 from skipvit_fx.torch_internals import BATCH_NORM, children_of, is_wrapped_by_functorch, pytree
 
 SAMPLES, ROWS = 2, 4
-"""On so few, whatever mixes them makes a large difference."""
+"""With this few, any mixing makes a large difference."""
 
 QUANTISED = 0.1
-"""Relative error of a quantised module that keeps tokens apart: it may take a scale from all that it sees."""
+"""The largest relative error of a quantised module that keeps tokens apart: its scale may depend on all its inputs."""
 
 _ALL = [*range(SAMPLES)], [*range(ROWS)]
 _PARTS = (
@@ -39,14 +39,14 @@ _PARTS = (
     ([0], _ALL[1], "samples of a batch"),
     ([1], _ALL[1], "samples of a batch"),
 )
-"""Samples and rows: every pair of these, since one that lies evenly (the middle two, the outer two) does not show a
-reversal, and some pair is without whatever row decides for all."""
+"""Samples and rows. Every pair of rows is taken, since a symmetric pair (the middle two, the outer two) does not show a
+reversal, and some pair lacks any given row that decides for all."""
 
-_HINT = "rewrite the model with what replaces the module in it"
+_HINT = "rewrite the model with the replacement in it"
 
 
 class Sketch(NamedTuple):
-    """What is known of a tensor that a module takes or returns.
+    """What is known about a tensor that a module takes or returns.
 
     Attributes:
         axes: where tokens and samples are.
@@ -58,12 +58,12 @@ class Sketch(NamedTuple):
 
     @property
     def factors(self) -> list[Factor]:
-        """Those of all its axes, in order."""
+        """The factors of all its axes, in order."""
         return [factor for dim in self.axes for factor in dim]
 
     @property
     def sizes(self) -> list[int]:
-        """The lengths of the factors, of :data:`ROWS` tokens of :data:`SAMPLES` samples."""
+        """The lengths of the factors, for :data:`ROWS` tokens and :data:`SAMPLES` samples."""
         known = {Tokens: ROWS, Batch: SAMPLES}
         return [f if isinstance(f, int) else known[type(f)] for f in self.factors]
 
@@ -74,7 +74,7 @@ class Sketch(NamedTuple):
         return torch.randint(2, self.sizes, generator=generator).to(self.dtype)
 
     def taken(self, values: Tensor, samples: list[int], rows: list[int]) -> Tensor:
-        """Some samples and rows of what has an axis for each factor."""
+        """Some samples and rows of values that have an axis for each factor."""
         for at, factor in enumerate(self.factors):
             if not isinstance(factor, int):
                 wanted = samples if isinstance(factor, Batch) else rows
@@ -82,7 +82,7 @@ class Sketch(NamedTuple):
         return values
 
     def whole(self, values: Tensor) -> Tensor:
-        """The tensor itself, of values that have an axis for each factor."""
+        """The tensor itself, from values that have an axis for each factor."""
         sizes = iter(values.shape)
         return values.reshape([math.prod(itertools.islice(sizes, len(dim))) for dim in self.axes])
 
@@ -100,7 +100,7 @@ class Use(NamedTuple):
 
 
 def uses_of(analysis: TokenAnalysis, nodes: Iterable[fx.Node]) -> dict[str, list[Use]]:
-    """How modules are called at these nodes of the author's, by their paths: those that take tokens and return them."""
+    """How modules are called at these author's nodes, by path; only modules that take and return tokens."""
     found: dict[str, list[Use]] = {}
     for node in nodes:
         if node.op == "call_module":
@@ -116,7 +116,7 @@ def uses_of(analysis: TokenAnalysis, nodes: Iterable[fx.Node]) -> dict[str, list
 
 
 def _of_author(analysis: TokenAnalysis, node: fx.Node) -> Any:
-    """The value of a node; of what was inserted, that of the node whose rows it hands on."""
+    """The value of a node; for an inserted node, that of the author's node whose rows it passes on."""
     while node not in analysis.facts:
         node = node.all_input_nodes[0]
     return analysis[node].value
@@ -141,7 +141,7 @@ class Replacements:
     Args:
         root: the model.
         uses: how they are called.
-        judged: whether they are fine as they are.
+        judged: whether their current state has been judged sound.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Replacements:
         self.uses = dict(uses)
         self._root = root
         self._parts: dict[str, list[nn.Module]] = {path: [] for path in uses}
-        self._contents: Contents | None = None  # where there is something to judge
+        self._contents: Contents | None = None  # None if a judgement is due
         if judged:
             self._look()
 
@@ -164,14 +164,14 @@ class Replacements:
         self._contents = Contents(holders.values())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: it is about modules that may not be copied, or not yet. See :meth:`of_copy`."""
+        """Return ``None``: the modules that it refers to may not be copied, or not yet. See :meth:`of_copy`."""
 
     def of_copy(self, root: nn.Module) -> Replacements:
         """The same for a copy of the model."""
         return Replacements(root, self.uses, judged=not self._changed())
 
     def with_more(self, uses: Mapping[str, list[Use]]) -> Replacements:
-        """With the calls of another graph as well."""
+        """The same, with the calls of another graph added."""
         both = {path: [*self.uses.get(path, ()), *more] for path, more in uses.items()}
         return Replacements(self._root, {**self.uses, **both})
 
@@ -179,11 +179,11 @@ class Replacements:
         return self._contents is None or not self._contents.are_so()
 
     def check(self) -> None:
-        """Look for modules that were replaced since the last time, and judge them.
+        """Find modules that were replaced since the last check, and judge them.
 
         Raises:
-            UnsupportedModelError: one does not keep tokens and samples apart, or cannot be run alone.
-            GuardError: the model is being followed by a tool under which nothing can be run.
+            UnsupportedModelError: one does not keep tokens and samples apart, or cannot be run on its own.
+            GuardError: the model is being traced by a tool under which nothing can be run.
         """
         if not self._changed():
             return
@@ -195,16 +195,16 @@ class Replacements:
                 named = _what_is_new(path, module, parts)
                 if following or any(map(_stands_in, [*module.parameters(), *module.buffers()])):
                     raise GuardError(
-                        f"{named} since the last call, and cannot be run by itself while the model is compiled, "
+                        f"{named} since the last call, and cannot be run on its own while the model is compiled, "
                         "exported, transformed or sharded",
-                        hint="call the rewritten model once before",
+                        hint="call the rewritten model once before that",
                     )
                 _alone(_judge, path, named, module, self.uses[path], _dtype_of([*now, self._root]))
         self._look()
 
 
 def _stands_in(tensor: Tensor) -> bool:
-    """Whether a transformation of ``torch.func``, or sharding, has put something else in the place of a parameter."""
+    """Whether a ``torch.func`` transform, or sharding, has put something else in the place of a parameter."""
     wrapped = is_wrapped_by_functorch(tensor)
     return wrapped or tensor.is_meta or hasattr(tensor, "device_mesh")
 
@@ -219,7 +219,7 @@ def _what_is_new(path: str, module: nn.Module, before: list[nn.Module]) -> str:
 
 
 def _dtype_of(modules: list[nn.Module]) -> torch.dtype:
-    """That of the first floating-point parameter."""
+    """The dtype of the first floating-point parameter."""
     found = (p.dtype for module in modules for p in module.parameters() if p.is_floating_point())
     return next(found, torch.float32)
 
@@ -245,11 +245,11 @@ def _judge(path: str, named: str, module: nn.Module, uses: list[Use], dtype: tor
     """Run a module on all of a few random rows, and on some of them.
 
     Args:
-        path: of the module that the graph calls.
+        path: the path of the module that the graph calls.
         named: what was replaced in it.
         module: this module.
         uses: how it is called.
-        dtype: of its floating-point inputs.
+        dtype: that of its floating-point inputs.
 
     Raises:
         UnsupportedModelError: the results differ, or it does not run.
@@ -269,20 +269,20 @@ def _judge(path: str, named: str, module: nn.Module, uses: list[Use], dtype: tor
                     error = _apart(scratch, use, samples, rows, dtype)
                     if not error <= largest:
                         raise UnsupportedModelError(
-                            f"{named}, and now mixes the {mixed}: what {path!r} makes of one depends on the others",
+                            f"{named}, and now mixes the {mixed}: what {path!r} computes for one depends on the others",
                             module_path=path,
                             hint="undo that, and choose a plan under which all tokens pass this module",
                         )
     except (AuthorError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{named}, of which running it alone does not tell whether it keeps tokens apart: {error}",
+            f"{named}, and running it on its own does not tell whether it keeps tokens apart: {error}",
             module_path=path,
             hint=_HINT,
         ) from error
 
 
 def _largest(module: nn.Module) -> float:
-    """Up to which relative error two results of a module count as equal."""
+    """The largest relative error at which two results of a module count as equal."""
     tensors = [*module.parameters(), *module.buffers()]
     plain = all(t.is_floating_point() and type(t) in (Tensor, nn.Parameter) for t in tensors)
     packed = any("quantized" in type(part).__module__ for part in module.modules())
@@ -290,7 +290,7 @@ def _largest(module: nn.Module) -> float:
 
 
 def _scrambled(module: nn.Module) -> nn.Module:
-    """A copy in eval mode, whose parameters are far from those of a fresh adapter, which adds nothing."""
+    """A copy in eval mode with noise in its parameters, since a fresh adapter adds nothing."""
     with author_code():
         scratch = copy.deepcopy(module).eval()
     generator = torch.Generator().manual_seed(0)
@@ -304,7 +304,7 @@ def _scrambled(module: nn.Module) -> nn.Module:
 def _apart(
     module: nn.Module, use: Use, samples: list[int], rows: list[int], dtype: torch.dtype
 ) -> float:
-    """How far what a module makes of some rows is from these rows of what it makes of all."""
+    """The error between a module's output for some rows and the same rows of its output for all."""
     generator = torch.Generator().manual_seed(1)
     device = next((t.device for t in [*module.parameters(), *module.buffers()]), None)
 

@@ -1,4 +1,4 @@
-"""The residual stream: the chain of nodes that everything the output knows of the image passes through."""
+"""The residual stream: the chain of nodes through which all information from the image to the output passes."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Segment:
 
 
 def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
-    """The node where the image enters: the floating-point input with most elements."""
+    """The node where the image enters: the floating-point input with the most elements."""
     inputs: list[fx.Node] = []
     waiting = [node for node in reversed(graph.nodes) if node.op == "placeholder"]
     while waiting:
         node = waiting.pop()
         value = analysis[node].value
-        if not isinstance(value, Tensor):  # a list of inputs: its parts
+        if not isinstance(value, Tensor):  # a list of inputs: take its parts
             waiting += reversed(node.users)
         elif value.is_floating_point():
             inputs.append(node)
@@ -50,10 +50,10 @@ def _image(analysis: TokenAnalysis, graph: fx.Graph) -> fx.Node:
 
 @dataclass(frozen=True)
 class Chain:
-    """The residual stream from the image to what the model computes last.
+    """The residual stream from the image to the last thing that the model computes.
 
     Attributes:
-        nodes: the nodes that every path between the two passes, first to last.
+        nodes: the nodes on every path between the two, first to last.
         on_path: all nodes on any of these paths. Nodes off these paths only read the stream.
     """
 
@@ -62,7 +62,7 @@ class Chain:
 
 
 def residual_chain(analysis: TokenAnalysis) -> Chain:
-    """The chain that leads to the outputs behind most attentions; outputs behind fewer are taps on its way.
+    """The chain that leads to the outputs after the most attentions; outputs after fewer are taps on the way.
 
     Raises:
         UnsupportedModelError: no output depends on the image.
@@ -94,7 +94,7 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
         inner = flow.copy()
         inner.remove_edges_from(taps)
         without = _chain(graph, inner, source, output)
-        if without.on_path.issuperset(attentions):  # no second sequence hangs on them
+        if without.on_path.issuperset(attentions):  # no second sequence depends on them
             flow, chain = inner, without
     return chain
 
@@ -114,10 +114,10 @@ def _chain(graph: fx.Graph, flow: nx.DiGraph, source: fx.Node, output: fx.Node) 
 def _features(
     flow: nx.DiGraph, start: fx.Node, attentions: list[fx.Node]
 ) -> list[tuple[fx.Node, fx.Node]]:
-    """Where a head that reads several layers taps the stream: from in front of the last attention past its layer.
+    """Where a head that reads several layers taps the stream: edges from before the last attention past its layer.
 
-    Without these connections, the layers of an encoder are one stream, whatever a head makes of what it reads. None are
-    found where the last layer is in no module of its own, which would tell a tap from a part of the layer.
+    Without these edges, the layers of an encoder are one stream, whatever a head computes from what it reads. None are
+    found if the last layer is not a module of its own, which would tell a tap from a part of the layer.
     """
     if not attentions:
         return []
@@ -144,7 +144,7 @@ def _is_square(analysis: TokenAnalysis, node: fx.Node) -> bool:
 
 
 def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -> list[fx.Node]:
-    """The tensors that the model returns which have most attentions, one behind the other, before them."""
+    """The tensors returned by the model that come after the most consecutive attentions."""
     depth: dict[fx.Node, int] = {}
     for node in analysis.module.graph.nodes:
         before = max((depth[a] for a in node.all_input_nodes if a in depth), default=0)
@@ -164,7 +164,7 @@ def _last_computed(analysis: TokenAnalysis, flow: nx.DiGraph, output: fx.Node) -
             and any(is_data(t) for t in tensors_in(analysis[node].value))
         ):
             raise UnsupportedModelError(
-                "the model returns what attention makes of another input, so there is more than one sequence of tokens",
+                "the model returns attention results of another input, so there is more than one sequence of tokens",
                 node=node.name,
                 module_path=module_path(node),
                 hint="rewrite the part that takes one batch of images, and call it for each",
@@ -194,15 +194,15 @@ def refuse_sequence(segment: Segment, nodes: list[fx.Node]) -> None:
     """Refuse a segment in which one attention feeds another: the layers between them are not on the chain.
 
     Raises:
-        UnsupportedModelError: something bypasses the stream, so that layers could not even be counted.
+        UnsupportedModelError: something bypasses the stream, so that the layers could not even be counted.
     """
     reached: set[fx.Node] = set()
     node = nodes[0]
     while node is not segment.end:
         if node in nodes and node in reached:
             raise UnsupportedModelError(
-                f"an attention feeds another one between {segment.start.name} and {segment.end.name}, past which a "
-                "connection leads; so the layers are not one residual stream",
+                f"an attention feeds another one between {segment.start.name} and {segment.end.name}, bypassed by a "
+                "connection, so the layers are not one residual stream",
                 node=node.name,
                 module_path=module_path(node),
                 hint="long skip connections between layers cannot be rewritten",
@@ -222,7 +222,7 @@ def is_softmax(analysis: TokenAnalysis, node: fx.Node) -> bool:
 
 
 def keys_of(analysis: TokenAnalysis, node: fx.Node) -> int:
-    """How many keys an attention has, or over how many values a softmax runs."""
+    """The number of keys of an attention, or of values that a softmax runs over."""
     if node.target in SDPA:
         key = node.args[1] if len(node.args) > 1 else node.kwargs["key"]
         assert isinstance(key, fx.Node)

@@ -1,4 +1,4 @@
-"""Refuse what would be wrong: every node under a drop must keep its tokens apart."""
+"""Refuse unsound plans: every node under a drop must keep its tokens apart."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def mixing_leaves(spans: Spans, opened: Iterable[str]) -> list[str]:
         opened: paths of the modules that were traced through.
 
     Returns:
-        Paths of leaf modules that are not sound as a whole: only when they are traced through can they be judged.
+        Paths of leaf modules that are not sound as a whole and must be traced through to be judged.
 
     Raises:
         UnsupportedModelError: a node is not sound; it is named.
@@ -43,7 +43,7 @@ def mixing_leaves(spans: Spans, opened: Iterable[str]) -> list[str]:
     for node in spans.nodes():
         reason = span_refusal(spans, node)
         if not reason or (spans.analysis[node].pools and spans.is_after_the_layers(node)):
-            continue  # a head may pool what is left
+            continue  # a head may pool the remaining tokens
         if _can_be_opened(spans.analysis, node, opened):
             leaves.append(str(node.target))
         elif not leaves:
@@ -75,14 +75,14 @@ def span_refusal(spans: Spans, node: fx.Node) -> str:
 
 
 def _can_be_opened(analysis: TokenAnalysis, node: fx.Node, opened: frozenset[str]) -> bool:
-    """Whether the node is a module of the author's that tracing did not go through yet."""
+    """Whether the node is an author's module that was not traced through yet."""
     if node.op != "call_module" or str(node.target) in opened:
         return False
     return not isinstance(analysis.module.get_submodule(str(node.target)), InTraining)
 
 
 def _refuse_causal_scores(spans: Spans) -> None:
-    """The attention that scores is outside the span, but no less bound to the order of tokens if it is causal."""
+    """Refuse a scoring attention that is causal: it is outside the span, but depends on the order of tokens as well."""
     for stage in spans.stages:
         node = stage.layer.input
         while node is not stage.layer.cut:
@@ -106,12 +106,12 @@ def _causal_operand(analysis: TokenAnalysis, node: fx.Node) -> str:
 
 
 def _refuse_taps(spans: Spans) -> None:
-    """Refuse taps that nobody asked to fill, and those that have no state to be filled with."""
+    """Refuse taps that were not asked to be filled, and those that have no state to be filled with."""
     for node, (reader, *_) in spans.taps.items():
         if not spans.options.fill_taps:
-            reason = f"is read there, off the way to its return, by {reader.name}"
+            reason = f"is read there, off the path to its return, by {reader.name}"
             hint = (
-                f"{_ANOTHER_PLAN}; or pass fill_taps=True, which hands out the dropped tokens as they were when they "
+                f"{_ANOTHER_PLAN}; or pass fill_taps=True, which returns the dropped tokens as they were when they "
                 "left"
             )
             raise _tapped(spans, node, reason, hint)

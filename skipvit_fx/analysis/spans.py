@@ -1,4 +1,4 @@
-"""A plan laid over the layers of a model: which of the author's nodes see fewer tokens, and who taps them."""
+"""A plan applied to the layers of a model: which of the author's nodes see fewer tokens, and which nodes tap them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipvit_fx.plan import Stage
 
 @dataclass(frozen=True)
 class StageSpan:
-    """Where the tokens of one stage of the plan are gone.
+    """Where the tokens of one stage of the plan are missing.
 
     Attributes:
         index: counts from 1.
@@ -27,7 +27,7 @@ class StageSpan:
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
         nodes: the author's nodes that work on fewer tokens because of this stage.
-        leave_after, leave_before: paths of the modules that the cut lies between.
+        leave_after, leave_before: paths of the modules before and after the cut.
     """
 
     index: int
@@ -40,7 +40,7 @@ class StageSpan:
 
     @property
     def name(self) -> str:
-        """Under which its modules are inserted."""
+        """The name under which its modules are inserted."""
         return f"stage_{self.index}"
 
 
@@ -57,7 +57,7 @@ class Spans:
         stages: in the order of their layers.
         return_node: the author's node after which dropped rows return: the input of layer R, or the last layer's end;
             ``None`` if they never do.
-        return_before: the module in front of which they return; ``None`` if they never do.
+        return_before: the module before which they return; ``None`` if they never do.
         taps: nodes under a drop, each with those of its readers that do not lead to where the dropped tokens return.
     """
 
@@ -88,7 +88,7 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
 
     Raises:
         PlanError: the model has fewer layers than the plan names.
-        UnsupportedModelError: the plan needs a place that the model does not tell.
+        UnsupportedModelError: the plan needs a place that cannot be told in the model.
     """
     plan, layers = options.plan, stream.layers
     plan.check(len(layers))
@@ -112,7 +112,7 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
     taps = _taps(spans, reads)
     if (
         options.fill_taps
-    ):  # such a reader, and all that is computed from it, will see every token again
+    ):  # such a reader, and everything computed from it, will see every token again
         full = frozenset(reader for readers in taps.values() for reader in readers)
         full = full.union(*(nx.descendants(reads, reader) for reader in full))
         stages = [replace(stage, nodes=stage.nodes - full) for stage in stages]
@@ -141,7 +141,7 @@ def _refuse_unsure_end(stream: Stream, options: Options) -> None:
 
 
 def _taps(spans: Spans, reads: nx.DiGraph[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """Who reads tokens under a drop without being on the way to where they return, or to the last layer's end."""
+    """The nodes that read tokens under a drop and are not on a path to their return, or to the last layer's end."""
     goal = spans.return_node or spans.stream.layers[-1].end
     way = nx.ancestors(reads, goal)
     under = set().union(*(stage.nodes | {stage.cut} for stage in spans.stages))
@@ -156,7 +156,7 @@ def _taps(spans: Spans, reads: nx.DiGraph[fx.Node]) -> dict[fx.Node, list[fx.Nod
 
 
 def _takes_prefix(analysis: TokenAnalysis, node: fx.Node) -> bool:
-    """Whether a node takes nothing but prefix rows, or sizes, from the tokens that it reads."""
+    """Whether a node takes only prefix rows, or sizes, from the tokens that it reads."""
     facts = analysis[node]
     if not tensors_in(facts.value):
         return node.op != "output"

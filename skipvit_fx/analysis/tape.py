@@ -1,4 +1,4 @@
-"""A tape of the operators that run, on which an element of a result is followed back to where it comes from."""
+"""A tape of the operators that run, by which an element of a result is traced back to its origin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Origin(NamedTuple):
     """Where an element comes from.
 
     Attributes:
-        names: of the known tensor that it is an element of, or of those that a constant is made of; empty if unknown.
+        names: the known tensor that it is an element of, or those that a constant is made of; empty if unknown.
         place: its index in that one tensor; empty for a constant.
     """
 
@@ -28,7 +28,7 @@ class Origin(NamedTuple):
 
 
 class Made(NamedTuple):
-    """One result of one operator: number ``number`` of those that it returned."""
+    """One result of one operator, with its number among those that the operator returned."""
 
     func: Any
     args: tuple[Any, ...]
@@ -46,8 +46,8 @@ class Tape(TorchDispatchMode):
     """Notes how every tensor is made.
 
     Args:
-        names: of tensors at which following ends, by their identity.
-        data: identities of tensors that depend on the image. All others are constants, and are not looked into.
+        names: names of the tensors at which tracing back ends, by their identity.
+        data: identities of tensors that depend on the image. All others are constants, and are not traced back.
     """
 
     def __init__(self, names: dict[int, str], data: set[int]) -> None:
@@ -66,7 +66,7 @@ class Tape(TorchDispatchMode):
         for number, tensor in enumerate(tensors_in(out)):
             if not self._data.isdisjoint(given):
                 self._data.add(id(tensor))
-            if id(tensor) not in given:  # else it was written in place, and is where it was
+            if id(tensor) not in given:  # else it was written in place
                 self._made[id(tensor)] = Made(func.overloadpacket, args, kwargs, number, tensor)
         return out
 
@@ -84,11 +84,11 @@ class Tape(TorchDispatchMode):
                 self._used |= {id(t) for t in tensors_in(values[node])}
 
     def is_used(self, tensor: Tensor) -> bool:
-        """Whether an operator reads the tensor, or a node hands it on."""
+        """Whether an operator reads the tensor, or a node returns it."""
         return id(tensor) in self._used
 
     def taken(self) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-        """Each result that is one row of a tensor with several: it, that tensor, along which dimension, and where."""
+        """Each result that is one row of a tensor with several rows, with that tensor, the dimension and the index."""
         for made in self._made.values():
             if made.func in _CUTS:
                 source, along, at, length = _CUTS[made.func](made)
@@ -118,7 +118,7 @@ class Tape(TorchDispatchMode):
                 yield from self._within(argument)
 
     def _before(self, made: Made, at: Index) -> tuple[Tensor, Index | None]:
-        """The argument that an element comes from, and where in it; ``None`` for the place if that is not known."""
+        """The argument that an element comes from, and its index there; ``None`` as the index if it is not known."""
         if made.func in _MOVES:
             return _MOVES[made.func](made, at)
         if made.func in _CUTS:
@@ -151,7 +151,7 @@ def _tags(packet: Any) -> list[Any]:
     return list(getattr(packet, packet.overloads()[0]).tags)
 
 
-# -- operators that cut a tensor along one dimension: the tensor, which dimension, from where, how far ------------
+# -- operators that cut a tensor along one dimension: the tensor, the dimension, the start, the length ------------
 
 Cut: TypeAlias = Callable[[Made], tuple[Tensor, int, int, int]]
 
@@ -217,7 +217,7 @@ def _cat(made: Made, at: Index) -> tuple[Tensor, Index | None]:
 
 
 def _view(made: Made, at: Index) -> tuple[Tensor, Index | None]:
-    """Elements keep their order: the place in the flattened tensor is the same."""
+    """Elements keep their order, so the index in the flattened tensor is the same."""
     flat = 0
     for size, i in zip(made.out.shape, at, strict=True):
         flat = flat * size + i
@@ -247,7 +247,7 @@ def _expand(made: Made, at: Index) -> tuple[Tensor, Index | None]:
 
 
 def _aligned(at: Index, tensor: Tensor) -> Index:
-    """The place in a tensor that was broadcast."""
+    """The index in a tensor that was broadcast."""
     own = at[len(at) - tensor.ndim :] if tensor.ndim else []
     return [0 if size == 1 else i for size, i in zip(tensor.shape, own, strict=True)]
 
@@ -286,7 +286,7 @@ _IN_PLACE: frozenset[Any] = frozenset(
         aten._fused_rms_norm,
     }
 )
-"""Operators besides the pointwise ones whose results stand where their first argument does."""
+"""Operators besides the pointwise ones whose elements come from the same place of their first argument."""
 
 _ROWS_OF: dict[Any, int] = {aten.linear: 0, aten.mm: 0, aten.addmm: 1}
-"""Operators that make each row of the result from the same row of this argument."""
+"""Operators that compute each row of the result from the same row of the argument at this position."""

@@ -50,10 +50,10 @@ class NodeFacts:
         value: the node's value on fake tensors; its tensors carry their axes.
         mixing: why the node does not keep tokens apart; empty if it does.
         positions: operands of fixed token length that meet the token axis here.
-        softmax_over: the key axis, if a softmax over tokens runs here (also inside a fused attention).
-        sums_weights: attention weights are summed with their values here.
-        pools: whether ``mixing`` is no more than a reduction over all tokens.
-        reads: where prefix rows are taken out, the end of these rows, counted from the first patch.
+        softmax_over: the key axis, if a softmax over tokens runs here (or inside a fused attention).
+        sums_weights: whether attention weights are summed with their values here.
+        pools: whether ``mixing`` is merely a reduction over all tokens.
+        reads: if prefix rows are taken out, the end of these rows, counted from the first patch.
     """
 
     value: Any = None
@@ -126,10 +126,10 @@ class AxisMode(TorchDispatchMode):
 
 
 def check_results(call: rules.Call, results: list[Axes | None]) -> None:
-    """What a rule says must fit what the operator returned, and leave every sample to itself.
+    """Check that the axes from a rule fit the operator's results, and keep the samples apart.
 
     Raises:
-        MixesTokens: a result has tokens, and not the batch axis that they belong to.
+        MixesTokens: a result has tokens, but not their batch axis.
         RuntimeError: the rule is wrong.
     """
     shapes = [tuple(out.shape) for out in call.outs]
@@ -147,7 +147,7 @@ def check_results(call: rules.Call, results: list[Axes | None]) -> None:
 
 
 def _see_prefix(tensors: Any, dim: int, out: Tensor) -> None:
-    """Constant rows joined to rows that depend on the image: this is how prefix tokens enter."""
+    """Note constant rows joined to rows that depend on the image: this is how prefix tokens enter."""
     dim %= out.ndim
     data = [i for i, tensor in enumerate(tensors) if is_data(tensor)]
     if len(data) != 1 or len(tensors) == 1 or out.ndim != 3:
@@ -170,7 +170,7 @@ def stream_axes(stream: Tensor, dim: int, tokens: Tokens) -> Axes:
 class TokenAnalysis:
     """The facts of every node of a graph.
 
-    A token axis is known from where a constant prefix is joined to it, or from :meth:`seed`.
+    A token axis is known from the point where a constant prefix is joined to it, or from :meth:`seed`.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -192,7 +192,7 @@ class TokenAnalysis:
         """Give ``node`` these axes and follow them to the output.
 
         Raises:
-            UnsupportedModelError: the samples are not where these axes have them.
+            UnsupportedModelError: the samples do not lie where these axes say.
         """
         batch = self.batch_dim(node)
         if batch is None or not batch_of(axes[batch]):
@@ -219,16 +219,16 @@ class TokenAnalysis:
         return self.facts[node]
 
     def fake_module(self, path: str) -> nn.Module:
-        """The submodule at ``path``, with fake tensors; an inserted one, which has none, as it is."""
+        """The submodule at ``path``, with fake tensors; an inserted one, which has no tensors, as it is."""
         inserted = path.split(".")[0] == OWN_CHILD
         return (self.module if inserted else self._fake).get_submodule(path)
 
     def fake_attribute(self, path: str) -> Any:
-        """What a ``get_attr`` node reads, fake if it is a tensor."""
+        """What a ``get_attr`` node reads; a fake tensor for a tensor."""
         return attribute(self._fake, path)
 
     def value(self, node: fx.Node) -> Any:
-        """The value of a node of the author's; ``None`` for an inserted one."""
+        """The value of an author's node; ``None`` for an inserted one."""
         facts = self.facts.get(node)
         return None if facts is None else facts.value
 
@@ -254,7 +254,7 @@ class TokenAnalysis:
         return callee(node, self.fake_module)
 
     def execute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NodeFacts:
-        """What a node does with these fake arguments; call it under the fake mode.
+        """The facts of a node for these fake arguments; call it under the fake mode.
 
         Raises:
             TraceError: its code does not run on them.
@@ -279,7 +279,7 @@ class TokenAnalysis:
         return mode.facts
 
     def batch_dim(self, node: fx.Node) -> int | None:
-        """The one dimension of a tensor node whose length changes with the number of samples; ``None`` if not one."""
+        """The dimension of a tensor node whose length changes with the number of samples; ``None`` unless just one."""
         here, there = self.facts[node].value.shape, self._with_more_samples(node).shape
         if len(here) != len(there):
             return None
@@ -305,7 +305,7 @@ class TokenAnalysis:
 
 
 def _placeholders(capture: Capture, more_samples: int) -> dict[fx.Node, Any]:
-    """The example inputs on fake tensors, of two samples at least, as data that a model sees."""
+    """The example inputs as fake tensors, of at least two samples, marked as data."""
     examples = capture.inputs.taken()
     alone = any(
         leaf.ndim and leaf.shape[0] == 1
@@ -324,7 +324,7 @@ def _placeholders(capture: Capture, more_samples: int) -> dict[fx.Node, Any]:
 
 
 def _attention(given: AttentionArguments) -> NodeFacts:
-    """The facts of a fused attention, which is not taken apart."""
+    """The facts of a fused attention, which is not decomposed."""
     query, key, value, mask = given[:4]
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
     facts = NodeFacts(out)

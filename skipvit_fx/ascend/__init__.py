@@ -1,1 +1,1 @@
-"""What is publicly known of Ascend's tools, held against a file or a model. Nothing of Ascend is run."""
+"""Checks a file or a model against what is publicly known of Ascend's tools, without running any of them."""

@@ -22,11 +22,11 @@ _SHOWN = 4
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that has something to say.
+    """One rule that applies to the file.
 
     Attributes:
-        rule: which.
-        places: where, a sentence each.
+        rule: the rule.
+        places: where it applies, one sentence each.
     """
 
     rule: Rule
@@ -34,11 +34,11 @@ class Finding:
 
     @property
     def level(self) -> Level:
-        """Of the rule."""
+        """The level of the rule."""
         return self.rule.level
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         rule = self.rule
         return {
             "rule": rule.id,
@@ -55,11 +55,11 @@ class AtcReport:
     """What is known about a file.
 
     Attributes:
-        path, cann, soc, opset: what was checked, for what.
-        findings: in the order of severity; none of level ``fail`` or ``slow`` means that nothing is known against the
-            file, not that ATC was seen to take it.
-        attentions, layer_norms: fusible patterns found, and all that were meant to be.
-        shapes: of the inputs.
+        path, cann, soc, opset: the checked file and its opset, and the release and chip that it was checked for.
+        findings: in order of severity; none of level ``fail`` or ``slow`` means that nothing is known against the file,
+            not that ATC was seen to accept it.
+        attentions, layer_norms: the number of fusible patterns, and of all that are meant to be fused.
+        shapes: the shapes of the inputs.
     """
 
     path: Path
@@ -72,7 +72,7 @@ class AtcReport:
     shapes: dict[str, tuple[int | str | None, ...]]
 
     def moved(self, path: Path) -> AtcReport:
-        """The same report on a file that has another name now."""
+        """The same report for a file that was renamed."""
         return replace(self, path=path)
 
     @property
@@ -86,12 +86,12 @@ class AtcReport:
 
     @property
     def clean(self) -> bool:
-        """Nothing is known to fail or to be slow."""
+        """Whether nothing is known to fail or to be slow."""
         return not self.of("fail") and not self.of("slow")
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """The result in one sentence."""
         if self.of("fail"):
             return "would fail"
         known = "would be slow" if self.of("slow") else "nothing is known against it"
@@ -99,7 +99,7 @@ class AtcReport:
         return f"{known}; unknown: {unknown}" if unknown else known
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values for JSON."""
         return {
             "path": str(self.path),
             "cann": self.cann,
@@ -187,11 +187,11 @@ def atc_check(
 
     Args:
         path: the file.
-        cann: release of CANN, such as ``"8.0.0"`` or ``"8.0.RC3"``.
+        cann: the release of CANN, such as ``"8.0.0"`` or ``"8.0.RC3"``.
         soc: the chip, as ATC's ``--soc_version``.
 
     Raises:
-        ExportError: the file cannot be read, or ``cann`` or ``soc`` makes no sense.
+        ExportError: the file cannot be read, or ``cann`` or ``soc`` is not known.
     """
     try:
         from skipvit_fx.ascend.checks import CHECKS, Case
@@ -225,7 +225,7 @@ def atc_check(
 
 
 def atc_command(path: Path, soc: str, shapes: dict[str, tuple[int | str | None, ...]]) -> str:
-    """The command line for a machine that has ATC; sizes that the file leaves open are to be filled in."""
+    """The command line for a machine that has ATC; sizes that the file leaves open must be filled in."""
     sizes = ";".join(f"{name}:{','.join(map(_atc_size, shape))}" for name, shape in shapes.items())
     parts = [
         "atc",
@@ -245,16 +245,16 @@ def _atc_size(size: int | str | None) -> str:
 
 
 def check_target(cann: str, soc: str) -> None:
-    """Refuse what is no release or no chip.
+    """Check that these are a release and a chip.
 
     Raises:
-        ExportError: one of them makes no sense.
+        ExportError: one of them is not.
     """
     release_key(cann)
     known = knowledge()
     if soc in known.socs or any(soc.startswith(family) for family in known.soc_families):
         return
     raise ExportError(
-        f"{soc!r} is no chip that is known here",
-        hint=f"'Ascend' and the chip name that npu-smi info shows: {', '.join(known.socs)}, Ascend910_93xx",
+        f"{soc!r} is not a known chip",
+        hint=f"write 'Ascend' and the chip name that npu-smi info shows: {', '.join(known.socs)}, Ascend910_93xx",
     )

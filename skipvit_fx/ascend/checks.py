@@ -1,4 +1,4 @@
-"""What each rule looks for. A check yields one sentence a place, or one for all places together."""
+"""What each rule looks for. A check yields one sentence per place, or one for all places together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skipvit_fx.ascend.patterns import Pattern, attentions, layer_norms
 
 @dataclass
 class Case:
-    """One file, one release, and what is derived from them once."""
+    """One file and one release, with what is derived from them once."""
 
     facts: ModelFacts
     knowledge: Knowledge
@@ -37,7 +37,7 @@ class Case:
 
 Check = Callable[[Case, Rule], Iterator[str]]
 CHECKS: dict[str, Check] = {}
-"""By the name that a rule's ``check`` gives."""
+"""The checks, by the name in a rule's ``check``."""
 
 _DEFAULT = ("", "ai.onnx")
 
@@ -57,7 +57,7 @@ def _name(node: onnx.NodeProto) -> str:
 @_check
 def _opset(case: Case, rule: Rule) -> Iterator[str]:
     if case.facts.opset > rule.params["max"]:
-        yield f"the model is of opset {case.facts.opset}"
+        yield f"the model has opset {case.facts.opset}"
 
 
 @_check
@@ -159,7 +159,7 @@ def _external(case: Case, rule: Rule) -> Iterator[str]:
 
 
 def _end(entries: dict[str, str]) -> int:
-    """Bytes that a file of weights must have at least for one tensor."""
+    """The least size in bytes of a file that holds this tensor's weights."""
     return int(entries.get("offset", 0)) + int(entries.get("length", 0))
 
 
@@ -218,7 +218,7 @@ def _operators(case: Case, rule: Rule) -> Iterator[str]:
     own = dict.fromkeys(n.op_type for n in case.facts.nodes if n.domain in _DEFAULT)
     by_reason: dict[str, list[str]] = {}
     for operator in own:
-        if operator == "Constant":  # the parser reads it itself
+        if operator == "Constant":  # the parser itself reads it
             continue
         support = case.knowledge.support(operator, opset, case.cann)
         if support.answer == rule.params["answer"]:
@@ -318,7 +318,7 @@ def _gather_elements(case: Case, rule: Rule) -> Iterator[str]:
 
 
 def _bytes(shape: Iterable[Any]) -> int:
-    """Of single precision numbers."""
+    """The bytes of a tensor in single precision."""
     return 4 * math.prod(int(size) for size in shape)
 
 

@@ -1,6 +1,6 @@
 """``skipvit doctor``: what is installed, what works, and what to do about the rest.
 
-Everything that could take the process down is tried in another one.
+Everything that could bring the process down is tried in a separate one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 State = Literal["ok", "missing", "broken", "info"]
 
 Run = Callable[[str, Mapping[str, str]], tuple[int, str]]
-"""Runs Python code with an environment, returns exit status and the last line of its output."""
+"""Runs Python code with an environment; returns the exit status and the last line of the output."""
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
@@ -36,11 +36,11 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at.
+    """One thing that was examined.
 
     Attributes:
         what: its name.
-        state: ``ok``, ``missing``, ``broken``, or ``info`` where none of them applies.
+        state: ``ok``, ``missing``, ``broken``, or ``info`` if none of these applies.
         detail: version, or what went wrong.
         advice: what to do; empty if nothing.
     """
@@ -52,7 +52,7 @@ class Line:
 
 
 def run_python(code: str, environment: Mapping[str, str]) -> tuple[int, str]:
-    """In a process of its own, which may crash or hang."""
+    """Run code in a separate process, which may crash or hang."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -72,10 +72,10 @@ def run_python(code: str, environment: Mapping[str, str]) -> tuple[int, str]:
 
 
 def examine(run: Run = run_python) -> list[Line]:
-    """Look at everything.
+    """Examine everything.
 
     Args:
-        run: how code is tried in another process.
+        run: runs code in a separate process.
     """
     lines = [Line("python", "ok", sys.version.split()[0])]
     lines += _torch(run)
@@ -127,9 +127,7 @@ def _accelerators(run: Run) -> list[Line]:
     )
     status, said = run(code, {AUTOLOAD: "0"})
     if status:
-        return [
-            Line("accelerators", "broken", said, "check the driver; the CPU works all the same")
-        ]
+        return [Line("accelerators", "broken", said, "check the driver; the CPU works anyway")]
     none = said.startswith("exit status")
     return [Line("accelerators", "info", "none, the CPU is used" if none else said)]
 
@@ -137,7 +135,7 @@ def _accelerators(run: Run) -> list[Line]:
 def _npu(run: Run) -> list[Line]:
     version = _version("torch-npu")
     if version is None:
-        advice = "only needed to run PyTorch on an Ascend NPU: install CANN, then torch-npu of torch's minor version"
+        advice = "only needed to run PyTorch on an Ascend NPU: install CANN, then torch-npu with torch's minor version"
         return [Line("torch-npu", "missing", "not installed", advice)]
     torch = _version("torch") or ""
     if torch.split(".")[:2] != version.split(".")[:2]:
@@ -172,7 +170,7 @@ def _cann() -> list[Line]:
 
 
 def as_text(lines: list[Line]) -> str:
-    """A table, with advice below what needs it."""
+    """A table, with advice below the lines that have some."""
     width = max(len(line.what) for line in lines)
     text = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""What follows from a file's constants and static shapes alone, and the shapes that follow from that."""
+"""Values that follow from a file's constants and static shapes alone, and the shapes that follow from these."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _FOLDED = frozenset(
         "Where",
     }
 )
-"""Operators that exporters compute shapes with."""
+"""Operators with which exporters compute shapes."""
 
 _LARGEST = 1024
-"""Elements of a shape at most; anything larger is a weight, and never looked at."""
+"""The most elements of a shape; anything larger is a weight, and is not examined."""
 
 
 def infer(model: onnx.ModelProto) -> tuple[onnx.GraphProto, dict[str, onnx.TensorProto]]:
-    """The main graph with inferred shapes, and the results that need no input to be known.
+    """The main graph with inferred shapes, and the results that do not depend on an input.
 
-    Shapes open up further shape arithmetic, which opens up further shapes, so both are done in turns.
+    Shapes make further shape arithmetic known, which makes further shapes known, so the two alternate.
     """
     found: dict[str, onnx.TensorProto] = {}
     while True:
@@ -40,7 +40,7 @@ def _inferred(model: onnx.ModelProto) -> onnx.GraphProto:
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return (
             model.graph
-        )  # too large, or of an opset that this onnx does not know: what the file says
+        )  # too large, or an opset that this onnx does not know: use the shapes in the file
 
 
 def _with_constants(model: onnx.ModelProto, found: dict[str, onnx.TensorProto]) -> onnx.ModelProto:
@@ -57,7 +57,7 @@ def _with_constants(model: onnx.ModelProto, found: dict[str, onnx.TensorProto]) 
 def _fold(
     model: onnx.ModelProto, graph: onnx.GraphProto, found: dict[str, onnx.TensorProto]
 ) -> dict[str, onnx.TensorProto]:
-    """Results that are known by now and were not yet."""
+    """Results that have newly become known."""
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in [*graph.value_info, *graph.input, *graph.output]
@@ -92,7 +92,7 @@ def _is_small(tensor: onnx.TensorProto) -> bool:
 def _evaluated(
     node: onnx.NodeProto, model: onnx.ModelProto, known: dict[str, onnx.TensorProto]
 ) -> np.ndarray | None:
-    """One node's result; ``None`` where it is large, or where the node contradicts itself."""
+    """One node's result; ``None`` if it is large, or if the node is inconsistent."""
     names = list(dict.fromkeys(name for name in node.input if name))
     graph = helper.make_graph(
         [node],

@@ -1,4 +1,4 @@
-"""What is known of ATC, read from ``atc_rules.json``: rules and the operator table."""
+"""What is known about ATC, read from ``atc_rules.json``: rules and the operator table."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LEVELS: tuple[Level, ...] = ("fail", "slow", "unknown", "note")
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that is known.
+    """One known fact.
 
     Attributes:
         id: stable name.
         level: ``fail``, ``slow``, ``unknown`` (no public fact decides it) or ``note`` (advice).
-        title, advice: what is wrong, what helps.
-        source: where it is written.
-        check: name of the function that looks for it.
+        title, advice: what is wrong, and what helps.
+        source: where it is documented.
+        check: name of the function that checks for it.
         below: the rule holds for CANN releases before this one; ``None`` for all.
-        params: of the check.
+        params: parameters of the check.
     """
 
     id: str
@@ -45,11 +45,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Support:
-    """What the table says of one operator at one opset and release.
+    """What the table says about one operator at one opset and release.
 
     Attributes:
-        answer: ``yes``, ``no``, ``none`` (no plugin anywhere), ``between`` (the nearest releases before and after take
-            it, nothing is public for this one) or ``unknown``.
+        answer: ``yes``, ``no``, ``none`` (no plugin in any release), ``between`` (the nearest releases before and after
+            accept it, nothing is public about this one) or ``unknown``.
         why: the facts, in words.
     """
 
@@ -69,7 +69,7 @@ class Knowledge:
     operators: dict[str, dict[str, Any]]
 
     def support(self, operator: str, opset: int, cann: str) -> Support:
-        """Whether release ``cann`` takes ``operator`` in a model of ``opset``, as far as it is public."""
+        """Whether release ``cann`` accepts ``operator`` in a model of ``opset``, as far as this is public."""
         entry = self.operators.get(operator)
         if entry is None:
             return Support("unknown", "not in the table")
@@ -94,7 +94,7 @@ class Knowledge:
 
 @cache
 def knowledge() -> Knowledge:
-    """The file of this package, sorted by release."""
+    """The facts in this package's file, sorted by release."""
     text = files("skipvit_fx.ascend").joinpath("atc_rules.json").read_text(encoding="utf-8")
     data = json.loads(text)
     rules = []
@@ -118,7 +118,7 @@ def release_key(release: str) -> tuple[tuple[int, ...], int, int]:
     """Orders CANN releases: 8.0.RC3 before 8.0.0, 9.2.0-beta.2 before 9.2.0.
 
     Raises:
-        ExportError: that is no release.
+        ExportError: that is not a release.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)*)(?:[.-](RC|alpha|beta)\.?(\d+(?:\.\d+)*))?", release)
     if match is None:
@@ -132,7 +132,7 @@ def release_key(release: str) -> tuple[tuple[int, ...], int, int]:
 
 
 def opsets_in(text: str) -> frozenset[int]:
-    """``"8-13"`` or ``"9,11,12"``."""
+    """The opsets in ``"8-13"`` or ``"9,11,12"``."""
     found: set[int] = set()
     for part in text.split(","):
         low, _, high = part.partition("-")

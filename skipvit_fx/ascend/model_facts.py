@@ -21,13 +21,13 @@ Shape = tuple[int | str | None, ...]
 
 @dataclass
 class ModelFacts:
-    """What rules ask of a file.
+    """What rules need to know about a file.
 
     Attributes:
-        path, size: the file and its bytes.
+        path, size: the file and its size in bytes.
         model: the message; large external weights are not loaded.
-        opset: of the default domain; 0 where there is none.
-        nodes: all nodes of the main graph and, behind them, of subgraphs.
+        opset: the opset of the default domain; 0 if there is none.
+        nodes: all nodes of the main graph, followed by those of subgraphs.
         producer, consumers: by tensor name, in the main graph.
         shapes, types: by tensor name, as far as inference knows them; types by name, such as ``FLOAT``.
         constants: initializers and Constant nodes' results.
@@ -48,12 +48,12 @@ class ModelFacts:
 
     @property
     def inputs(self) -> list[onnx.ValueInfoProto]:
-        """Graph inputs that are no initializers."""
+        """Graph inputs that are not initializers."""
         initialized = {tensor.name for tensor in self.model.graph.initializer}
         return [value for value in self.model.graph.input if value.name not in initialized]
 
     def only_consumer(self, name: str) -> onnx.NodeProto | None:
-        """The one node that reads a tensor; ``None`` if none or several do, or the graph returns it."""
+        """The only node that reads a tensor; ``None`` if none or several do, or the graph returns it."""
         readers = self.consumers[name]
         returned = any(output.name == name for output in self.model.graph.output)
         return readers[0] if len(readers) == 1 and not returned else None
@@ -67,10 +67,10 @@ class ModelFacts:
 
 
 def read_model(path: str | PathLike[str]) -> ModelFacts:
-    """Read a file, its weights aside.
+    """Read a file without its external weights.
 
     Raises:
-        ExportError: there is no such file, or it is not a whole ONNX model.
+        ExportError: there is no such file, or it is not a complete ONNX model.
     """
     file = Path(path)
     try:
@@ -87,7 +87,8 @@ def read_model(path: str | PathLike[str]) -> ModelFacts:
         ) from error
     if not model.ir_version or not model.HasField("graph"):
         raise ExportError(
-            f"{file} holds no ONNX model", hint="export it again; is it really an .onnx file?"
+            f"{file} does not hold an ONNX model",
+            hint="export it again; is it really an .onnx file?",
         )
     opset = max((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), default=0)
     facts = ModelFacts(file, size, model, opset, list(_nodes(model.graph)))
@@ -97,7 +98,7 @@ def read_model(path: str | PathLike[str]) -> ModelFacts:
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    """A node's attributes by name; strings as text."""
+    """A node's attributes by name; bytes as strings."""
     found = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in found.items()}
 

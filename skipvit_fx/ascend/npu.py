@@ -1,4 +1,4 @@
-"""Where torch-npu exists: which aten operators a rewritten model runs, and what is known of them there."""
+"""For torch-npu: which aten operators a rewritten model runs, and what is known about them there."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class NpuOperator:
 
     Attributes:
         name: such as ``topk`` or ``sort.stable``.
-        inserted: whether a module of this compiler runs it; else only the author's code does.
+        inserted: whether a module of this compiler runs it, rather than only the author's code.
         status: ``npu_kernel``, ``composite_...`` (made of others), ``cpu_fallback`` or ``unknown``.
         data_dependent: whether the shape of its result depends on data, which stops the host.
-        note: what else is known.
+        note: other known facts.
     """
 
     name: str
@@ -73,9 +73,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def npu_operators(fast: nn.Module, *args: Any, **kwargs: Any) -> list[NpuOperator]:
-    """Run a model once where it is, and look up every aten operator that it runs.
+    """Run a model once on its device, and look up every aten operator that it runs.
 
-    The decompositions are those of this machine: on an NPU, attention for one runs as one operator.
+    The decompositions are those of this machine: on an NPU, for instance, attention runs as one operator.
     """
     watch = _Watch()
 
@@ -113,10 +113,10 @@ def _look_up(name: str, inserted: bool) -> NpuOperator:
 
 
 def find_device(probe: Callable[[], bool] | None = None) -> torch.device:
-    """``npu:0`` where torch-npu and a device are there, else the CPU.
+    """``npu:0`` if torch-npu and a device are available, else the CPU.
 
     Args:
-        probe: says whether an NPU can be used; found out when left out.
+        probe: tells whether an NPU can be used; by default :func:`npu_is_available`.
     """
     return torch.device("npu:0") if (probe or npu_is_available)() else torch.device("cpu")
 
@@ -125,7 +125,12 @@ def npu_is_available() -> bool:
     """Whether torch-npu can be imported and sees a device."""
     try:
         importlib.import_module("torch_npu")
-    except (ImportError, AttributeError, RuntimeError, OSError):  # as CANN or torch lack or differ
+    except (
+        ImportError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+    ):  # CANN or torch is missing or wrong
         return False
     return bool(torch.get_device_module("npu").is_available())
 

@@ -1,4 +1,4 @@
-"""Subgraphs that ATC's fusions look for, and what keeps one from being found."""
+"""Subgraphs that ATC's fusions look for, and what prevents a match."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Pattern:
     """One place that is meant to be fused.
 
     Attributes:
-        node: name of the node that it is named after: the Softmax, or the first ReduceMean.
-        broken: why the fusion would not take it; empty if nothing is known against it.
-        rows, columns: of an attention matrix, where known.
+        node: name of its main node: the Softmax, or the first ReduceMean.
+        broken: why the fusion would not match; empty if nothing is known against it.
+        rows, columns: those of an attention matrix, if known.
         scaled: whether an attention has a Mul (or Div) between its products.
     """
 
@@ -86,7 +86,7 @@ def _reaches_matmul(facts: ModelFacts, name: str) -> bool:
 
 
 def layer_norms(facts: ModelFacts) -> list[Pattern]:
-    """Every ``x - mean(x)`` that goes on to be divided by its standard deviation."""
+    """Every ``x - mean(x)`` that is then divided by its standard deviation."""
     found = []
     for node in facts.model.graph.node:
         if node.op_type != "ReduceMean":

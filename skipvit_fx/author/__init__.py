@@ -1,1 +1,1 @@
-"""The author's code: run, asked and left as it was. What it raises, draws, caches and changes, and whose it is."""
+"""The author's code: run, questioned and left unchanged. What it raises, draws, caches and changes."""

@@ -1,4 +1,4 @@
-"""Plain attributes that a forward changes: a graph does not."""
+"""Plain attributes that a forward changes and a graph does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipvit_fx.errors import TraceError
 from skipvit_fx.torch_internals import FakeTensor, buffers_of, parameters_of, pytree
 
 CONSTANT = "_tensor_constant"
-"""What tracers call the tensors that they meet; they keep them in the root."""
+"""Prefix of the names of constants that tracers store in the root."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 _COMPARED = (bool, int, float, str)
@@ -23,14 +23,14 @@ Place = tuple[str, str]
 
 
 def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]:
-    """Replace the forward of ``root``. Calling it fills what is returned.
+    """Replace the forward of ``root``. Each call fills the returned dict.
 
     Args:
-        root: a structural clone that nobody else uses.
-        paths: of the modules to watch.
+        root: a structural clone that nothing else uses.
+        paths: paths of the modules to watch.
 
     Returns:
-        The plain attributes that the last call changed, as they are now.
+        The plain attributes that the last call changed, with their new values.
 
     Raises:
         TraceError: in the call, if it assigns another tensor to a parameter or buffer.
@@ -68,7 +68,7 @@ def _attributes(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place,
 
 
 def _leaves(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
-    """The attributes in parts, so that a list that grows has changed."""
+    """The attributes as leaves, so that a list that grows counts as changed."""
     for place, value in _attributes(root, paths):
         yield place, pytree.tree_flatten(value)
 
@@ -97,17 +97,17 @@ def kept_of_a_call(changes: Mapping[Place, Any]) -> list[Place]:
 
 
 def warn_of_kept(places: list[Place]) -> None:
-    """Say that modules keep tensors of every call."""
+    """Warn that modules keep tensors of every call."""
     if places:
         warnings.warn(
-            f"the model keeps {_spelled(places)} of every call; the rewritten model does not, while it skips",
+            f"the model keeps {_spelled(places)} of every call; the rewritten model does not while it skips",
             stacklevel=2,
         )
 
 
 def _is_activation(leaf: Any) -> bool:
     if not isinstance(leaf, fx.Proxy) or leaf.node.op == "get_attr":
-        return False  # torch.export warns of what it sees itself
+        return False  # torch.export issues its own warnings
     tracer: Any = leaf.tracer
     return isinstance(tracer.example(leaf.node), FakeTensor)
 

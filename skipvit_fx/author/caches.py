@@ -21,9 +21,9 @@ _SPARED = frozenset({"torch", "sympy"}) | sys.stdlib_module_names
 
 
 class _Imported:
-    """The caching functions that there were when modules were last imported.
+    """The caching functions that existed when modules were last imported.
 
-    To look at everything that there is takes a tenth of a rewrite or more, so it is done once an import.
+    Searching all objects takes a tenth of a rewrite or more, so it is done once per import.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ _imported = _Imported()
 
 
 def caches_of(model: nn.Module) -> list[Cached]:
-    """Those of all imported modules, and whatever was made since in reach of the model's classes and attributes."""
+    """Those of all imported modules, and those made since then in reach of the model's classes and attributes."""
     known = {id(cache): cache for cache in (*_imported, *_in_reach(model))}
     return [
         cache
@@ -54,7 +54,7 @@ def caches_of(model: nn.Module) -> list[Cached]:
 
 
 def _in_reach(model: nn.Module) -> Iterator[Cached]:
-    """What is in attributes of modules, however nested, and what methods of their classes see around them."""
+    """Caches in attributes of modules, however nested, and in the namespaces that methods of their classes see."""
     names: dict[int, dict[str, Any]] = {}
     for module in model.modules():
         for value in vars(module).values():

@@ -1,4 +1,4 @@
-"""Whose fault is an exception? The one place where it is decided that an author's code failed, and not ours."""
+"""Decides whether an exception is the fault of the author's code or of this package. Nothing else decides this."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HANDED_ON = frozenset(
         "stand_in",
     }
 )
-"""Methods that torch calls in the middle of an author's code, and that call torch again on its behalf."""
+"""Methods that torch calls in the middle of the author's code, and that call torch again on its behalf."""
 
 _LIBRARIES = frozenset({"torch", "sympy", *sys.stdlib_module_names}) - {"__main__"}
 
@@ -33,16 +33,16 @@ _NEVER_REFUSED = (SkipViTError, MemoryError, torch.OutOfMemoryError)
 
 
 class AuthorError(TraceError):
-    """What a model's own code raised while it was looked at. Its cause is the exception itself."""
+    """The model's own code raised while it was examined. ``__cause__`` is the exception itself."""
 
 
 class author_code(contextlib.ContextDecorator):  # noqa: N801 - used like a function
-    """Around one call of the model's own code, or of an operator that it called: nothing else belongs in the block.
+    """Wraps one call of the model's own code, or of an operator that it called; nothing else belongs in the block.
 
-    Exceptions of this package itself, and whatever is no ordinary exception, pass as they are: they are crashes.
+    Exceptions of this package, and those that are not an :class:`Exception`, pass unchanged: they are crashes.
 
     Raises:
-        AuthorError: the author's code raised, or torch when the author's code called it; names exception, file, line.
+        AuthorError: the author's code raised, or torch did when that code called it; names exception, file and line.
     """
 
     def __enter__(self) -> None:
@@ -69,7 +69,7 @@ class _Place(NamedTuple):
     """A line that was running when an exception was raised.
 
     Attributes:
-        owner: ``"author"``, ``"module"`` for a module of torch's classes in his model, ``"us"``, or empty.
+        owner: ``"author"``, ``"module"`` for a module of one of torch's classes in the model, ``"us"``, or empty.
     """
 
     owner: str
@@ -88,7 +88,7 @@ def _places(traceback: TracebackType | None) -> Iterator[_Place]:
 
 
 def is_authors(frame: FrameType) -> bool:
-    """Whether code of a model's author runs in ``frame``, and not of this package, of torch or of Python."""
+    """Whether ``frame`` runs the author's code, rather than that of this package, of torch or of Python."""
     return _owner(frame) == "author"
 
 
@@ -102,7 +102,7 @@ def _owner(frame: FrameType) -> str:
 
 
 def _ours(places: list[_Place]) -> bool:
-    """Whether we raised it, or called what did; the block itself is the author's call."""
+    """Whether this package raised, or called what raised; the block itself counts as the author's call."""
     if places and places[-1].owner == "us":
         return True
     owners = [

@@ -1,4 +1,4 @@
-"""Random numbers that a forward draws in its Python code: refused, or drawn apart from everybody else's."""
+"""Random numbers that a forward draws in its Python code: refused, or drawn from generators of their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from skipvit_fx.torch_internals import TorchDispatchMode, pytree
 
 
 def lost(what: str) -> TraceError:
-    """For what a forward does besides computing values."""
+    """The error for a side effect of a forward."""
     return TraceError(
         f"the model {what} around attention, which a graph does not show",
         hint="move it into a module that runs no attention; such modules stay as they are",
@@ -39,7 +39,7 @@ def _refuse(library: str) -> Callable[..., NoReturn]:
 
 
 def draws() -> dict[Place, Any]:
-    """Functions that use or set a global generator: refused in a forward that is followed, harmless elsewhere."""
+    """Functions that use or set a global generator: refused in a forward that is followed, made harmless elsewhere."""
     return _torch_seeds() | _python_functions() | _numpy_functions()
 
 
@@ -55,7 +55,7 @@ def _torch_seeds() -> dict[Place, Any]:
 
 
 def _python_functions() -> dict[Place, Any]:
-    """The functions of ``random``, and what they are made of, which an author's own generators draw with, too."""
+    """The functions of ``random``, and the methods beneath them, with which an author's generators draw, too."""
     shared: Any = random.random.__self__  # type: ignore[attr-defined]
 
     def method(name: str) -> Callable[..., Any]:
@@ -121,7 +121,7 @@ def _numpy_functions() -> dict[Place, Any]:
 
 
 class RefuseDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Random operators of torch in a forward that is followed, as far as they do not become nodes."""
+    """Refuses torch's random operators in a forward that is followed, unless they become nodes."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -133,12 +133,12 @@ class RefuseDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextlib.contextmanager
 def generators_kept() -> Iterator[list[str]]:
-    """Undo what was drawn past all replacements, through a function that somebody had kept: seen by the states.
+    """Undo draws that bypassed all replacements, through a function kept elsewhere; the generator states show them.
 
-    Only where there is no other thread, which could have drawn as well.
+    This is done only without other threads, which could have drawn as well.
 
     Yields:
-        On leaving, the libraries whose generators were not as before.
+        A list that on leaving holds the libraries whose generators had changed.
     """
     before = _generators() if threading.active_count() == 1 else {}
     drawn: list[str] = []
@@ -154,7 +154,7 @@ def generators_kept() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def nothing_drawn() -> Iterator[None]:
-    """The same around a forward that is followed.
+    """The same for a forward that is followed.
 
     Raises:
         TraceError: something was drawn.
@@ -166,7 +166,7 @@ def nothing_drawn() -> Iterator[None]:
 
 
 def _generators() -> dict[str, Any]:
-    """States of the global ones by library, but for those of accelerators, where tracing computes nothing."""
+    """States of the global generators by library, except for accelerators, where tracing computes nothing."""
     states: dict[str, Any] = {"random": random.getstate(), "torch": torch.get_rng_state()}
     numpy: Any = sys.modules.get("numpy.random")
     return states if numpy is None else states | {"numpy.random": numpy.get_state()}

@@ -1,4 +1,4 @@
-"""Torch's global random generators while a model runs for real: the same numbers in every run, and no trace left."""
+"""Torch's global random generators while a model really runs: the same numbers in every run, and no trace left."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from skipvit_fx.torch_internals import TorchDispatchMode, schema_arguments
 
 
 class GeneratorStates:
-    """The states of torch's global generators, on the CPU and on ``devices``, as they are now.
+    """The current states of torch's global generators, on the CPU and on ``devices``.
 
-    They belong to all threads. So they are only set where there is no other one, or where this one drew.
+    They are shared by all threads, so they are set only if there is no other thread, or if this one drew.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -30,7 +30,7 @@ class GeneratorStates:
         return [owner.get_rng_state(*where) for owner, where in self._owners]
 
     def restore(self) -> None:
-        """Set the generators to these states; those of Python and numpy are this thread's own meanwhile."""
+        """Set the generators to these states, and reset this thread's generators of Python and numpy."""
         here.python, here.numpy = random.Random(0), None
         if not self.drew and (threading.active_count() > 1 or self.are_unchanged()):
             return
@@ -39,12 +39,12 @@ class GeneratorStates:
                 owner.set_rng_state(state, *where)
 
     def are_unchanged(self) -> bool:
-        """Whether nothing was drawn since."""
+        """Whether nothing has been drawn since."""
         return all(map(torch.equal, self._states, self._now()))
 
 
 def _owner(device: torch.device) -> tuple[Any, tuple[Any, ...]]:
-    """What has the generator of a device, and how it is told which device."""
+    """The module that has the generator of a device, and the arguments that name the device."""
     if device.type == "cpu":
         return torch, ()
     return torch.get_device_module(device), () if device.type == "mps" else (device,)
@@ -52,9 +52,10 @@ def _owner(device: torch.device) -> tuple[Any, tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def generators_kept(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
-    """Whatever this thread draws within, the generators are afterwards as they were before; these states are yielded.
+    """Restore the generators on leaving, whatever this thread draws within; yields the states.
 
-    To be entered while Python's and numpy's functions are replaced: :func:`skipvit_fx.author.side_effects.contained`.
+    It must be entered while Python's and numpy's functions are replaced:
+    :func:`skipvit_fx.author.side_effects.contained`.
     """
     states = GeneratorStates(devices)
     alone = threading.active_count() == 1
@@ -66,7 +67,7 @@ def generators_kept(devices: Iterable[torch.device]) -> Iterator[GeneratorStates
 
 
 class _NoteDraws(TorchDispatchMode):
-    """Which thread draws does not show in a generator's state, but in the operators that run in this one."""
+    """Notes draws of this thread by its operators, as a generator's state does not show which thread drew."""
 
     def __init__(self, states: GeneratorStates) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -15,7 +15,7 @@ _DEEPEST = 6
 
 
 def nested(thing: Any, depth: int = 0) -> Iterator[Any]:
-    """The thing, and what it holds: elements, keys and values of containers, attributes of plain objects."""
+    """The thing and what it holds: elements, keys and values of containers, attributes of plain objects."""
     yield thing
     if depth > _DEEPEST:
         return
@@ -27,7 +27,7 @@ def nested(thing: Any, depth: int = 0) -> Iterator[Any]:
 
 
 def holds(thing: Any) -> Any:
-    """The container that a thing is, or in which it has its attributes; an empty one if it is taken as a whole."""
+    """The container that a thing is, or that holds its attributes; an empty one if it is taken as a whole."""
     if issubclass(type(thing), _WHOLE):
         return ()
     if isinstance(thing, (dict, *_SEQUENCES)):
@@ -36,7 +36,7 @@ def holds(thing: Any) -> Any:
 
 
 def functions_in(thing: Any) -> Iterator[FunctionType]:
-    """A function, or that of a property, and all that it wraps; of anything else none."""
+    """A function, or that of a property, and all that it wraps; nothing for anything else."""
     inner = thing.fget if isinstance(thing, property) else thing
     while isinstance(inner, FunctionType):
         yield inner

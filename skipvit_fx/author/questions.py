@@ -1,4 +1,4 @@
-"""What an author's code asks while its forward is followed, other than by computing: who asks, and what to answer."""
+"""What the author's code asks of tensors and torch while its forward is followed: who asks, and what to answer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from skipvit_fx.ops.guard import kind_of
 from skipvit_fx.torch_internals import FakeTensor, FunctionalTensor
 
 _LONGEST = 80
-"""Characters of a line of source in a message."""
+"""The most characters of a source line in a message."""
 
 OF_GRADIENTS = frozenset({"grad", "grad_fn", "is_inference", "is_leaf", "requires_grad"})
-"""Attributes and methods of a tensor that tell whether a call is recorded for gradients: not the same in all."""
+"""Attributes and methods of a tensor that tell whether a call records gradients, which differs between calls."""
 
 
 def not_known_before_training(asked: str | None) -> TraceError:
-    """For an author's code that asks for one of :data:`OF_GRADIENTS`."""
+    """The error for code that asks for one of :data:`OF_GRADIENTS`."""
     return TraceError(
         f"the model's Python code asks for {asked!r} of a tensor, which is not known before training",
         hint="move the branch into a module that runs no attention",
@@ -42,7 +42,7 @@ def not_known_before_training(asked: str | None) -> TraceError:
 
 
 def author_frame() -> FrameType:
-    """The innermost frame that runs neither torch's code nor ours."""
+    """The innermost frame that runs neither torch's code nor this package's."""
     frame = sys._getframe(1)
     while _of_a_library(frame) and frame.f_back is not None:
         frame = frame.f_back
@@ -50,7 +50,7 @@ def author_frame() -> FrameType:
 
 
 def asked_by_a_library(frame: FrameType, *, but: tuple[str, ...] = ()) -> bool:
-    """Whether a frame runs torch's code, or ours, except for some modules."""
+    """Whether a frame runs torch's code or this package's, except for the modules ``but``."""
     return _of_a_library(frame) and frame.f_globals["__name__"] not in but
 
 
@@ -59,7 +59,7 @@ def _of_a_library(frame: FrameType) -> bool:
 
 
 def place_of(frame: FrameType) -> str:
-    """The line that a frame is at, for a person. No number, which other versions of a file would not share."""
+    """The line that a frame is at, in words. It has no line number, which differs between versions of a file."""
     return spelled_place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
 
 
@@ -70,7 +70,7 @@ def spelled_place(file: str, line: int, function: str) -> str:
 
 
 def compares_identity(frame: FrameType) -> bool:
-    """Whether the function of a frame asks ``a is b``, of anything but None: a proxy cannot answer that."""
+    """Whether the function of a frame asks ``a is b`` for anything but None: a proxy cannot answer that."""
     return any(
         step.opname == "IS_OP" and not (before.opname == "LOAD_CONST" and before.argval is None)
         for before, step in pairwise(dis.get_instructions(frame.f_code))
@@ -82,7 +82,7 @@ _COMPARISONS = ("COMPARE_OP", "CONTAINS_OP", "IS_OP")
 
 
 def compares_class(code: CodeType) -> bool:
-    """Whether a function compares ``x.__class__``, of anything but ``self``: a fake tensor tells its own."""
+    """Whether a function compares ``x.__class__`` for anything but ``self``: a fake tensor returns its own class."""
     steps = list(dis.get_instructions(code))
     return any(
         step.argval == "__class__"
@@ -98,9 +98,9 @@ _ASKING = ("isinstance", "getattr", "__instancecheck__")
 
 @functools.lru_cache(maxsize=4096)
 def asks_class(code: CodeType, at: int) -> bool:
-    """Whether Python asks for a class in the instruction at this offset. Else C++ does, and unpacks what is one of its.
+    """Whether Python asks for a class in the instruction at this offset. Otherwise C++ does, and unpacks tensors.
 
-    ``torch.pow(x, 2)`` asks whether ``x`` is a tensor, too: of no dimension, which would do for a number.
+    For instance, ``torch.pow(x, 2)`` asks whether ``x`` is a zero-dimensional tensor, which could pass as a number.
     """
     steps = list(dis.get_instructions(code))
     now = next(i for i, step in enumerate(steps) if step.offset == at)
@@ -111,7 +111,7 @@ def asks_class(code: CodeType, at: int) -> bool:
 
 
 def _called(steps: list[dis.Instruction], call: int) -> str:
-    """The name of the function that an instruction calls, which begins where the whole call does; empty if unknown."""
+    """The name of the function that an instruction calls, which begins where the call begins; empty if unknown."""
     whole = steps[call].positions
     if whole is None or whole.lineno is None:
         return ""
@@ -127,7 +127,7 @@ def _called(steps: list[dis.Instruction], call: int) -> str:
 
 
 class _Followed(type):
-    """Lets :class:`followed_type` stand for ``type`` wherever that is named."""
+    """Lets :class:`followed_type` stand in for ``type`` wherever it is named."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
@@ -155,21 +155,21 @@ class _Followed(type):
 
 
 class followed_type(builtins.type, metaclass=_Followed):  # noqa: N801 - it is ``type``
-    """``type``, which answers for what stands in for a tensor as for the tensor itself."""
+    """``type``, except that a stand-in for a tensor gets the answer for the tensor itself."""
 
 
 _NUMBERS: dict[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 def followed_isinstance(thing: object, kinds: Any) -> bool:
-    """``isinstance``, which answers for a symbolic size as for a number."""
+    """``isinstance``, except that a symbolic size counts as a number."""
     if type(thing) in _NUMBERS and issubclass(_NUMBERS[type(thing)], kinds):
         return True
     return isinstance(thing, kinds)
 
 
 TYPE_QUESTIONS: dict[str, Any] = {"isinstance": followed_isinstance, "type": followed_type}
-"""What stands for a builtin of this name in the author's code."""
+"""The stand-in for the builtin of this name in the author's code."""
 
 # -- modes of torch ---------------------------------------------------------------------------------------------------
 
@@ -186,10 +186,10 @@ _MODES = (
 
 @dataclass
 class Recorded:
-    """Whether a call is recorded for gradients: what the author's code is told while it is followed.
+    """Whether a call records gradients: what the author's code is told while it is followed.
 
     Attributes:
-        told: what.
+        told: the answer.
         asked: the modes, train (true) and eval (false), in which it asked.
     """
 
@@ -197,7 +197,7 @@ class Recorded:
     asked: set[bool] = field(default_factory=set)
 
     def is_so(self, *, training: bool) -> bool:
-        """Whether a call now would be told the same."""
+        """Whether a call made now would get the same answer."""
         return training not in self.asked or torch.is_grad_enabled() == self.told
 
 
@@ -216,7 +216,7 @@ def _answered(function: Callable[..., Any]) -> Callable[..., Any]:
                 recorded.asked.add(training)
                 return function() and recorded.told
             raise TraceError(
-                f"the model asks torch.{function.__name__}() around attention, in {place_of(frame)}; the answer may "
+                f"the model calls torch.{function.__name__}() around attention, in {place_of(frame)}; the answer may "
                 "change from call to call",
                 hint="move the branch into a module that runs no attention; such modules stay as they are",
             )
@@ -228,19 +228,19 @@ def _answered(function: Callable[..., Any]) -> Callable[..., Any]:
 STAND_INS: dict[Any, Callable[..., Any]] = {
     getattr(torch, name): _answered(getattr(torch, name)) for name in _MODES if hasattr(torch, name)
 }
-"""What stands for a function of torch, under whatever name the author's code has it."""
+"""The stand-in for a function of torch, under any name in the author's code."""
 
 
 @contextlib.contextmanager
 def modes_asked(recorded: Recorded, *, training: bool) -> Iterator[None]:
-    """While an author's code is followed that may ask in which mode of torch it runs: a graph runs in any.
+    """A context in which the author's code is followed and may ask for torch's modes: a graph runs in any of them.
 
     Args:
-        recorded: the answer where it asks for gradients, and a note that it did.
+        recorded: the answer if it asks about gradients; it notes that it was asked.
         training: whether it is followed in train mode.
 
     Raises:
-        TraceError: it asks for another mode, and not in :func:`modes_allowed`.
+        TraceError: it asks for another mode outside :func:`modes_allowed`.
     """
     asked = {(torch, function.__name__): ask for function, ask in STAND_INS.items()}
     token = _followed.set((recorded, training))
@@ -253,7 +253,7 @@ def modes_asked(recorded: Recorded, *, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def modes_allowed() -> Iterator[None]:
-    """While a module that stays as it is runs."""
+    """A context for running a module that stays as it is."""
     token = _followed.set(None)
     try:
         yield

@@ -1,11 +1,11 @@
-"""What looking at a model changes for the whole process: in one place, one thread at a time, and seen by that alone.
+"""All process-wide changes made while a model is examined: one thread at a time, visible to that thread only.
 
-In a forward that is followed, what a graph would lose is refused. Modules that stay as they are may do all of it, and
-then run on fake tensors. In other threads every function is what it was.
+In a forward that is followed, side effects that a graph would lose are refused. Modules that stay as they are may have
+them, and then run on fake tensors. In other threads every function is unchanged.
 
-``torch.fx`` and ``torch.export`` make changes as well. What the former replaces is kept from other threads, too. Of the
-latter, that it compiles is kept from them, and kernels of backends are not switched off, which none of the operators in
-its graph would have asked for. Only ``max``, ``min`` and ``math.pow`` become functions that do the same to numbers.
+``torch.fx`` and ``torch.export`` make changes as well. Replacements by the former are hidden from other threads, too.
+For the latter, other threads do not see that it is compiling, and it does not switch off backend kernels, which no
+operator in its graph would use. Only ``max``, ``min`` and ``math.pow`` become functions that do the same to numbers.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ FACTORIES = (
     "tensor",
     "zeros",
 )
-"""Functions of sizes and dtypes: torch does not dispatch them on proxies, so they are recorded by hand."""
+"""Functions of sizes and dtypes: torch does not dispatch them on proxies, so they are recorded explicitly."""
 
 
 @contextlib.contextmanager
 def contained(model: nn.Module) -> Iterator[None]:
-    """While copies of ``model`` run on fake tensors in this thread. May be entered again inside.
+    """A context in which copies of ``model`` run on fake tensors in this thread. It is reentrant.
 
     Global random generators are neither used nor set, and ``nn.MultiheadAttention`` does not run its inference kernel,
     which hides the attention in one operator.
@@ -67,7 +67,7 @@ def contained(model: nn.Module) -> Iterator[None]:
             yield
         return
     with (
-        LOCK,  # first: the originals are those that no other thread has replaced
+        LOCK,  # first: the originals must not be another thread's replacements
         replaced(_replacements(model)),
         generators_kept(),
         _no_autocast_cache(),
@@ -79,16 +79,16 @@ def contained(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def followed(*, exporting: bool) -> Iterator[Checkpoints]:
-    """While a forward is followed, within :func:`contained`.
+    """A context in which a forward is followed, within :func:`contained`.
 
     Args:
-        exporting: by ``torch.export``, in whose graphs random operators and autocast show.
+        exporting: whether ``torch.export`` follows it; its graphs show random operators and autocast.
 
     Yields:
-        What is not refused: the checkpoints that it makes.
+        The checkpoints that it makes, which are not refused.
 
     Raises:
-        TraceError: it draws random numbers in Python, which the graph would repeat for ever, or changes gradients.
+        TraceError: it draws random numbers in Python, which the graph would repeat forever, or changes gradients.
     """
     here.checkpoints, here.exporting = Checkpoints(), exporting
     aside = replaced(_exporting()) if exporting else RefuseDraws()  # type: ignore[no-untyped-call]
@@ -98,20 +98,20 @@ def followed(*, exporting: bool) -> Iterator[Checkpoints]:
 
 @contextlib.contextmanager
 def stays_as_it_is() -> Iterator[None]:
-    """While a module runs that does, amid a forward that is followed."""
+    """A context for a module that stays as it is, within a forward that is followed."""
     with during("stay"):
         yield
 
 
 @contextlib.contextmanager
 def slow_attention() -> Iterator[None]:
-    """Keep ``nn.MultiheadAttention`` from its inference kernel in this thread, while it computes."""
+    """Keep ``nn.MultiheadAttention`` from using its inference kernel in this thread."""
     with LOCK, replaced(_fast_path()), during(here.phase or "stay"):
         yield
 
 
 def lost_context(context: str) -> TraceError:
-    """For a forward that works under ``context``."""
+    """The error for a forward that works under ``context``."""
     return TraceError(
         f"the model runs attention, or what leads to it, under {context}, which a graph does not show",
         hint="move what runs under it into a module that runs no attention",
@@ -119,7 +119,7 @@ def lost_context(context: str) -> TraceError:
 
 
 def _replacements(model: nn.Module) -> dict[Place, Any]:
-    """All of it but what ``torch.export`` needs. The originals are those of now."""
+    """All replacements except those for ``torch.export``. The originals are the current functions."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     written_in = sorted({kind.__module__ for kind in kinds})
     functions = _factories() | draws()
@@ -140,7 +140,7 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
 
 
 def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[Place, Any]:
-    """The same functions where authors wrote ``from random import random``; and ``act = Act.apply``."""
+    """The same functions where the author's code has ``from random import random``, and ``act = Act.apply``."""
     known = {
         id(vars(owner)[name]): function
         for (owner, name), function in functions.items()
@@ -162,7 +162,7 @@ def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[P
 
 
 def _factories() -> dict[Place, Any]:
-    """They become a node where they are called with proxies."""
+    """Factories that become a node if they are called with proxies."""
 
     def record(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for leaf in pytree.tree_leaves((args, kwargs)):
@@ -178,7 +178,7 @@ def _factories() -> dict[Place, Any]:
 
 
 def _lengths(written_in: list[str]) -> dict[Place, Any]:
-    """``len(x)`` in an author's code: Python wants a number, but of a tensor it may be the batch size."""
+    """``len(x)`` in the author's code: Python needs a number, but for a tensor it may be the batch size."""
 
     def length(thing: Any) -> Any:
         if isinstance(thing, Tensor):
@@ -195,12 +195,12 @@ def _lengths(written_in: list[str]) -> dict[Place, Any]:
     return {
         (module, "len"): only_here(builtins.len, length)
         for module in modules
-        if "len" not in vars(module)  # nor a function of the author's
+        if "len" not in vars(module)  # nor a function of that name
     }
 
 
 def _dtype_of_mask(tensor: Any) -> Any:
-    """What ``torch.nn.MultiheadAttention`` asks of its masks, also where they are proxies."""
+    """The dtype that ``torch.nn.MultiheadAttention`` asks of its masks, even if they are proxies."""
     return None if tensor is None else tensor.dtype
 
 
@@ -220,7 +220,8 @@ def _autocast(enter: Callable[..., Any]) -> Any:
 def _no_autocast_cache() -> Iterator[None]:
     """All threads share the cache of parameters in another dtype; it must not give them fake ones.
 
-    Whether it is used is of each thread; that the outermost autocast of a thread empties it for all is prevented, too.
+    Whether it is used is a per-thread setting; the outermost autocast of a thread is also kept from clearing it for
+    all.
     """
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
@@ -261,7 +262,7 @@ def _gradients() -> dict[Place, Any]:
 
 
 def _apply(function: type, *args: Any) -> Any:
-    """What a forward that is followed gets for ``function.apply(*args)``."""
+    """The result of ``function.apply(*args)`` in a forward that is followed."""
     if function is not CheckpointFunction:
         raise lost("calls a torch.autograd.Function")
     run, _, *arguments = args
@@ -290,7 +291,7 @@ def _fast_path() -> dict[Place, Any]:
 
 
 def _quiet() -> dict[Place, Any]:
-    """Torch logs what it stumbles over, also where the author's code knows how to go on; errors say it themselves."""
+    """Suppress torch's warnings in the log: the author's code may handle the problem, and errors report it anyway."""
     call_handlers = logging.Logger.callHandlers
 
     def quiet(logger: logging.Logger, record: logging.LogRecord) -> None:
@@ -301,7 +302,7 @@ def _quiet() -> dict[Place, Any]:
 
 
 def _exporting() -> dict[Place, Any]:
-    """What ``torch.export`` says of the whole process holds for this thread only, and it turns off no kernels."""
+    """Limit what ``torch.export`` sets for the whole process to this thread, and keep it from turning off kernels."""
 
     def told(original: Callable[[], bool]) -> Callable[[], bool]:
         before = original()
@@ -316,12 +317,12 @@ def _exporting() -> dict[Place, Any]:
 
 
 def _no_flags(*flags: Any, **more: Any) -> tuple[()]:
-    """Sets nothing; and so what is returned, the former flags, sets nothing when it is passed."""
+    """Set nothing. The returned former flags are empty, so passing them back sets nothing either."""
     return ()
 
 
 class _Patcher(symbolic_trace_module._Patcher):
-    """What ``torch.fx`` puts in the place of ``nn.Module.__call__`` and others while it traces."""
+    """Applies the replacements that ``torch.fx`` makes while it traces, such as ``nn.Module.__call__``."""
 
     def patch(
         self, frame_dict: dict[str, Any], name: str, new_fn: Any, deduplicate: bool = True

@@ -1,4 +1,4 @@
-"""What the code of a model reaches outside the model while it is followed: left as it was."""
+"""What a model's code reaches outside the model while it is followed, and how it is restored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FUNCTIONS = (FunctionType, type(len))
 
 
 class _Kept(NamedTuple):
-    """A thing that can change, and what it held."""
+    """A mutable object, and what it held."""
 
     thing: Any
     content: Any
@@ -49,10 +49,10 @@ class _Kept(NamedTuple):
 
 
 class Surroundings:
-    """The global names that the code of a model sees, and the containers that it can reach, as they were at first.
+    """The global names that a model's code sees and the containers that it can reach, as they were at first.
 
-    A function of the author's that keeps a table in a global dict, in a class or in a default argument would keep one
-    that tracing made, and hand it to the author's own model later.
+    An author's function that keeps a table in a global dict, in a class or in a default argument would keep one that
+    tracing made, and return it to the author's model later.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Surroundings:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Leave everything behind as it was."""
+        """Restore everything on leaving."""
         try:
             yield
         finally:
@@ -86,31 +86,31 @@ class Surroundings:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While an author's code runs: note what it can reach before it does, and answer what it asks of types."""
+        """While the author's code runs, note what it can reach before it does, and answer its questions about types."""
         before: Any = sys.getprofile()
         sys.setprofile(self._enter)
         try:
             yield
         finally:
-            if isinstance(before, cProfile.Profile):  # cannot be called, as other profilers are
+            if isinstance(before, cProfile.Profile):  # cannot be called, unlike other profilers
                 before.enable()
             else:
                 sys.setprofile(before)
 
     def refuse_unanswered(self) -> None:
-        """Check what the author's code asked.
+        """Check the questions that the author's code asked.
 
         Raises:
-            TraceError: something that only a real tensor could answer.
+            TraceError: only a real tensor could answer one of them.
         """
         if self._of_class:
             raise TraceError(
-                f"{self._of_class[0]} compares the __class__ of a value, which only a real tensor could tell",
+                f"{self._of_class[0]} compares the __class__ of a value, which only a real tensor can answer",
                 hint="write isinstance(x, torch.Tensor), or type(x) is torch.Tensor",
             )
 
     def restore(self) -> None:
-        """Put everything back, if anything caught what tracing made."""
+        """Restore everything if anything holds values that tracing made."""
         changed = [kept for kept in self._kept.values() if kept.changed()]
         rebound = [
             (names, name, value, now)
@@ -130,11 +130,13 @@ class Surroundings:
     def _enter(self, frame: FrameType, event: str, _: Any) -> None:
         if event != "call" or (module := str(frame.f_globals.get("__name__"))) in self._spared:
             return
-        if _is_spared(module):  # asked once: this runs at every call of a function
+        if _is_spared(module):  # asked once: this runs at every function call
             self._spared.add(module)
             return
         values = list(frame.f_locals.values())
-        if frame.f_code.co_name == "__init__" and values:  # empty yet, and not to be emptied later
+        if (
+            frame.f_code.co_name == "__init__" and values
+        ):  # still empty, and must not be emptied later
             self._made.setdefault(id(values[0]), values[0])
         if frame.f_code not in self._seen:
             self._seen.add(frame.f_code)
@@ -146,7 +148,7 @@ class Surroundings:
         self._look_into(values)
 
     def _globals(self, code: CodeType, names: dict[str, Any]) -> list[Any]:
-        """Keep what the names in a piece of code stand for, and return it."""
+        """Record what the names in a code object stand for, and return it."""
         found: list[Any] = []
         scopes = [names]
         for name in code.co_names:
@@ -162,7 +164,7 @@ class Surroundings:
         return found
 
     def _answer(self, names: dict[str, Any]) -> None:
-        """Let code with these global names ask what something is, and get the answer for what it stands for."""
+        """Let code with these global names ask about types, and get the answer for what a value stands for."""
         stand_ins = {k: v for k, v in TYPE_QUESTIONS.items() if k not in names}
         for name, value in names.items():
             if isinstance(value, _FUNCTIONS) and value in STAND_INS:
@@ -179,7 +181,7 @@ class Surroundings:
                 waiting += self._parts(thing)
 
     def _parts(self, thing: Any) -> Iterable[Any]:
-        """Keep a thing, and return what it holds."""
+        """Record an object, and return what it holds."""
         kind = type(thing)
         if issubclass(kind, nn.Module):
             return kind.__mro__
@@ -215,7 +217,7 @@ def _is_spared(module: Any) -> bool:
 
 
 def _cells(code: CodeType) -> list[CellType]:
-    """The variables of enclosing functions that a piece of code assigns to."""
+    """The variables of enclosing functions that a code object assigns to."""
     assigned = {
         step.argval for step in dis.get_instructions(code) if step.opname == "STORE_DEREF"
     } & set(code.co_freevars)
@@ -277,5 +279,5 @@ def _put_cell(cell: CellType, content: list[Any]) -> None:
 
 
 def holds_traced(thing: Any) -> bool:
-    """Whether something that tracing made is in there, however nested."""
+    """Whether it holds something that tracing made, however nested."""
     return any(issubclass(type(part), _TRACED) for part in nested(thing))

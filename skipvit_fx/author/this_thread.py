@@ -1,4 +1,4 @@
-"""Functions of the whole process that are another one in a single thread, for a while."""
+"""Process-wide functions that are replaced in a single thread, for a while."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 Phase = Literal["", "stay", "followed"]
 
 LOCK = threading.RLock()
-"""Held by the thread that has something replaced."""
+"""Held by the thread that has replaced something."""
 
 Place = tuple[Any, str]
 """A module or class, and the name of what is replaced in it."""
@@ -23,11 +23,11 @@ _ABSENT = object()
 
 @dataclass
 class Checkpoints:
-    """Where a forward that is followed recomputes its activations.
+    """The checkpoints with which a followed forward recomputes activations.
 
     Attributes:
-        count: how many calls of ``torch.utils.checkpoint`` there were so far.
-        current: number of the outermost that runs, or None.
+        count: the number of calls of ``torch.utils.checkpoint`` so far.
+        current: the number of the outermost running one, or None.
     """
 
     count: int = 0
@@ -47,13 +47,13 @@ class Checkpoints:
 
 
 class _Here(threading.local):
-    """What this thread does.
+    """What this thread is doing.
 
     Attributes:
-        phase: a forward is ``"followed"``, or modules run that ``"stay"`` as they are; empty if it captures nothing.
-        exporting: whether the forward is followed by ``torch.export``.
-        checkpoints: of the forward that is followed.
-        python, numpy: what random numbers are drawn from instead of the global generators.
+        phase: ``"followed"`` for a forward that is traced, ``"stay"`` for modules that stay as they are, else empty.
+        exporting: whether ``torch.export`` follows the forward.
+        checkpoints: those of the forward that is followed.
+        python, numpy: generators used instead of the global ones.
     """
 
     phase: Phase = ""
@@ -71,7 +71,7 @@ def only_here(
     followed: Callable[..., Any] | None = None,
     stay: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """``original``, but where this thread is in the phase of that name ``followed`` and ``stay``, if there are any."""
+    """``original``, replaced by ``followed`` or ``stay``, if given, while this thread is in the phase of that name."""
 
     @functools.wraps(original, updated=())
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def only_here(
 
 @contextlib.contextmanager
 def during(phase: Phase) -> Iterator[None]:
-    """Let this thread be in another phase."""
+    """Put this thread into another phase."""
     before = here.phase
     here.phase = phase
     try:
@@ -94,7 +94,7 @@ def during(phase: Phase) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(replacements: dict[Place, Any]) -> Iterator[None]:
-    """Put functions of :func:`only_here` in their places, and take them away again."""
+    """Put functions of :func:`only_here` in their places, and remove them again."""
     before = {place: vars(place[0]).get(place[1], _ABSENT) for place in replacements}
     try:
         for (owner, name), function in replacements.items():
@@ -103,7 +103,7 @@ def replaced(replacements: dict[Place, Any]) -> Iterator[None]:
     finally:
         for (owner, name), original in before.items():
             if vars(owner).get(name) is not replacements[owner, name]:
-                continue  # somebody else has put something there meanwhile
+                continue  # something else was put there meanwhile
             if original is _ABSENT:
                 delattr(owner, name)
             else:

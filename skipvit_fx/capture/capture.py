@@ -47,13 +47,13 @@ class Capture:
     """A captured model.
 
     Attributes:
-        module: the graph, in possession of a structural clone of the model.
+        module: the graph, which owns a structural clone of the model.
         args, kwargs: the example inputs, as they were passed.
-        inputs: the same, by the names that the model gives them.
+        inputs: the same, by the model's parameter names.
         frontend: how it was captured.
-        frontend_reason: why so.
+        frontend_reason: why.
         opened: paths of the modules whose forward was traced through.
-        fake_mode: in which the model was looked at; for every later look, too.
+        fake_mode: the mode in which the model ran on fake tensors, for later such runs as well.
     """
 
     module: SkipViTModule
@@ -77,11 +77,11 @@ def capture(
     recorded: bool,
     also_open: frozenset[str] = frozenset(),
 ) -> Capture:
-    """Look through the modules of ``model`` that run attention, their callers, and ``also_open``.
+    """Trace through the modules of ``model`` that run attention, their callers, and ``also_open``.
 
     Args:
-        frontend, reason: how it is captured, and why so.
-        recorded: whether the call is for gradients, if the model asks.
+        frontend, reason: how it is captured, and why.
+        recorded: whether the call records gradients; the answer if the model asks.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
@@ -146,9 +146,9 @@ def _follow(
     constants: dict[str, torch.Tensor],
     gradients: Recorded,
 ) -> fx.Graph:
-    """The graph of a structural clone in the mode it is in: exported, if it is known what a batch of one shows.
+    """The graph of a structural clone in its current mode; exported if ``alone`` is given, else traced.
 
-    Constants that are made on the way are added to ``constants``.
+    Constants that are made in the process are added to ``constants``.
     """
     exporting = alone is not None
     asked = modes_asked(gradients, training=traced.training)
@@ -171,7 +171,7 @@ def _follow(
 
 @contextlib.contextmanager
 def _following(traced: nn.Module, exporting: bool) -> Iterator[Checkpoints]:
-    """Turn what an author's forward raises into a refusal.
+    """Turn an exception of the author's forward into a refusal.
 
     Raises:
         TraceError: the model's Python code cannot be followed.
@@ -188,13 +188,13 @@ def _following(traced: nn.Module, exporting: bool) -> Iterator[Checkpoints]:
 
 
 def _is_impure(node: fx.Node) -> bool:
-    """Random leaves stay, so that the random stream is the author's; pure ones without users go."""
+    """Leaves stay, so that the random stream is the model's; pure nodes without users are removed."""
     kept = (ASSERT, guard)
     return node.op in ("placeholder", "output", "call_module") or node.target in kept
 
 
 def _refuse_disguises(model: nn.Module) -> None:
-    """A module that runs something else than a method of its own cannot be copied, nor followed.
+    """Refuse modules that run anything other than a method of their own: they can be neither copied nor followed.
 
     Raises:
         TraceError: it was compiled or scripted, or its forward was replaced by a function.
@@ -203,7 +203,9 @@ def _refuse_disguises(model: nn.Module) -> None:
         forward = vars(module).get("forward")
         called = nn.Module if isinstance(module, fx.GraphModule) else type(module)
         if forward is not None and getattr(forward, "__self__", None) is not module:
-            reason = "was compiled, or its forward replaced by a function that is no method of it"
+            reason = (
+                "was compiled, or its forward was replaced by a function that is not its method"
+            )
         elif isinstance(module, torch.jit.ScriptModule):
             reason = "was compiled by TorchScript"
         elif module is model and called.__call__ is not nn.Module.__call__:
@@ -217,10 +219,10 @@ def _refuse_disguises(model: nn.Module) -> None:
 
 
 def _refuse_hooks(model: nn.Module, opened: frozenset[str]) -> None:
-    """Hooks that the model's own package put there are part of its forward, and are traced with it; others are not.
+    """Refuse foreign hooks. Hooks from the model's own package are part of its forward, and are traced with it.
 
     Raises:
-        TraceError: somebody else's hook would run once at tracing and never again.
+        TraceError: somebody else's hook would run once during tracing and never again.
     """
     author = _package(type(model))
     for path in sorted(opened):
@@ -228,7 +230,7 @@ def _refuse_hooks(model: nn.Module, opened: frozenset[str]) -> None:
         for hook in (hook for kind in call_hooks_of(module) for hook in kind.values()):
             if _package(hook) != author or author == "__main__":
                 raise TraceError(
-                    f"module {path or '<root>'!r} carries a hook, which would run once at tracing and never again",
+                    f"module {path or '<root>'!r} has a hook, which would run once during tracing and never again",
                     hint="remove the hook before rewriting, or place it on a module that runs no attention",
                 )
 
@@ -240,7 +242,7 @@ def _package(thing: Any) -> str:
 
 
 def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torch.Tensor]) -> None:
-    """Point ``get_attr`` of constants made while tracing at one buffer for all equal ones."""
+    """Point every ``get_attr`` of a constant made while tracing to one buffer per distinct value."""
     owned = {name for name, _ in [*root.named_parameters(), *root.named_buffers()]}
     for node in graph.nodes:
         if node.op != "get_attr" or node.target in owned:
@@ -258,11 +260,11 @@ def _share_constants(graph: fx.Graph, root: nn.Module, constants: dict[str, torc
             constants[name] = value
             node.target = name
     for name in [name for name in vars(root) if name.startswith(CONSTANT)]:
-        delattr(root, name)  # the next trace starts counting again
+        delattr(root, name)  # the next trace counts from 0 again
 
 
 def _fix_input_shapes(module: SkipViTModule, inputs: Inputs) -> None:
-    """Put a :class:`FixedSize` behind every input, which goes with the graph wherever that is taken."""
+    """Insert a :class:`FixedSize` after every input, so that the check stays with the graph wherever it is used."""
     examples = inputs.taken()
     for node in list(module.graph.nodes):
         if node.op != "placeholder":

@@ -20,16 +20,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def clone_structure(model: ModuleT) -> ModuleT:
     """Copy every module object of ``model``; parameters and buffers are the very same objects.
 
-    The copy can be traced, switched between train and eval, or given caches without the original noticing.
+    The copy can be traced, switched between train and eval, or given caches without affecting the original.
     """
     shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return _deepcopy(model, shared)
 
 
 def copy_to_trace(model: ModuleT) -> ModuleT:
-    """The same with a parameter of its own for each, in the same memory and without gradient.
+    """The same, but with new parameters in the same memory and without gradients.
 
-    For tools that look at a parameter's gradient, which another thread may be about to free.
+    This is for tools that read a parameter's gradient, which another thread may be about to free.
     """
     known: dict[int, Any] = {id(b): b for b in model.buffers()}
     for parameter in model.parameters():
@@ -40,7 +40,7 @@ def copy_to_trace(model: ModuleT) -> ModuleT:
 
 
 def scratch_copy(model: nn.Module) -> nn.Module:
-    """Copy every module object of ``model`` to be run and thrown away: whatever a module does to itself is lost.
+    """Copy every module object of ``model``, to be run and thrown away: changes that a module makes to itself are lost.
 
     Parameters are the very same objects. Buffers, which a module may write into, are copies. The copy of a rewritten
     model has its children and tensors, and no graph.
@@ -64,7 +64,7 @@ def fake_structure(model: nn.Module, mode: TracelessFakeMode) -> nn.Module:
 
 
 def _owner(model: nn.Module) -> nn.Module:
-    """``model``; in place of a rewritten one a module that has its children and tensors, and no graph."""
+    """``model``, or for a rewritten model a module that has its children and tensors and no graph."""
     if not isinstance(model, SkipViTModule):
         return model
     owner = nn.Module()
@@ -74,12 +74,12 @@ def _owner(model: nn.Module) -> nn.Module:
 
 
 def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
-    """``copy.deepcopy`` that need not look into the many empty tables of hooks, which take it most of its time.
+    """``copy.deepcopy``, without looking into the many empty tables of hooks, which would take most of the time.
 
-    It takes tensors that an earlier call left, with the graph of their gradients, without that.
+    Tensors that an earlier call left with their autograd graph are copied without it.
 
     Raises:
-        TraceError: something in the model refuses to be copied; names the attribute.
+        TraceError: something in the model cannot be copied; names the attribute.
     """
     for module in model.modules():
         for value in vars(module).values():
@@ -96,13 +96,13 @@ def _deepcopy(model: ModuleT, known: dict[int, Any]) -> ModuleT:
         place = f" (attribute {name!r})" if (name := _not_copied(model, tensors)) else ""
         raise TraceError(
             f"the model cannot be copied: {error.message}{place}",
-            hint="it is rewritten on copies of its modules; give what cannot be copied a __deepcopy__, or leave it "
-            "outside of the model",
+            hint="the rewrite works on copies of its modules; give what cannot be copied a __deepcopy__, or keep it "
+            "outside the model",
         ) from error
 
 
 def _not_copied(model: nn.Module, known: dict[int, Any]) -> str:
-    """The attribute that refuses to be copied, as a dotted path; empty if a module as a whole does."""
+    """The attribute that cannot be copied, as a dotted path; empty if it is a module as a whole."""
     known |= {id(module): module for module in model.modules()}
     for path, module in model.named_modules():
         for name, value in vars(module).items():

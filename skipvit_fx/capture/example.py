@@ -1,4 +1,4 @@
-"""Example inputs from a model's own configuration."""
+"""Example inputs from a model's configuration."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _field(owner: Any, name: str) -> Any:
 
 
 def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
-    """The image shapes ``(channels, height, width)`` that the model's attributes speak of, best first."""
+    """The image shapes ``(channels, height, width)`` named by the model's attributes, best first."""
     for owner in (getattr(model, "patch_embed", None), getattr(model, "config", None), model):
         for name in ("img_size", "image_size"):
             if size := _pair(_field(owner, name)):
@@ -44,9 +44,9 @@ def _image_shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
 
 
 def example_from_config(model: nn.Module) -> tuple[torch.Tensor]:
-    """One batch of images ``[2, channels, height, width]``, of the model's dtype and device, filled with zeros.
+    """One batch of images ``[2, channels, height, width]`` of zeros, with the model's dtype and device.
 
-    Looked for in ``model.patch_embed.img_size``, ``model.config.image_size``, ``model.image_size`` and
+    The size is looked for in ``model.patch_embed.img_size``, ``model.config.image_size``, ``model.image_size`` and
     ``model.pretrained_cfg["input_size"]``, then in any submodule.
 
     Raises:
@@ -57,15 +57,15 @@ def example_from_config(model: nn.Module) -> tuple[torch.Tensor]:
         return (torch.zeros(BATCH, *shape, dtype=like.dtype, device=like.device),)
     raise TraceError(
         f"{type(model).__name__} names no image size",
-        hint="pass example_inputs=(images,), a tuple of what the model is called with",
+        hint="pass example_inputs=(images,), a tuple of the arguments that the model is called with",
     )
 
 
 def example_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments of an example call.
 
-    ``example_inputs`` is one tensor, a tuple of arguments, a dict of keyword arguments, or ``None``: images made up
-    from the model's own configuration.
+    ``example_inputs`` is one tensor, a tuple of arguments, a dict of keyword arguments, or ``None`` for images made
+    from the model's configuration.
 
     Raises:
         TypeError: ``model`` is not a module, or ``example_inputs`` is something else, or holds no tensor.
@@ -95,14 +95,14 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments, from a tensor, a tuple or a dict.
 
     Raises:
-        TypeError: it is none of these, or the keys of the dict are no names.
+        TypeError: it is none of these, or a key of the dict is not a string.
     """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
         if strange := [name for name in example_inputs if not isinstance(name, str)]:
             raise TypeError(
-                f"a dict of example_inputs has names of arguments as its keys, not {strange[0]!r}"
+                f"the keys of a dict of example_inputs must be argument names, got {strange[0]!r}"
             )
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):

@@ -1,8 +1,8 @@
 """The second front end: ``torch.export``, for forwards that proxies cannot pass through.
 
-It sees the same modules as the symbolic one: those that run attention are looked into, all others stay calls of the
-author's own modules, alive in train and eval. While ``torch.export`` runs, each of these is a call of one opaque
-operator; afterwards the operator's nodes become ``call_module`` nodes again.
+It opens the same modules as the symbolic one: those that run attention are traced through, all others stay calls of the
+author's modules, live in train and eval. While ``torch.export`` runs, each of these is a call of one opaque operator;
+afterwards the operator's nodes become ``call_module`` nodes again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 
 
 TENSOR = object()
-"""Stands for a tensor among what a module returns."""
+"""Stands for a tensor in the output of a module."""
 
 
 @dataclass
@@ -59,13 +59,14 @@ class _LeafCall:
     """One call of a leaf module while ``torch.export`` runs.
 
     Attributes:
-        path: the module's.
-        forward: its own forward.
-        spec, constants: structure of its arguments, and the leaves of it that are neither tensor nor symbolic size.
-        tensors, sizes: which leaves are.
-        out_spec, out_leaves: the same of what it returned; ``TENSOR`` stands for a tensor.
+        path: the module's path.
+        forward: the module's forward.
+        spec, constants: structure of its arguments, and those of its leaves that are neither tensors nor symbolic
+            sizes.
+        tensors, sizes: places of the leaves that are.
+        out_spec, out_leaves: the same for its output; ``TENSOR`` stands for a tensor.
         writes: whether it writes into one of the tensors.
-        handed_on: of every tensor that it returned, the place of the argument in whose memory it lies, or None.
+        handed_on: for every tensor that it returned, the place of the argument whose memory it shares, or None.
     """
 
     path: str
@@ -80,7 +81,7 @@ class _LeafCall:
     handed_on: list[int | None] = field(default_factory=list)
 
     def arguments(self, tensors: list[Any], sizes: list[Any]) -> tuple[Any, Any]:
-        """Positional and keyword arguments, made whole again."""
+        """Positional and keyword arguments, put together again."""
         leaves = list(self.constants)
         for place, value in zip([*self.tensors, *self.sizes], [*tensors, *sizes], strict=True):
             leaves[place] = value
@@ -89,12 +90,12 @@ class _LeafCall:
 
 
 _CALLS: list[_LeafCall] = []
-"""Calls of the export that runs; the operator knows them by their index."""
+"""Leaf calls of the running export; the operator refers to them by index."""
 
 
 @torch.library.register_fake("skipvit_fx::leaf", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
-    """What a leaf module returns: fresh tensors of the shapes that its own forward gives."""
+    """The output of a leaf module: fresh tensors with the shapes that its forward gives."""
     leaf = _CALLS[call]
     args, kwargs = leaf.arguments(tensors, sizes)
     with stays_as_it_is(), modes_allowed():
@@ -104,7 +105,7 @@ def _leaf(tensors: list[Tensor], sizes: list[Any], call: int) -> list[Tensor]:
     if any(isinstance(out, (torch.SymInt, torch.SymFloat, torch.SymBool)) for out in leaves):
         raise TraceError(
             f"module {leaf.path!r} returns a number that depends on the batch size",
-            hint="return tensors from it",
+            hint="let it return tensors",
         )
     leaf.out_leaves = [TENSOR if isinstance(out, Tensor) else out for out in leaves]
     outs = [out for out in leaves if isinstance(out, Tensor)]
@@ -143,20 +144,20 @@ def _opaque(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
 def export_graph(
     model: nn.Module, open_paths: frozenset[str], inputs: Inputs, alone: Alone
 ) -> fx.Graph:
-    """The graph of ``model``, in the mode that it is in, with every module that is not open as one node.
+    """The graph of ``model`` in its current mode, with every module that is not open as one node.
 
     What ``torch.export`` assumes of the batch size becomes a :func:`guard`.
 
     Args:
-        model: a structural clone that nobody else uses: the forwards of its leaf modules are replaced, and constants of
-            the graph become its attributes.
-        open_paths: of the modules to look into.
-        inputs: of an example call.
+        model: a structural clone that nothing else uses: the forwards of its leaf modules are replaced, and constants
+            of the graph become its attributes.
+        open_paths: paths of the modules to trace through.
+        inputs: those of an example call.
         alone: what a batch of one shows, which ``torch.export`` never looks at.
 
     Raises:
-        TraceError: a part of the result cannot be told as a graph over the model's own modules, or the author's code
-            asks what only a call tells.
+        TraceError: a part of the result cannot be expressed as a graph over the model's modules, or the author's code
+            asks for something that only a real call can tell.
     """
     for asked in sorted(alone.asked & OF_GRADIENTS):
         raise not_known_before_training(asked)
@@ -181,7 +182,7 @@ class _Tracer(KeepsOutputClass, fx.proxy.GraphAppendingTracer):
 
 
 class _OfProxies(PythonReferenceAnalysis):
-    """Arithmetic with sizes, on proxies as well."""
+    """Arithmetic with sizes that also works on proxies."""
 
     truediv = int_truediv = staticmethod(operator.truediv)
     pow = pow_by_natural = staticmethod(operator.pow)
@@ -190,8 +191,8 @@ class _OfProxies(PythonReferenceAnalysis):
 class _Translation:
     """An exported program as a graph in the vocabulary of the symbolic front end.
 
-    Parameters and buffers are attributes; operators whose arguments passes edit are the methods and functions of
-    ``torch`` that they come from; the model's own arguments, leaf modules and output class are back.
+    Parameters and buffers become attributes; operators whose arguments passes edit become the ``torch`` methods and
+    functions that they come from; the model's arguments, leaf modules and output class are restored.
 
     Before::
 
@@ -223,7 +224,7 @@ class _Translation:
             elif node.op not in ("placeholder", "output"):
                 raise TraceError(
                     f"torch.export keeps a part of the model as {node.format_node()}",
-                    hint="move what the model does under autocast or without gradient into a module of its own",
+                    hint="move what the model does under autocast or without gradients into a module of its own",
                 )
         self._place_output()
         refuse_lost_writes(self.graph, self._values().get, self._written_by_leaf.__getitem__)
@@ -245,7 +246,7 @@ class _Translation:
                     self._twins[names[spec.arg.name]] = self.graph.get_attr(str(spec.target))
             else:
                 raise TraceError(
-                    f"the model needs {spec.arg.name!r} from outside its graph, which is no tensor",
+                    f"the model needs {spec.arg.name!r} from outside its graph, which is not a tensor",
                     hint="keep such an object in a module that runs no attention",
                 )
 
@@ -254,7 +255,7 @@ class _Translation:
         return parts_of(example, fx.Proxy(node, self._tracer))
 
     def _place_guards(self, alone: Alone) -> None:
-        """Check what was assumed of the batch size, and of what a graph of fixed operators has lost."""
+        """Guard what was assumed of the batch size, and what a graph of fixed operators no longer asks."""
         inputs = [
             (node, twin)
             for node, twin in self._twins.items()
@@ -276,16 +277,16 @@ class _Translation:
                 holds = sympy_interp(_OfProxies, dict(sizes), assumed.expr)
             except (TypeError, fx.proxy.TraceError) as error:
                 raise TraceError(
-                    f"the model decides by the batch size in {place}, where {assumed.expr} cannot be checked",
+                    f"the model depends on the batch size in {place}, where {assumed.expr} cannot be checked",
                     hint="move the branch into a module that runs no attention",
                 ) from error
             self._guard(holds, True, place)
         if alone.differs:
             several = next(iter(sizes.values())) > 1
-            self._guard(several, True, "the model, which computes something else for one sample,")
+            self._guard(several, True, "the model, which computes differently for one sample,")
 
     def _guard_attributes(self, node: fx.Node, value: Tensor, alone: Alone) -> None:
-        """Where the author's code asks for the dtype or device of a tensor, the answers are built in."""
+        """Guard the dtype or device of inputs if the author's code asks for it, as the answers are built in."""
         for name in ("dtype", "device"):
             if alone.asked & _ASKED[name]:
                 found = getattr(fx.Proxy(node, self._tracer), name)
@@ -298,7 +299,7 @@ class _Translation:
             self.graph.call_function(guard, (found.node, read, assumed, place))
 
     def _constant(self, name: str) -> fx.Node:
-        """A tensor that the model makes anew in every call, such as ``torch.tensor([1.0])``."""
+        """A tensor that the model builds in every call, such as ``torch.tensor([1.0])``."""
         attribute = f"{CONSTANT}{self._constant_count}"
         self._constant_count += 1
         setattr(self._root, attribute, self._program.constants[name])
@@ -324,7 +325,7 @@ class _Translation:
         if target in _METHODS:
             twin = self.graph.call_method(_METHODS[target], args, kwargs)
         elif target in _FUNCTIONS:
-            # an argument left out in one of the two modes only is its default there
+            # an argument left out in only one of the two modes has its default there
             missing = schema_arguments(target)[len(args) :]
             args += tuple(a.default_value for a in missing if not a.kwarg_only)
             twin = self.graph.call_function(_FUNCTIONS[target], args, kwargs)
@@ -368,7 +369,7 @@ class _Translation:
         return fx.node.map_arg(argument, self._twins.__getitem__)
 
     def _remember(self, twin: fx.Node, node: fx.Node) -> None:
-        """The modules in whose forward the node was made, as the symbolic front end remembers them."""
+        """Record the modules in whose forward the node was made, as the symbolic front end does."""
         stack = node.meta.get("nn_module_stack", {})
         calls = {}
         for key, (place, kind) in stack.items():  # either tells apart the calls of one module
@@ -402,13 +403,14 @@ _ASKED = {
     "dtype": frozenset({"dtype", "is_floating_point"}),
     "device": frozenset({"device", "is_cuda"}),
 }
-"""Attributes and methods of a tensor whose answer hangs on its dtype, or its device."""
+"""Attributes and methods of a tensor whose result depends on its dtype, or its device."""
 
 _CHECKS = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default})
-"""What ``torch.export`` itself wants checked; the shapes of inputs are checked where they come in."""
+"""Checks that ``torch.export`` adds itself; the shapes of inputs are checked at the inputs."""
 
-# Which strides a tensor has, and so whether it must be copied, may differ between the two modes, and on another device:
-# a copy for the sake of strides is left out, and a view that relied on it copies where it has to.
+# The strides of a tensor, and so whether it must be copied, may differ between the two modes and
+# between devices. A copy for the sake of strides is left out, and a view that relied on it copies
+# where it must.
 _METHODS: dict[Any, str] = {
     aten.chunk.default: "chunk",
     aten.expand.default: "expand",

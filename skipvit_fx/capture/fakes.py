@@ -18,19 +18,19 @@ from skipvit_fx.author.surroundings import Surroundings, holds_traced
 from skipvit_fx.torch_internals import FakeTensor, FakeTensorMode, ShapeEnv, pytree
 
 MOST_KNOWN = 4096
-"""Elements of the largest integer tensor whose values stay known."""
+"""The largest number of elements of an integer tensor whose values stay known."""
 
 
 class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
-    """A mode under which real parameters may meet fake activations, and nothing is computed or left behind.
+    """A mode in which real parameters may meet fake activations, and nothing is computed or left behind.
 
-    A function of the author's under ``functools.lru_cache`` that makes a table would keep a fake one, and hand it to
-    the author's own model later. So on leaving the mode, every such cache that caught a fake tensor is emptied.
+    An author's function under ``functools.lru_cache`` that makes a table would keep a fake one, and return it to the
+    author's model later. So on leaving the mode, every such cache that caught a fake tensor is emptied.
 
-    What else the author's code may keep is in ``surroundings``.
+    Everything else that the author's code may keep is handled by ``surroundings``.
 
-    Values of small integer inputs stay known, for modules that read them, such as an embedding that wants the heights
-    and widths of images. What is captured never depends on them: proxies stand for tensors, and have no values.
+    Values of small integer inputs stay known, for modules that read them, such as an embedding that needs the heights
+    and widths of images. The captured graph never depends on them: proxies stand for tensors, and have no values.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,7 +63,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         args: Sequence[object] = (),
         kwargs: Mapping[str, object] = immutable_dict(),
     ) -> Any:
-        """Make parameters fake first: what real ones take part in is not cached, and takes ten times as long."""
+        """Make parameters fake first: operators on real ones are not cached, and take ten times as long."""
         args = tuple(
             self.twin(arg) if isinstance(arg, torch.Tensor) and _has_gradient(arg) else arg
             for arg in args
@@ -71,7 +71,7 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def twin(self, tensor: torch.Tensor) -> FakeTensor:
-        """A fake tensor for a parameter or buffer, without gradient, the same one every time."""
+        """The fake tensor for a parameter or buffer, without gradient; the same one every time."""
         twin: FakeTensor | None = self._twins.get(tensor)  # type: ignore[no-untyped-call]
         if twin is None:
             with author_code():  # some kinds of tensor cannot be faked
@@ -80,17 +80,17 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         return twin
 
     def may_turn_const(self, t: torch.Tensor) -> bool:
-        """Whether values stay known while operators work on them: of small integer tensors, not on the meta device."""
+        """Whether values stay known while operators work on them: for small integer tensors, not on the meta device."""
         small = t.numel() <= MOST_KNOWN and not t.is_floating_point() and not t.is_complex()
         return small and not t.is_sparse and not t.is_meta and not self.is_our_fake(t)
 
     def forget(self) -> None:
-        """Let the author's code keep nothing of what it was shown."""
+        """Remove everything that the author's code kept of what it was given."""
         self.empty_caches()
         self.surroundings.restore()
 
     def empty_caches(self) -> None:
-        """Empty every cache that caught what is no tensor of the model since the last time."""
+        """Empty every cache that has caught traced values since the last time."""
         for cache, known in self._caches.items():
             if cache.cache_info().misses != known:
                 held = gc.get_referents(cache)  # results, keys, and the function

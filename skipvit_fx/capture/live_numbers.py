@@ -1,4 +1,4 @@
-"""Numbers that a graph takes as arguments: sound where they are factors or summands, and decide no shape."""
+"""Numbers that a graph takes as arguments: sound where they are factors or summands and decide no shape."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ARITHMETIC = frozenset(
         *("add", "sub", "mul", "div", "true_divide", "pow"),
     }
 )
-"""Functions and methods of tensors that work on every element alone."""
+"""Elementwise functions and methods of tensors."""
 
 
 def refuse_other_uses(graph: fx.Graph, inputs: Inputs) -> None:
     """Check where the live numbers of a captured graph go.
 
     Raises:
-        TraceError: into something else than arithmetic with tensors, a guard or the output.
+        TraceError: into anything other than arithmetic with tensors, a guard or the output.
     """
     given = inputs.taken()
     numbers: set[fx.Node] = set()
@@ -39,7 +39,7 @@ def refuse_other_uses(graph: fx.Graph, inputs: Inputs) -> None:
         checked = node.op == "call_module" and str(node.target).startswith(INSERTED)
         if not checked and node.target not in _ARITHMETIC:
             raise TraceError(
-                f"a number that changes from call to call goes into {node.name}, where it may decide a shape",
+                f"a number that changes from call to call is used in {node.name}, where it may decide a shape",
                 hint="pass it as a tensor",
             )
         if numbers.issuperset(node.all_input_nodes):

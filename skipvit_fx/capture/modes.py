@@ -1,4 +1,4 @@
-"""One graph for train and for eval mode, from a trace of each."""
+"""One graph for train and eval mode, from a trace of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skipvit_fx.torch_internals import pytree
 def keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Graph) -> None:
     """Turn the graph of eval mode into one for both.
 
-    Constants that differ become a :func:`by_mode`; functions that train mode calls besides, an :class:`InTraining`.
+    Constants that differ become a :func:`by_mode`; functions that only train mode calls become an :class:`InTraining`.
 
     Before::
 
@@ -37,12 +37,12 @@ def keep_both_modes(module: SkipViTModule, evaluation: fx.Graph, train: fx.Graph
 
 
 class _Union:
-    """The graph of eval mode, while it takes in that of train mode.
+    """The graph of eval mode, while that of train mode is merged into it.
 
     Attributes:
-        twins: the node of eval mode that stands for each node of train mode; for one that only train mode has, the
-            node whose value passes by it.
-        only_in_train: the inserted nodes of the latter.
+        twins: the node of eval mode for each node of train mode; for one that only train mode has, the node whose value
+            bypasses it.
+        only_in_train: the inserted nodes for those that only train mode has.
     """
 
     def __init__(self, module: SkipViTModule, evaluation: fx.Graph) -> None:
@@ -68,7 +68,7 @@ class _Union:
             _refuse_paths(waiting[-1], train[-1])
 
     def _alike(self, here: fx.Node, there: fx.Node) -> bool:
-        """Whether both call the same with the same, but for constants."""
+        """Whether both call the same target with the same arguments, except for constants."""
         (here_leaves, spec), (there_leaves, there_spec) = _leaves(here), _leaves(there)
         return (here.op, here.target, spec) == (there.op, there.target, there_spec) and all(
             self.twins.get(b) is a if isinstance(b, fx.Node) else not isinstance(a, fx.Node)
@@ -87,12 +87,12 @@ class _Union:
                     _refuse_paths(here, there)
                 here_leaves[i] = self._constant(_owner(here), a, b)
         here.args, here.kwargs = _arguments(here_leaves, spec)
-        if CHECKPOINT in there.meta:  # some authors ask for checkpoints in train mode only
+        if CHECKPOINT in there.meta:  # some models use checkpoints in train mode only
             here.meta[CHECKPOINT] = there.meta[CHECKPOINT]
         self.twins[there] = here
 
     def _insert(self, here: fx.Node, there: fx.Node) -> None:
-        """Let ``there``, which only train mode has, stand in front of ``here``."""
+        """Insert ``there``, which only train mode has, before ``here``."""
         if _is_size_to_guard(there):
             with self.graph.inserting_before(here):
                 self.twins[there] = self.graph.node_copy(there, self._here)
@@ -127,7 +127,7 @@ class _Union:
         return self.constants[key]
 
     def _module(self, path: str) -> fx.Node:
-        """The module whose mode tells; in place of the model itself its child of ours, which is always in the same."""
+        """The module whose mode decides; for the model itself the compiler's child, which is always in that mode."""
         path = path or OWN_CHILD
         if path not in self.owners:
             with self.graph.inserting_before(self.first):
@@ -136,7 +136,7 @@ class _Union:
 
 
 def _is_size_to_guard(node: fx.Node) -> bool:
-    """Whether a node computes a number, and for no other purpose than that it is checked."""
+    """Whether a node computes a number that is used for guards only."""
     module = getattr(node.target, "__module__", None)
     counts = module == "_operator" or node.target in (getattr, "size", "dim", "numel")
     return counts and all(user.target is guard or _is_size_to_guard(user) for user in node.users)
@@ -151,7 +151,7 @@ class _Slice(NamedTuple):
 
 
 def _leaves(node: fx.Node) -> tuple[list[Any], pytree.TreeSpec]:
-    """The arguments of a node, one by one, also those within slices."""
+    """The arguments of a node one by one, including those within slices."""
     opened = pytree.tree_map(
         lambda v: _Slice(v.start, v.stop, v.step) if isinstance(v, slice) else v,
         (node.args, node.kwargs),

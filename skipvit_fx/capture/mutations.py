@@ -1,4 +1,4 @@
-"""Writes into tensors, which a graph of values does not show: harmless, or refused."""
+"""Writes into tensors, which a graph of values does not show: found harmless, or refused."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from skipvit_fx.torch_internals import (
 AUGMENTED = (
     "add", "and", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor",
 )  # fmt: skip
-"""Operators with an assignment, such as ``+=``."""
+"""Operators that have an augmented assignment, such as ``+=``."""
 
 
 def augmented(name: str) -> Callable[[Proxy, Any], Proxy]:
-    """The method of a proxy behind ``x += y``: a new value, and a note that it was written over the old one."""
+    """The method of a proxy for ``x += y``: it makes a new value, and notes that it was written over the old one."""
     function = getattr(operator, f"__{name}__")
 
     def method(proxy: Proxy, other: Any) -> Proxy:
@@ -46,19 +46,19 @@ def refuse_lost_writes(
     value: Callable[[fx.Node], Any],
     written_by_leaf: Callable[[fx.Node], list[fx.Node]],
 ) -> None:
-    """Let a write pass where all that reads the memory afterwards reads the result of the write.
+    """Accept a write if everything that reads the memory afterwards reads the result of the write.
 
-    What is written under one name and read under another, such as ``y = x.view(-1); x += 1; f(y)``, does not survive
-    a rewrite, in which ``x`` and ``y`` may become copies. What no node reads, such as ``x[0] = 1``, would even be
+    A write under one name that is read under another, such as ``y = x.view(-1); x += 1; f(y)``, does not survive a
+    rewrite, in which ``x`` and ``y`` may become copies. A write that no node reads, such as ``x[0] = 1``, would even be
     eliminated as dead code.
 
     Args:
-        graph: of eval or train mode, before anything was eliminated.
-        value: the fake tensor that a node computes.
-        written_by_leaf: the arguments that a called module writes into.
+        graph: that of eval or train mode, before anything was eliminated.
+        value: returns the fake tensor that a node computes.
+        written_by_leaf: returns the arguments that a called module writes into.
 
     Raises:
-        TraceError: some write would be lost, or changes the model's state or its inputs.
+        TraceError: a write would be lost, or changes the model's state or its inputs.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -113,11 +113,11 @@ class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
             places = _places(func, args, kwargs)
             self._written |= _memory(places)
             if places and not isinstance(places[0], FakeTensor):
-                return places[0]  # of the author's own: a count of batches, say, must not change
+                return places[0]  # the model's state, such as a count of batches, must not change
         return func(*args, **kwargs)
 
     def wrote_into(self, tensors: Any) -> bool:
-        """Whether any of these tensors, however nested, changed."""
+        """Whether any of these tensors, however nested, was written into."""
         return not self._written.isdisjoint(_memory(tensors))
 
 
@@ -161,7 +161,7 @@ def _end(tensor: Tensor) -> int:
 
 
 def _ints(sizes: Any) -> list[int]:
-    """Sizes as numbers, a symbolic one as the example has it."""
+    """Sizes as numbers; a symbolic one as in the example."""
     return [hint_of(size) for size in sizes]
 
 

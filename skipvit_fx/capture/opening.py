@@ -1,4 +1,4 @@
-"""Capture a model, and look into more of its modules as long as that is asked for."""
+"""Capture a model, opening more of its modules for as long as this is requested."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skipvit_fx.torch_internals import pytree
 T = TypeVar("T")
 
 
-class OpenModules(Exception):  # noqa: N818 - it asks for something, nothing is wrong
+class OpenModules(Exception):  # noqa: N818 - a request, not an error
     """Leaf modules must be traced through before they can be judged."""
 
     def __init__(self, paths: Iterable[str]) -> None:
@@ -35,18 +35,18 @@ def with_capture(
     *,
     frontend: Frontend | Literal["auto"] = "auto",
 ) -> T:
-    """What ``work`` returns for a capture of ``model``. One thread at a time.
+    """Return what ``work`` returns for a capture of ``model``. One thread at a time.
 
-    Where it raises :class:`OpenModules` instead, it gets a new capture in which these modules are open, too. Where
-    ``"auto"`` cannot trace the model symbolically, it is exported.
+    If it raises :class:`OpenModules` instead, it gets a new capture in which these modules are open, too. If ``"auto"``
+    cannot trace the model symbolically, it exports it.
 
     Raises:
-        TraceError: the model's Python code cannot be followed; by neither front end, under ``"auto"``.
-        UnsupportedModelError: that of a module cannot, which ``work`` wants to look into.
+        TraceError: the model's Python code cannot be followed; under ``"auto"``, by neither front end.
+        UnsupportedModelError: a module that ``work`` asked to open cannot be followed.
     """
     recorded = torch.is_grad_enabled()
-    # in inference mode no operator could be watched
     mode = TracelessFakeMode(model)
+    # in inference mode operators could not be watched
     with torch.inference_mode(False), contained(model):
         args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
         look = functools.partial(_opening, model, args, kwargs, work, mode, recorded)
@@ -62,7 +62,7 @@ def with_capture(
 
 
 def _exported(look: Callable[[Frontend, str], T], symbolic: TraceError) -> T:
-    """The second attempt of ``"auto"``; where it fails as well, the error is that of the first, with both reasons."""
+    """The second attempt of ``"auto"``; if it fails as well, the error is that of the first, with both reasons."""
     reason = f"symbolic tracing was refused: {symbolic.message}"
     try:
         return look("export", reason)
@@ -75,7 +75,7 @@ def _exported(look: Callable[[Frontend, str], T], symbolic: TraceError) -> T:
 
 
 class _ClosedModuleError(TraceError):
-    """A leaf module that must be looked into cannot be."""
+    """A leaf module that must be opened cannot be."""
 
     def __init__(self, path: str, error: TraceError) -> None:
         super().__init__(error.message)
@@ -91,7 +91,7 @@ class _ClosedModuleError(TraceError):
 
 
 def _trackable(leaf: Any) -> Any:
-    """A tensor that autograd may see, also if the example was made in inference mode."""
+    """A tensor that autograd accepts, even if the example was made in inference mode."""
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 

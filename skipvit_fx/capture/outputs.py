@@ -1,4 +1,4 @@
-"""What a model returns keeps its class."""
+"""Keeps the class of a model's output."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx.proxy import TracerBase
 
 
 class KeepsOutputClass(TracerBase):
-    """A tracer under which an output class that is also a dict stays one, and is built by the graph."""
+    """A tracer that keeps an output class derived from dict, and lets the graph build it."""
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, dict) and type(a) is not dict:

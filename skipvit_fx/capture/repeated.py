@@ -1,4 +1,4 @@
-"""A model called several times: does a call compute the same whatever was called before, and for one sample alone?"""
+"""A model called several times: whether a call computes the same after other calls, and for a single sample."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from skipvit_fx.torch_internals import pytree
 _PLAIN = (bool, int, float, str)
 
 Place = tuple[str, int, str]
-"""Of a line of source: file, number, function."""
+"""A line of source: file, line number, function."""
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What a batch of one shows.
+    """What a batch of one sample shows.
 
     Attributes:
-        differs: whether another computation runs than for several samples.
+        differs: whether its computation differs from that for several samples.
         asked: the functions, methods and attributes of tensors, such as ``dtype``, that the code around attention uses;
-            of those that are about gradients, what the author's own code asks for.
+            those about gradients only if the author's code itself asks.
     """
 
     differs: bool
@@ -50,10 +50,10 @@ class Alone:
 def refuse_calls_that_remember(
     model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
 ) -> None:
-    """Call the model in eval mode, with a larger batch in train mode, and both again.
+    """Call the model in eval mode, then in train mode with a larger batch, then both again.
 
     Raises:
-        TraceError: around attention, a call reads what another one left, or computes something else after it.
+        TraceError: around attention, a call reads what another call left, or computes something different after it.
     """
     calls = _Calls(model, mode, inputs, opened)
     firsts = []
@@ -68,14 +68,14 @@ def refuse_calls_that_remember(
         if step := _first_difference(first, again):
             changed = [name for name, numbers in meanwhile.items() if numbers != kept.get(name)]
             raise TraceError(
-                "the model computes another thing in its second call than in its first, by what it keeps: "
+                "the model's second call computes something different from its first, because of what it keeps: "
                 f"{', '.join(changed) or 'something outside the model'}, in {spelled_place(*step.place)}",
                 hint="a graph is the same in every call; keep what changes in a module that runs no attention",
             )
 
 
 def _called(calls: _Calls, training: bool) -> list[_Step] | None:
-    """What is computed in a call in this mode, each with a batch of its own; None if the model cannot be called so."""
+    """What a call computes in this mode, which has its own batch size; None if the model cannot be called like this."""
     calls.model.train(training)
     seen = calls.surroundings.watched() if training else contextlib.nullcontext()
     try:
@@ -88,10 +88,10 @@ def _called(calls: _Calls, training: bool) -> list[_Step] | None:
 def call_alone(
     model: nn.Module, mode: TracelessFakeMode, inputs: Inputs, opened: frozenset[str]
 ) -> Alone:
-    """Compare a batch of one with larger ones, in eval mode. What is asked is noted in train mode as well.
+    """Compare a batch of one with larger ones in eval mode. What the code asks for is noted in train mode as well.
 
     Raises:
-        TraceError: around attention, a call reads what another one left.
+        TraceError: around attention, a call reads what another call left.
     """
     calls = _Calls(model, mode, inputs, opened)
     try:
@@ -106,7 +106,7 @@ def call_alone(
 
 
 class _StaleError(Exception):
-    """A tensor that an earlier call made of its inputs is read."""
+    """A tensor that an earlier call computed from its inputs is read."""
 
     def __init__(self, tensor: Tensor, place: Place) -> None:
         super().__init__()
@@ -118,14 +118,14 @@ class _StaleError(Exception):
 
 
 class _Step(NamedTuple):
-    """A function of torch that worked on what came from the inputs, or a leaf module.
+    """A torch function, or a leaf module, that worked on values computed from the inputs.
 
     Attributes:
         function: its name, or the module's path.
-        operands: where its tensors came from: the place of the step of this call, ``id`` of one that was there before,
+        operands: where its tensors came from: the number of a step of this call, the ``id`` of one that existed before,
             None for one that was made without the inputs.
         numbers, others: its other arguments.
-        place: where the author wrote it.
+        place: its line in the author's code.
     """
 
     function: str
@@ -144,14 +144,14 @@ def _first_difference(one: list[_Step], other: list[_Step]) -> _Step | None:
 
 
 def _alike(one: _Step, two: _Step, three: _Step) -> bool:
-    """Whether a step of batches of one, two and three is the same, but for numbers that grow with the batch."""
+    """Whether a step is the same for batches of one, two and three, except for numbers linear in the batch size."""
     kinds = {(s.function, s.operands, s.others, len(s.numbers)) for s in (one, two, three)}
     numbers = zip(one.numbers, two.numbers, three.numbers, strict=True) if len(kinds) == 1 else ()
     return len(kinds) == 1 and all(b - a == c - b for a, b, c in numbers)
 
 
 class _Origin(NamedTuple):
-    """Where a tensor came from: a call, and its step in it; None if the inputs had no part in it."""
+    """Where a tensor came from: a call, and a step in it; None if it does not depend on the inputs."""
 
     tensor: Tensor
     call: int
@@ -159,7 +159,7 @@ class _Origin(NamedTuple):
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes what is computed from the inputs around attention. What leaf modules compute is their own affair."""
+    """Notes what is computed from the inputs around attention. What happens inside leaf modules does not matter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class _Recorder(TorchFunctionMode):
         self._origins: dict[int, _Origin] = {}
 
     def begin(self, inputs: Any) -> None:
-        """Another call begins."""
+        """Note that another call begins."""
         self.call += 1
         self.steps = []
         self._made(_tensors(inputs), 0)
@@ -190,7 +190,7 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def note(self, function: str, given: Any, out: Any) -> None:
-        """Something was computed."""
+        """Note that something was computed."""
         outs, leaves = _tensors(out), _leaves(given)
         tensors = _tensors(leaves)
         if not outs:
@@ -207,7 +207,7 @@ class _Recorder(TorchFunctionMode):
         self._made(outs, len(self.steps))
 
     def see(self, given: Any) -> None:
-        """Tensors are about to be read.
+        """Note that tensors are about to be read.
 
         Raises:
             _StaleError: an earlier call made one of them.
@@ -221,7 +221,7 @@ class _Recorder(TorchFunctionMode):
         return origin is not None and origin.step is not None
 
     def _operand(self, tensor: Tensor) -> int | None:
-        before = _Origin(tensor, 0, None)  # kept, so that no other tensor gets its id
+        before = _Origin(tensor, 0, None)  # kept alive, so that no other tensor gets its id
         origin = self._origins.setdefault(id(tensor), before)
         return origin.step if origin.call else id(tensor)
 
@@ -258,7 +258,7 @@ class _Calls:
                 )
 
     def run(self, batch: int) -> list[_Step]:
-        """What is computed in a call of so many samples."""
+        """What a call with this many samples computes."""
         args, kwargs = fake_inputs(self._mode, self._arguments, more_batch=batch - 1)
         self.recorder.begin((args, kwargs))
         quiet = warnings.catch_warnings(action="ignore")  # it warns again when it is traced
@@ -268,7 +268,7 @@ class _Calls:
         return self.recorder.steps
 
     def try_run(self, batch: int) -> list[_Step] | None:
-        """The same; None if the model cannot be called so."""
+        """The same; None if the model cannot be called like this."""
         try:
             return self.run(batch)
         except AuthorError:
@@ -299,7 +299,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _leaves(value: Any) -> list[Any]:
-    """The parts of arguments, also those of slices."""
+    """The leaves of arguments, including those of slices."""
     parts = pytree.tree_map(
         lambda v: (v.start, v.stop, v.step) if isinstance(v, slice) else v, value
     )
@@ -315,7 +315,7 @@ def _author_place() -> Place:
 
 
 def _numbers_kept(model: nn.Module, paths: frozenset[str]) -> dict[str, list[Any]]:
-    """What is no tensor in the attributes of modules, however nested."""
+    """The plain values in the attributes of modules, however nested."""
     return {
         f"{path}.{name}".removeprefix("."): [p for p in nested(value) if isinstance(p, _PLAIN)]
         for path in sorted(paths)
@@ -328,7 +328,7 @@ def _remembers(model: nn.Module, stale: _StaleError) -> TraceError:
     where = next(_holders(model, stale.tensor), "something outside the model")
     return TraceError(
         f"the model reads in {spelled_place(*stale.place)} what an earlier call left in {where}",
-        hint="a graph remembers nothing; keep it in a module that runs no attention, or compute it anew in every call",
+        hint="a graph keeps no state; keep it in a module that runs no attention, or compute it again in every call",
     )
 
 

@@ -1,4 +1,4 @@
-"""The symbolic front end: torch.fx through the modules that run attention, everything else a leaf."""
+"""The symbolic front end: torch.fx traces through the modules that run attention; all others are leaves."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _OF_IDENTITY = ("device", "dtype", "layout")
 """Attributes of a tensor whose values Python may compare with ``is``."""
 
 _ASK_FOR_OTHERS = ("skipvit_fx.author.questions", "torch", "torch.nn.parameter")
-"""Modules that ask ``isinstance`` for the author's code, where it calls ``torch.is_tensor`` or asks for a parameter."""
+"""Modules that call ``isinstance`` on behalf of the author's code, for ``torch.is_tensor`` or a parameter check."""
 
 _RANK = ("dim", "ndim", "ndimension", "is_nested")
-"""What a graph that runs at all finds the same in every call."""
+"""Attributes that are the same in every call that the graph can run."""
 
 
 class _Witnessed:
-    """Proxy behaviour for what Python needs as a value: lengths, integers, what kind of thing it is."""
+    """Proxy behaviour where Python needs a value: a length, a number, a class."""
 
     tracer: SymbolicTracer
     node: fx.Node
@@ -68,7 +68,7 @@ class _Witnessed:
         return float(self.tracer.concrete(self.node, "float"))
 
     def __hash__(self) -> int:
-        """A size is looked up in a table as the number that it is, a tensor as the object that it is."""
+        """Hash a size by its value, a tensor by its identity."""
         if issubclass(self.tracer.kind(self.node), torch.Tensor):
             return object.__hash__(self)
         return hash(self.tracer.concrete(self.node, "value"))
@@ -78,7 +78,7 @@ class _Witnessed:
         _, (path, _) = [("", ("", None)), *self.tracer.module_stack.items()][-1]
         raise TraceError(
             f"module {path or '<root>'!r} writes into a part of a tensor (x[...] = y), which a graph does not show",
-            hint="put the tensor together with torch.cat or torch.where, or in a module that runs no attention",
+            hint="build the tensor with torch.cat or torch.where, or do it in a module that runs no attention",
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -91,7 +91,7 @@ class _Witnessed:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """What ``isinstance`` goes by, beside the type. Not in torch's own code, which hands tensors on to C++."""
+        """What ``isinstance`` checks besides the type. Not for torch's own code, which passes tensors on to C++."""
         frame = sys._getframe(1)
         by_library = asked_by_a_library(frame, but=_ASK_FOR_OTHERS)
         if by_library or not asks_class(frame.f_code, frame.f_lasti):
@@ -110,13 +110,13 @@ class _WitnessedProxy(_Witnessed, Proxy):  # type: ignore[misc]
     def __torch_function__(
         cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None
     ) -> Any:
-        if orig_method is F.multi_head_attention_forward:  # written in Python: look into it
+        if orig_method is F.multi_head_attention_forward:  # written in Python: trace through it
             return _looked_into(orig_method)(*args, **(kwargs or {}))
         return super().__torch_function__(orig_method, types, args, kwargs)
 
 
 def _looked_into(function: Any) -> Callable[..., Any]:
-    """``function``, written in Python, without its question whether arguments are anything else than tensors."""
+    """``function``, written in Python, without its check whether arguments override torch functions."""
     known = {**function.__globals__, "has_torch_function": lambda tensors: False}
     twin = types.FunctionType(function.__code__, known, argdefs=function.__defaults__)
     twin.__kwdefaults__ = function.__kwdefaults__
@@ -129,11 +129,11 @@ class _WitnessedAttribute(_Witnessed, Attribute):  # type: ignore[misc]
 
 @dataclass
 class _Witness:
-    """An example call on fake tensors, as far as it was needed.
+    """An example call on fake tensors, computed as far as needed.
 
     Attributes:
-        values: of nodes; what their tensors hold is not known.
-        known: of inputs, small integer tensors with what they hold: for leaf modules alone, which stay live.
+        values: values of nodes; the contents of their tensors are not known.
+        known: values of inputs, with the contents of small integer tensors: only for leaf modules, which stay live.
     """
 
     values: dict[fx.Node, Any] = field(default_factory=dict)
@@ -144,8 +144,8 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     """Traces through the modules named in ``open_paths``; every other module stays one ``call_module`` node.
 
     Where Python needs a value (a branch, a length), the node is evaluated on fake tensors of two batch sizes. If both
-    agree, tracing goes on with it, and the graph gets a :func:`guard` that checks it at every call; if not, the model's
-    control flow depends on the batch and cannot be captured.
+    agree, tracing continues with that value, and the graph gets a :func:`guard` that checks it at every call; if not,
+    the model's control flow depends on the batch and cannot be captured.
     """
 
     proxy_buffer_attributes = True
@@ -198,7 +198,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         del root_fn, is_module, concrete_args
         root: Any = self.root
         args, kwargs = self._inputs.placed(self._placeholder)
-        # not the class's forward: it may be a method of the object alone
+        # not the class's forward: it may be a method of the instance
         return (lambda: root.forward(*args, **kwargs)), []
 
     def _placeholder(self, name: str, example: Any) -> Any:
@@ -218,7 +218,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return self._without_nothing(out) if issubclass(type(out), _WitnessedProxy) else out
 
     def _without_nothing(self, out: Proxy) -> Any:
-        """What a module returned, with None where it returned None, for ``is None`` to see."""
+        """The output of a module, with None where it returned None, so that ``is None`` works."""
         value = self.example(out.node)
         if not any(leaf is None for leaf in pytree.tree_leaves(value)):
             return out
@@ -227,7 +227,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return parts_of(pytree.tree_map(lambda leaf: None if leaf is None else some, value), out)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers become ``get_attr`` nodes, one a tensor."""
+        """Parameters and buffers become ``get_attr`` nodes, one per tensor."""
         if self._evaluating or not isinstance(attr_val, torch.Tensor):
             return attr_val
         name = self._names.get(id(attr_val))
@@ -238,13 +238,13 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), Proxy):  # whatever it says that it is
+        if issubclass(type(a), Proxy):  # whatever its __class__ says
             return a.node
         if isinstance(a, torch.Tensor) and id(a) in self._names:
             return self.create_node("get_attr", self._names[id(a)], (), {})
         if isinstance(a, FakeTensor):
             raise TraceError(
-                "the model keeps a tensor of an earlier call where it could not be put back as it was",
+                "the model keeps a tensor of an earlier call in a place that could not be restored",
                 hint="keep tables in a buffer, or in a dict or list of the module that uses them",
             )
         parameter = isinstance(a, torch.Tensor) and a.requires_grad and a.is_leaf
@@ -271,18 +271,20 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return self.concrete(obj.node, "keys")
 
     def concrete(self, node: fx.Node, read: str) -> Any:
-        """The node's value, read in one of the ways of :data:`READS`, if it is the same for two batch sizes.
+        """The node's value, read as one of :data:`READS`, if it is the same for two batch sizes.
 
         The graph gets a :func:`guard` on it, unless it cannot change.
 
         Raises:
-            TraceError: it is not, or it depends on what the tensors hold.
+            TraceError: it is not, or it depends on the contents of tensors.
         """
         if _asks_for_gradients(node):
             raise not_known_before_training(_asked(node))
         try:
             values = [self._value(node, witness) for witness in self._witnesses]
-            reader = bool if read == "bool" else READS[read]  # whose frame would be ours
+            reader = (
+                bool if read == "bool" else READS[read]
+            )  # not READS["bool"], whose frame would be ours
             with author_code():
                 first, second = map(reader, values)
         except AuthorError as error:
@@ -291,8 +293,8 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             raise TraceError(
                 f"the model's Python code {'branches on' if read == 'bool' else 'takes as a number'} {node.name}, "
                 "which differs with the batch size",
-                hint="rewrite a model whose Python code does not depend on the batch size; x.shape[0] is no number "
-                "while it is traced, len(x) is",
+                hint="rewrite a model whose Python code does not depend on the batch size; x.shape[0] is not a number "
+                "during tracing, len(x) is",
             )
         if (node, read) not in self._guarded and self._varies(node):
             self._guarded.add((node, read))
@@ -302,7 +304,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return first
 
     def _varies(self, node: fx.Node) -> bool:
-        """Whether a node's value may be another in another call, given that inputs have the example's sizes."""
+        """Whether a node's value may differ in another call, given that inputs have the example's sizes."""
         if _asked(node) in _RANK:
             return False
         if found := dimension_of(node, lambda tensor: self.example(tensor).ndim):
@@ -319,13 +321,13 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return self._value(node, self._witnesses[0])
 
     def kind(self, node: fx.Node) -> type:
-        """The class of a node's value, a parameter's for a parameter."""
+        """The class of a node's value; that of parameters for a parameter."""
         if node.op == "get_attr" and str(node.target) in self._state:
             return kind_of(self._state[str(node.target)])
         return kind_of(self._known(node))
 
     def outline(self, node: fx.Node) -> Any:
-        """What has the attributes of a node's value: for a tensor its class, as a fake one has some of its own."""
+        """An object with the attributes of a node's value: for a tensor its class, as a fake tensor has extra ones."""
         kind = self.kind(node)
         return kind if issubclass(kind, torch.Tensor) else self._known(node)
 
@@ -333,7 +335,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         """The example value of a node that Python code asks about.
 
         Raises:
-            TraceError: it depends on what the tensors hold.
+            TraceError: it depends on the contents of tensors.
         """
         try:
             return self.example(node)
@@ -341,7 +343,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
             raise _needs_value(node, error) from error
 
     def _written_by_leaf(self, node: fx.Node) -> list[fx.Node]:
-        """All arguments of a module that writes into one of them, as was seen when it was computed."""
+        """All arguments of a module that writes into one of them, as seen when it was evaluated."""
         return node.all_input_nodes if node in self._writing_leaves else []
 
     def _value(self, node: fx.Node, witness: _Witness) -> Any:
@@ -350,7 +352,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         return witness.values[node]
 
     def _compute(self, nodes: Iterable[fx.Node], witness: _Witness) -> None:
-        """Fill in values on a witness: what they need and has none is computed first, in graph order."""
+        """Fill in values on a witness; missing values that they need are computed first, in graph order."""
         values = witness.values
         waiting = [node for node in nodes if node not in values]
         needed = set(waiting)
@@ -393,13 +395,13 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
 
 
 def _state(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer, a shared one under its first name."""
+    """Every parameter and buffer; a shared one under its first name."""
     yield from root.named_parameters()
     yield from root.named_buffers()
 
 
 def _asked(node: fx.Node) -> str | None:
-    """The attribute of a tensor that a node reads, or the method without arguments that it calls."""
+    """The tensor attribute that a node reads, or the method without arguments that it calls."""
     if node.target is builtins.getattr:
         return str(node.args[1])
     alone = len(node.args) + len(node.kwargs) == 1
@@ -413,13 +415,13 @@ def _asks_for_gradients(node: fx.Node) -> bool:
 def _needs_value(node: fx.Node, error: AuthorError) -> TraceError:
     return TraceError(
         f"the model's Python code needs the value of {node.format_node() or node.name}, which depends on "
-        f"what the tensors hold: {error.message}",
+        f"the contents of tensors: {error.message}",
         hint="move the branch or loop into a module that runs no attention",
     )
 
 
 def _forget(tensor: FakeTensor) -> FakeTensor:
-    """The tensor, its value no longer known."""
+    """The tensor, with its value no longer known."""
     tensor.constant = None
     return tensor
 

@@ -1,4 +1,4 @@
-"""What runs when a model runs, module by module, without a graph: one call on fake tensors."""
+"""Which modules and attentions run when a model runs, without a graph: one call on fake tensors."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _ON_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """A fused attention or some softmax that ran.
+    """A fused attention or a softmax that ran.
 
     Attributes:
         module_path: the innermost module that it ran in.
         fused: whether it was a ``scaled_dot_product_attention``.
-        length: how many keys, or values that the softmax sums to one.
+        length: the number of keys, or of values in a row of the softmax.
     """
 
     module_path: str
@@ -46,8 +46,8 @@ class Calls:
 
     Attributes:
         modules: paths of the modules that ran, in the order of their first call.
-        around_attention: paths of those in whose forward an attention ran, with all their callers, the model itself
-            (path ``""``) too; in the order of the attentions.
+        around_attention: paths of those in whose forward an attention ran and of all their callers, including the model
+            itself (path ``""``), in the order of the attentions.
         attention: every attention, in order.
     """
 
@@ -90,7 +90,7 @@ def watch_calls(
 ) -> Calls:
     """Run ``model`` on fake tensors and note which modules and which attentions run.
 
-    Whatever mode the model is in, this is its call in eval mode: the same modules run in the other.
+    The call is in eval mode, whatever mode the model is in: the same modules run in train mode.
 
     Raises:
         TraceError: the model cannot be copied, or does not run on these inputs.
@@ -117,7 +117,7 @@ def _refusal(model: nn.Module, error: AuthorError, *, depends: bool) -> TraceErr
     if depends:
         return TraceError(
             f"what {name} computes depends on the values in its input tensors: {reason}",
-            hint="pass what its Python code reads from tensors as numbers, if the model takes them",
+            hint="pass values that its Python code reads from tensors as numbers, if the model accepts them",
         )
     return TraceError(
         f"{name} does not run on the example inputs: {reason}",

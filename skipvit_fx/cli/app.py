@@ -1,4 +1,4 @@
-"""The commands. Each mirrors one public call and prints what it returns."""
+"""The commands. Each mirrors one public call and prints its result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from skipvit_fx.plan import Plan
 
 
 class _Group(TyperGroup):
-    """Prints an error of this package as one message; its traceback would help nobody."""
+    """Prints an error of this package as one message, without a traceback, which would not help."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -87,10 +87,10 @@ def rewrite(
     plan: PlanText,
     save: Annotated[
         Path | None,
-        typer.Option(help="file for plan and weights, .safetensors", show_default=False),
+        typer.Option(help="write plan and weights to this file, .safetensors", show_default=False),
     ] = None,
     diff: Annotated[
-        bool, typer.Option("--diff", help="every node inserted, rewired or erased, instead")
+        bool, typer.Option("--diff", help="list inserted, rewired and erased nodes instead")
     ] = False,
     img_size: ImgSize = None,
     depth: Depth = None,
@@ -123,7 +123,8 @@ def trace(
     image: Annotated[Path, typer.Argument(help="an image file", show_default=False)],
     plan: PlanText,
     out: Annotated[
-        Path | None, typer.Option(help="picture of the kept patches to write", show_default=False)
+        Path | None,
+        typer.Option(help="write a picture of the kept patches to this file", show_default=False),
     ] = None,
     img_size: ImgSize = None,
     depth: Depth = None,
@@ -160,8 +161,8 @@ def _draw(shown: Tensor, kept: list[Tensor], patches: int, out: Path) -> None:
     grid = picture.patch_grid(patches, height, width)
     if grid is None:
         raise SpecError(
-            f"{patches} patches are no grid over {height} x {width} pixels, so none is drawn",
-            hint="leave out --out; the indices are right all the same",
+            f"{patches} patches do not form a grid over {height} x {width} pixels, so no picture is drawn",
+            hint="leave out --out; the indices are right anyway",
         )
     panels = [picture.dim_dropped(shown, indices, grid) for indices in kept]
     picture.write_picture([shown, *panels], out)

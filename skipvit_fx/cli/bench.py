@@ -37,7 +37,7 @@ def bench(
     plan: PlanText,
     device: Annotated[str, typer.Option(help="such as cpu, cuda or npu")] = "cpu",
     batch: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="of every measurement")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of measurements")] = 10,
     img_size: ImgSize = None,
     depth: Depth = None,
     pretrained: Pretrained = False,
@@ -48,7 +48,7 @@ def bench(
     validate: Validate = True,
     as_json: Json = False,
 ) -> None:
-    """Time a rewritten model and the original in turns: predicted and measured, layer by layer."""
+    """Time a rewritten model and the original alternately: predicted and measured, layer by layer."""
     wanted = Plan.parse(plan)
     place = _device(device)
     original = build(model, img_size, depth, pretrained).to(place)
@@ -67,14 +67,14 @@ def bench(
 
 
 def _device(text: str) -> torch.device:
-    """A device that works.
+    """The named device, if it works.
 
     Raises:
-        SpecError: there is none of that name.
+        SpecError: it does not work.
     """
     if text.partition(":")[0] == "npu" and not npu_is_available():
-        raise SpecError("torch-npu sees no device", hint="skipvit doctor says what is missing")
-    hint = "skipvit doctor says what there is; cpu always works"
+        raise SpecError("torch-npu sees no device", hint="skipvit doctor shows what is missing")
+    hint = "skipvit doctor shows what is available; cpu always works"
     try:
         device = torch.empty(0, device=text).device
     except (RuntimeError, AssertionError) as error:

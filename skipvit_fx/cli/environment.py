@@ -1,4 +1,4 @@
-"""On what did this run? Every published figure says so."""
+"""The hardware and software of a run, stated with every published figure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def versions(*packages: str) -> str:
 
 
 def hardware() -> str:
-    """The processor and how many threads torch uses of it."""
+    """The processor, and how many of its threads torch uses."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -40,7 +40,7 @@ class TargetName(StrEnum):
 
 
 class FailOn(StrEnum):
-    """``--fail-on``: from which level on the exit status is 1."""
+    """``--fail-on``: the lowest level for which the exit status is 1."""
 
     fail = "fail"
     slow = "slow"
@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
 
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="the file to write")]
-Target = Annotated[TargetName, typer.Option(help="who reads the file")]
+Target = Annotated[TargetName, typer.Option(help="what will read the file")]
 Opset = Annotated[
     int | None, typer.Option(help="11-16 for ascend, 11-18 for onnxruntime", show_default=False)
 ]
@@ -67,7 +67,7 @@ Verify = Annotated[bool, typer.Option("--verify", help="run the file in onnxrunt
 PlanOrNone = Annotated[
     str | None,
     typer.Argument(
-        metavar="[PLAN]", help="such as 6(55%)+11; without: the original", show_default=False
+        metavar="[PLAN]", help="such as 6(55%)+11; without it, the original", show_default=False
     ),
 ]
 
@@ -92,7 +92,7 @@ def export(
     keep_dead_tokens: KeepDead = False,
     validate: Validate = True,
 ) -> None:
-    """Write a model as ONNX, rewritten with PLAN or as it is."""
+    """Write a model as ONNX, rewritten with PLAN or unchanged."""
     size = _batch(batch)
     wanted = Plan.parse(plan) if plan is not None else None
     module = build(model, img_size, depth, pretrained)
@@ -121,7 +121,7 @@ def _batch(text: str | None) -> int | Literal["dynamic"] | None:
     if text is None or text == "dynamic":
         return text  # type: ignore[return-value]
     if not (text.isascii() and text.isdecimal()):
-        raise ExportError(f"--batch {text!r} is no batch size", hint="a number, or dynamic")
+        raise ExportError(f"--batch {text!r} is not a batch size", hint="give a number, or dynamic")
     return int(text)
 
 
@@ -129,11 +129,13 @@ def check(
     file: Annotated[Path, typer.Argument(help="any ONNX file", show_default=False)],
     cann: Cann = CANN,
     soc: Soc = SOC,
-    fail_on: Annotated[FailOn, typer.Option(help="exit with 1 from this level on")] = FailOn.fail,
+    fail_on: Annotated[
+        FailOn, typer.Option(help="exit with 1 at this level or a worse one")
+    ] = FailOn.fail,
     as_json: Json = False,
     as_sarif: Annotated[bool, typer.Option("--sarif", help="for continuous integration")] = False,
 ) -> None:
-    """Check an ONNX file against what is publicly known of Ascend's ATC, without running it."""
+    """Check an ONNX file against what is publicly known about Ascend's ATC, without running it."""
     report = atc_check(file, cann=cann, soc=soc)
     typer.echo(report.to_sarif() if as_sarif else report.to_json() if as_json else str(report))
     levels = ("fail", "slow", "unknown")
@@ -145,6 +147,6 @@ def check(
 def doctor(
     as_json: Json = False,
 ) -> None:
-    """Say what is installed, what works, and what to do about the rest."""
+    """Show what is installed, what works, and what to do about the rest."""
     lines = doctor_.examine()
     typer.echo(doctor_.as_json(lines) if as_json else doctor_.as_text(lines))

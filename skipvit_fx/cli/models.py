@@ -16,7 +16,7 @@ SOURCES = "timm:NAME (or just NAME), torchvision:NAME, hf:MODEL_TYPE_OR_CLASS, o
 
 
 class SpecError(SkipViTError):
-    """A model that cannot be built from what was asked for."""
+    """The requested model cannot be built."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Spec:
 
     Attributes:
         source: where the model comes from: a key of ``BUILDERS``.
-        name: what it is called there.
-        pretrained: with its published weights; random ones otherwise.
-        options: passed on to whatever builds it, such as ``img_size`` and ``depth``.
+        name: its name there.
+        pretrained: whether it has its published weights, rather than random ones.
+        options: passed to the function that builds it, such as ``img_size`` and ``depth``.
     """
 
     source: str
@@ -48,7 +48,7 @@ class Spec:
 
 
 def parse_spec(text: str, *, pretrained: bool = False, **options: Any) -> Spec:
-    """Read ``source:name``; a name alone is timm's. Options that are ``None`` are left out.
+    """Read ``source:name``; a bare name is one of timm's. Options that are ``None`` are left out.
 
     Raises:
         SpecError: there is no such source.
@@ -66,7 +66,7 @@ def need(module: str, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        SpecError: it is not installed; the hint names the extra that brings it.
+        SpecError: it is not installed; the hint names the extra that provides it.
     """
     try:
         return importlib.import_module(module)
@@ -88,7 +88,7 @@ def _unknown(spec: Spec, names: list[str], error: Exception | None = None) -> Sp
 
 
 def _call(spec: Spec, make: Callable[..., Any], *args: Any, **options: Any) -> nn.Module:
-    """Build, and say in one sentence what is wrong with an option or a download."""
+    """Build a model; an error says in one sentence what is wrong with an option or a download."""
     try:
         model = make(*args, **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
@@ -103,7 +103,8 @@ def _call(spec: Spec, make: Callable[..., Any], *args: Any, **options: Any) -> n
         ) from error
     if not isinstance(model, nn.Module):
         raise SpecError(
-            f"{spec} returned a {type(model).__name__}", hint="a factory returns a torch.nn.Module"
+            f"{spec} returned a {type(model).__name__}",
+            hint="a factory must return a torch.nn.Module",
         )
     return model
 
@@ -130,7 +131,7 @@ def _torchvision(spec: Spec) -> nn.Module:
 def _hugging_face(spec: Spec) -> nn.Module:
     """A model type such as ``dinov2`` or a class such as ``BlipVisionModel``, with its default configuration.
 
-    With weights, a name on the hub.
+    With weights, the name is one on the hub.
     """
     transformers = need("transformers", "elsewhere")
     if spec.pretrained:

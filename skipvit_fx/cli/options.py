@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what is made of them."""
+"""Arguments and options that several commands share, and how they are used."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan
 
 BAD_INPUT = 2
-"""Exit status where the command line, a file or a plan is at fault."""
+"""Exit status if the command line, a file or a plan is at fault."""
 
 REFUSED = 1
-"""Exit status where the answer is no: a model that is refused, a check that found something."""
+"""Exit status if the answer is no: a refused model, or a check that found something."""
 
 Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
 PlanText = Annotated[str, typer.Argument(metavar="PLAN", help="such as 6(55%)+11")]
@@ -30,12 +30,12 @@ Depth = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="fetch the published weights")]
 PrefixTokens = Annotated[
-    int | None, typer.Option(min=0, help="leading tokens that are no patches", show_default=False)
+    int | None, typer.Option(min=0, help="leading tokens that are not patches", show_default=False)
 ]
 Cut = Annotated[str, typer.Option(help="attention or block")]
 Score = Annotated[str, typer.Option(help="auto, cls, mean or random")]
 KeepDead = Annotated[
-    bool, typer.Option("--keep-dead-tokens", help="also compute rows that nobody reads")
+    bool, typer.Option("--keep-dead-tokens", help="also compute rows that nothing reads")
 ]
 Validate = Annotated[
     bool, typer.Option("--validate/--no-validate", help="run the result once beside the model")
@@ -46,7 +46,7 @@ Soc = Annotated[str, typer.Option(help="chip, as ATC's --soc_version")]
 
 
 def build(spec: str, img_size: int | None, depth: int | None, pretrained: bool) -> nn.Module:
-    """The named model in eval mode; where its weights are random, a word about it goes to stderr.
+    """The named model in eval mode; if its weights are random, a note is printed to stderr.
 
     Raises:
         SpecError: it cannot be built.
@@ -73,7 +73,7 @@ def rewritten(
     """The model rewritten.
 
     Raises:
-        SpecError: ``cut`` or ``score`` is no known one.
+        SpecError: ``cut`` or ``score`` is not known.
         SkipViTError: as :func:`skipvit_fx.rewrite` does.
     """
     for name, value, known in (

@@ -1,4 +1,4 @@
-"""An image file in, a picture of the kept patches out."""
+"""Reads an image file, and writes a picture of the kept patches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_image(path: Path, shape: tuple[int, int, int], model: nn.Module) -> tup
     Mean and standard deviation are those of the model's ``pretrained_cfg``, or 0.5.
 
     Raises:
-        SpecError: it is no readable image.
+        SpecError: it is not a readable image.
     """
     images = need("PIL.Image", "demo")
     channels, height, width = shape
@@ -34,7 +34,7 @@ def read_image(path: Path, shape: tuple[int, int, int], model: nn.Module) -> tup
             image = opened.convert("RGB").resize((width, height), images.Resampling.BICUBIC)
     except OSError as error:
         raise SpecError(
-            f"{path} is not a readable image: {error}", hint="PNG and JPEG will do"
+            f"{path} is not a readable image: {error}", hint="use PNG or JPEG"
         ) from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     picture = pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
@@ -46,7 +46,7 @@ def read_image(path: Path, shape: tuple[int, int, int], model: nn.Module) -> tup
 
 
 def patch_grid(patches: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of square patches; ``None`` if the count fits no such grid."""
+    """Rows and columns of a grid of square patches; ``None`` if the count does not fit one."""
     rows = round(math.sqrt(patches * height / width))
     if rows and patches % rows == 0:
         columns = patches // rows
@@ -56,7 +56,7 @@ def patch_grid(patches: int, height: int, width: int) -> tuple[int, int] | None:
 
 
 def dim_dropped(picture: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture ``[3, H, W]`` with every patch but the kept ones darkened."""
+    """The picture ``[3, H, W]`` with all patches except the kept ones darkened."""
     rows, columns = grid
     light = torch.full((rows * columns,), DIMMED)
     light[kept] = 1.0

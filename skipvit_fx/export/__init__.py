@@ -1,1 +1,1 @@
-"""ONNX files. Needs the extra ``skipvit_fx[onnx]`` only when used."""
+"""ONNX files. The extra ``skipvit_fx[onnx]`` is needed only when this is used."""

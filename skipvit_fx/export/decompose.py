@@ -1,4 +1,4 @@
-"""The exported program in operators that old ONNX opsets have, and that ATC's fusions look for."""
+"""The exported program in operators that old ONNX opsets have and ATC's fusions look for."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ _PASS = frozenset(
 
 
 def free_attention_matrices(program: ExportedProgram) -> None:
-    """Compute a row of attention weights from one query, where it was read from the whole matrix.
+    """Compute a row of attention weights from one query if it was read from the whole matrix.
 
     Before::
 
@@ -106,7 +106,7 @@ def free_attention_matrices(program: ExportedProgram) -> None:
 
         a = softmax(q @ k);  o = a @ v;  row = softmax(q[:, :, 0:1] @ k)
 
-    A matrix that something else reads too is left alone.
+    A matrix that nothing else reads is left alone.
     """
     graph = program.graph
     for node in list(graph.nodes):
@@ -151,7 +151,7 @@ def _positive(dim: Any, node: fx.Node) -> int:
 def _sliced(
     graph: fx.Graph, node: fx.Node, dim: int, span: tuple[Any, ...], made: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """``node`` sliced along ``dim``, by slicing what it is computed from as far up as the rules reach."""
+    """``node`` sliced along ``dim``, by slicing its inputs as far up as the rules allow."""
     if node not in made:
         arguments = _sliced_arguments(graph, node, dim, span, made)
         made[node] = (

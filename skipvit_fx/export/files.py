@@ -1,4 +1,4 @@
-"""Files are written whole or not at all."""
+"""Writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EXTERNAL_ABOVE = 2**31 - 2**20
-"""Bytes of weights above which they go into a file of their own: a protobuf ends at 2**31 - 1 bytes."""
+"""Bytes of weights above which they go into a separate file: a protobuf ends at 2**31 - 1 bytes."""
 
 KEPT_INSIDE = 2**16
-"""Bytes up to which a constant stays in the model file all the same: shapes, axes, indices, biases."""
+"""Bytes up to which a constant stays in the model file even then: shapes, axes, indices, biases."""
 
 
 def check_folder(path: Path) -> None:
-    """Refuse early what could not be written later.
+    """Check early that ``path`` can be written later.
 
     Raises:
-        ExportError: the folder is not there or not writable, or ``path`` is a folder itself.
+        ExportError: the folder does not exist or is not writable, or ``path`` is itself a folder.
     """
     folder = path.parent
     if not folder.is_dir():
@@ -38,13 +38,13 @@ def check_folder(path: Path) -> None:
 def write_model(
     model: ir.Model, path: Path, check: Callable[[Path], None] = lambda path: None
 ) -> tuple[Path, ...]:
-    """Write ``model`` to ``path``, and large weights beside it where one file cannot hold them.
+    """Write ``model`` to ``path``, and large weights beside it if one file cannot hold them.
 
-    Everything is written under another name first, given to ``check``, and only then moved into place. Returns the
+    Everything is first written under another name and passed to ``check``, and only then moved into place. Returns the
     files, the model first.
 
     Raises:
-        ExportError: the disk is full or refuses; then nothing of it is left behind.
+        ExportError: the disk is full or writing fails; nothing is left behind then.
     """
     import onnx_ir as ir
 

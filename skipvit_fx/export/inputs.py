@@ -21,10 +21,10 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 def inputs_of(
     model: nn.Module, example: Any, batch: int | str | None, profile: Profile
 ) -> tuple[Inputs, int | None]:
-    """Example inputs of the batch size to export, and that size; ``None`` where it stays free.
+    """Example inputs of the batch size to export, and that size; ``None`` if it is dynamic.
 
     Raises:
-        ExportError: the batch size is none, does not fit the example or is not for this profile.
+        ExportError: the batch size is invalid, does not fit the example or is not possible for this profile.
     """
     if isinstance(batch, str):
         if batch != "dynamic" or profile.fixed_batch:
@@ -35,7 +35,9 @@ def inputs_of(
                 + "; write one file for each batch size that is served",
             )
     elif batch is not None and (not isinstance(batch, int) or batch < 1):
-        raise ExportError(f"a batch of {batch} is none", hint="give a batch size of 1 or more")
+        raise ExportError(
+            f"a batch of {batch} is not possible", hint="give a batch size of 1 or more"
+        )
     dynamic = batch == "dynamic" or (batch is None and not profile.fixed_batch)
     given = arguments_of(example) if example is not None else _own_example(model)
     own = batch_size(*given)
@@ -48,7 +50,7 @@ def inputs_of(
             f"batch={batch}, but the example inputs have a batch of {own}",
             hint="leave one of the two out",
         )
-    if dynamic:  # a size of 1 would be taken for a broadcast
+    if dynamic:  # a size of 1 would be mistaken for a broadcast
         return _with_batch(given, own, max(own, 2)), None
     size = batch if isinstance(batch, int) else own if example is not None else 1
     return _with_batch(given, own, size), size

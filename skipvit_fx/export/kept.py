@@ -1,4 +1,4 @@
-"""The kept patches as outputs of the file, beside those of the model."""
+"""The kept patches as additional outputs of the file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _KEPT = f"{INSERTED}kept_positions"
 
 
 def add_kept(module: nn.Module) -> None:
-    """Add the kept positions of every stage to the outputs, in place: give it a copy.
+    """Add the kept positions of every stage to the outputs, in place: pass a copy.
 
     Raises:
         ExportError: the module does not come from :func:`skipvit_fx.rewrite`.
@@ -38,11 +38,11 @@ def add_kept(module: nn.Module) -> None:
 
 
 class KeptPositions(nn.Module):
-    """The kept patches of every stage by their position in the full grid.
+    """The kept patches of every stage, by their position in the full grid.
 
     Args:
-        patches: patches in the full grid; fused tokens count on from there.
-        fused: whether every stage leaves a fused token behind the kept ones.
+        patches: the number of patches in the full grid; fused tokens are numbered from there.
+        fused: whether every stage puts a fused token after the kept patches.
     """
 
     def __init__(self, patches: int, fused: bool) -> None:
@@ -51,7 +51,7 @@ class KeptPositions(nn.Module):
         self.fused = fused
 
     def forward(self, *kept: Tensor | None) -> tuple[Tensor, ...]:
-        """``[batch, k]`` a stage, from what each stage chose of those before it; no entry where nothing is dropped."""
+        """``[batch, k]`` per stage, from the choice of each among those before it; no entry if nothing is dropped."""
         found: list[Tensor] = []
         for choice in kept:
             if choice is None:

@@ -1,4 +1,4 @@
-"""From the opset that the exporter speaks down to an older one, by comparing operator schemas."""
+"""Converts a model from the exporter's opset to an older one, by comparing operator schemas."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from onnxscript.rewriter.rules import common as rules
 from skipvit_fx.errors import ExportError
 
 _CHANGED_MEANING = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13}
-"""Operators whose old form flattens the axes behind ``axis``: the same thing for the last axis only."""
+"""Operators whose old form flattens the axes after ``axis``; both forms agree only for the last axis."""
 
 _IRRELEVANT = frozenset({"num_outputs", "allowzero"})
-"""Attributes that say nothing here: a Split is even without sizes, and no tensor has a dimension of zero."""
+"""Attributes that have no effect here: a Split without sizes is even, and no tensor has a dimension of zero."""
 
 
 _ANY_SIZE = 2**62
@@ -37,14 +37,14 @@ _MOVES_ONLY = (
     rules.collapse_slice_rule,
     rules.collapse_slice2_rule,
 )
-"""Rewrites that move data and never touch a number."""
+"""Rewrites that only move data and never change a number."""
 
 
 def lower_opset(model: ir.Model, opset: int) -> None:
     """Rewrite ``model`` in place for an older default opset.
 
-    What became an input since then (the axes of ReduceMean) turns back into an attribute, attributes that did not
-    exist are dropped where they say the default, and anything else is an error.
+    Attributes that became inputs since then (the axes of ReduceMean) become attributes again, attributes that did not
+    exist are dropped if they have the default value, and anything else is an error.
 
     Raises:
         ExportError: an operator, attribute or input has no counterpart in ``opset``.
@@ -109,21 +109,21 @@ def _check_last_axis(node: ir.Node, opset: int) -> None:
     axis = node.attributes.get_int("axis", -1)
     shape = node.inputs[0].shape if node.inputs and node.inputs[0] is not None else None
     if shape is None or axis not in (-1, len(shape) - 1):
-        raise _no_counterpart(node, f"{node.op_type} over another axis than the last", opset)
+        raise _no_counterpart(node, f"{node.op_type} over an axis other than the last", opset)
     node.attributes["axis"] = ir.AttrInt64("axis", len(shape) - 1)
 
 
 def tidy(model: ir.Model) -> None:
-    """Fold what depends on weights only, however large: a slice of a weight, a table of positions. Remove the rest.
+    """Fold what depends only on weights, however large: a slice of a weight, a table of positions. Remove unused parts.
 
-    The exporter's own optimiser is not used: it takes an epsilon of 1e-12 for zero and drops the addition.
+    The exporter's own optimiser is not used: it treats an epsilon of 1e-12 as zero and drops the addition.
     """
     common.InlinePass()(model)
     logger = logging.getLogger("onnxscript.optimizer._constant_folding")
     level = logger.level
     logger.setLevel(
         logging.ERROR
-    )  # it reports every operator with several outputs that it leaves alone
+    )  # it reports every operator with several outputs that it does not fold
     try:
         optimizer.fold_constants(model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE)
     finally:
@@ -144,7 +144,7 @@ def tidy(model: ir.Model) -> None:
 
 
 def finish(model: ir.Model, ir_version: int) -> None:
-    """Indices stay in int32, metadata of the machine that exported is removed, every node has a name of its own."""
+    """Keep indices in int32, remove metadata of the exporting machine, and give every node a unique name."""
     for node in model.graph:
         if node.op_type == "Gather" and node.domain == "":
             _read_int32(node)
@@ -173,5 +173,5 @@ def _drop_unread(model: ir.Model) -> None:
 def _no_counterpart(node: ir.Node, what: str, opset: int) -> ExportError:
     return ExportError(
         f"{what} (node {node.name!r}) has no counterpart in opset {opset}",
-        hint="choose a higher opset of the target's range, or write that part of the model with plainer operators",
+        hint="choose a higher opset within the target's range, or write that part of the model with simpler operators",
     )

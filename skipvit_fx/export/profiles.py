@@ -1,4 +1,4 @@
-"""What the readers of an ONNX file can take."""
+"""What the readers of an ONNX file accept."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Profile:
 
     Attributes:
         name: as in ``export_onnx(..., target=name)``.
-        opsets: lowest and highest opset it takes.
-        opset: the one to write unless told otherwise.
-        ir_version: of the file; 8 is ONNX 1.12.
-        fixed_batch: whether the batch size is fixed unless told otherwise.
-        spelled_out_norms: whether LayerNorm is written as its parts also where the opset knows it.
+        opsets: the lowest and the highest opset that it accepts.
+        opset: the default opset to write.
+        ir_version: the IR version of the file; 8 is ONNX 1.12.
+        fixed_batch: whether the batch size is fixed by default.
+        spelled_out_norms: whether LayerNorm is written as its parts even if the opset has it.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Profile:
         """The opset to write.
 
         Raises:
-            ExportError: it lies outside the profile.
+            ExportError: it is outside the profile.
         """
         low, high = self.opsets
         if opset is None:
@@ -45,7 +45,7 @@ class Profile:
         if not isinstance(opset, int) or not low <= opset <= high:
             raise ExportError(
                 f"opset {opset!r} is outside the profile {self.name!r}, which is for {low} to {high}",
-                hint=f"leave opset out for {self.opset}",
+                hint=f"leave opset out to get {self.opset}",
             )
         return opset
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 EXPORTER_OPSET = 18
-"""What torch's exporter writes before anything is lowered."""
+"""The opset that torch's exporter writes before it is lowered."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class ExportedFile:
 
     Attributes:
         path: the ONNX file.
-        files: all files: ``path``, and beside it the weights where they are too large for one file.
+        files: all files: ``path``, and the weights beside it if they are too large for one file.
         target, opset: as written.
-        batch: the fixed batch size; ``None`` where it is free.
-        inputs, outputs: names, in order.
-        check: for Ascend, what is known of ATC and this file; ATC was not run.
-        difference: largest difference to the PyTorch module in onnxruntime, relative to the largest output; ``None``
-            unless verified.
+        batch: the fixed batch size; ``None`` if it is dynamic.
+        inputs, outputs: their names, in order.
+        check: for Ascend, what is known about ATC and this file; ATC was not run.
+        difference: the largest difference of onnxruntime from the PyTorch module, relative to the largest output;
+            ``None`` unless verified.
     """
 
     path: Path
@@ -75,27 +75,27 @@ def export_onnx(
     expose_kept: bool = False,
     verify: bool = False,
 ) -> ExportedFile:
-    """Write a model, rewritten or not, as ONNX. The model itself stays as it is, its mode too; evaluation is exported.
+    """Write a model, rewritten or not, as ONNX, in eval mode. The model itself and its mode are not changed.
 
     Args:
-        model: a rewritten model with skipping on, or any model to compare with.
-        path: the file; replaced as a whole if it exists.
+        model: a rewritten model with skipping on, or any other model, to compare with.
+        path: the file; it is replaced as a whole if it exists.
         target: ``"ascend"`` writes the form that ATC is documented to read (opset 13, fixed batch, LayerNorm and GELU
             spelled out, int32 indices); ``None`` is ``"onnxruntime"``.
-        example_inputs: a tensor, a tuple or a dict, as for :func:`skipvit_fx.rewrite`; found like there.
+        example_inputs: a tensor, a tuple or a dict, as for :func:`skipvit_fx.rewrite`, with the same default.
         opset: 11 to 16 for Ascend, 11 to 18 for onnxruntime.
-        batch: a fixed batch size, or ``"dynamic"`` (onnxruntime only). Left out: that of the example, 1 if there is
-            none, for Ascend; dynamic for onnxruntime.
-        cann, soc: for Ascend, the release and chip that :func:`atc_check` is asked about. A file that would fail there
-            is not written; what would be slow or is unknown stands in the result.
-        expose_kept: add one output a stage that drops, ``kept_1``, ``kept_2``..., int32: the kept patches' positions in
-            the full grid. Fused tokens count on behind the grid.
-        verify: run the written file in onnxruntime and compare with the module.
+        batch: a fixed batch size, or ``"dynamic"`` (onnxruntime only). Default: for Ascend that of the example, or 1 if
+            there is none; for onnxruntime dynamic.
+        cann, soc: for Ascend, the release and chip for :func:`atc_check`. A file that would fail there is not written;
+            what would be slow or is unknown is in the result.
+        expose_kept: add one output per stage that drops, ``kept_1``, ``kept_2``..., int32: the kept patches' positions
+            in the full grid. Fused tokens are numbered after the grid.
+        verify: run the written file in onnxruntime and compare it with the module.
 
     Raises:
         ExportError: skipping is off, an argument is outside the profile, an operator has no ONNX form, the file could
-            not be written, or it does not compute the same. Nothing half-written is left behind.
-        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that it can be called with.
+            not be written, or it does not compute the same. No partial file is left behind.
+        TypeError: ``model`` is not a module, or it cannot be called with ``example_inputs``.
     """
     check_model(model)
     profile = profile_of(target)
@@ -141,7 +141,7 @@ def _exported(
     *,
     dynamic: bool,
 ) -> ExportedProgram:
-    """The program of a copy of the model in eval mode, tried on the example before."""
+    """The program of a copy of the model in eval mode, after a trial run on the example."""
     clone = clone_structure(model).eval()
     if expose_kept:
         add_kept(clone)
@@ -160,14 +160,14 @@ def _accepted(report: AtcReport, destination: Path) -> AtcReport:
     if failures := report.of("fail"):
         first = failures[0]
         raise ExportError(
-            f"ATC would not take the file: {first.rule.id}: {first.rule.title}: {first.places[0]}",
+            f"ATC would not accept the file: {first.rule.id}: {first.rule.title}: {first.places[0]}",
             hint=first.rule.advice,
         )
     return report.moved(destination)
 
 
 def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run once, so that an input that does not fit is told from a model that does not translate."""
+    """Run once, to tell an input that does not fit from a model that cannot be translated."""
     try:
         with torch.no_grad():
             module(*args, **kwargs)
@@ -179,7 +179,7 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 
 def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Run one sample, which ``torch.export`` takes to be computed as several are, through the same graph."""
+    """Run one sample through the graph for several, as ``torch.export`` assumes that both are computed alike."""
     size = batch_size(args, kwargs)
     form = module.prepare(*args, **kwargs) if isinstance(module, SkipViTModule) else None
 
@@ -194,7 +194,7 @@ def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
                 form.call.run(module, *form.values(args, kwargs))
     except GuardError as error:
         raise ExportError(
-            f"a file of free batch size would take one sample, too, and this graph is not for one: {first_line(error)}",
+            f"a file of dynamic batch size would also take one sample, which this graph does not: {first_line(error)}",
             hint="give a fixed batch size, batch=2",
         ) from error
 
@@ -219,7 +219,7 @@ def _check_model(model: nn.Module) -> None:
             )
         if isinstance(module, ScoreAtRandom):
             raise ExportError(
-                "a random score cannot be exported: every run of the file would drop other tokens",
+                "a random score cannot be exported: every run of the file would drop different tokens",
                 hint="rewrite with score='auto'",
             )
 
@@ -240,7 +240,7 @@ def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
     except (RuntimeError, TypeError, ValueError) as error:
         raise ExportError(
             f"torch.onnx could not translate the model: {first_line(error.__cause__ or error)}",
-            hint="the operator it names has no ONNX form; replace it in the model",
+            hint="the operator that it names has no ONNX form; replace it in the model",
         ) from error
     assert written is not None
     model = written.model
@@ -252,7 +252,7 @@ def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
 
 
 def _name_outputs(model: ir.Model, program: ExportedProgram, expose_kept: bool) -> None:
-    """``output`` for the one output, the keys of a dict or dataclass, and ``kept_1``..."""
+    """Name outputs: ``output`` for a single one, the keys of a dict or dataclass, and ``kept_1``..."""
     spec = program.call_spec.out_spec
     assert spec is not None
     structure = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
@@ -280,7 +280,7 @@ def _check_file(path: Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(
             f"the model has no valid form in this opset: {first_line(error)}",
-            hint="choose a higher opset of the target's range",
+            hint="choose a higher opset within the target's range",
         ) from error
 
 

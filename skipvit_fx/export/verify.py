@@ -1,4 +1,4 @@
-"""Does a written file compute what the module computes?"""
+"""Checks that a written file computes what the module computes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from skipvit_fx.reports.tokens import trace_tokens
 from skipvit_fx.torch_internals import pytree
 
 TIE = 1e-6
-"""Scores that are closer than this, relative to the best, may change places by rounding."""
+"""Scores closer than this, relative to the best, may swap by rounding."""
 
 TOLERANCE = 1e-4
-"""Largest difference of outputs that ``verify`` accepts, relative to the largest output."""
+"""The largest difference of outputs that ``verify`` accepts, relative to the largest output."""
 
 
 def verified(file: Path, model: nn.Module, inputs: Inputs) -> float:
-    """The difference of a file to the model in evaluation, on random inputs of the given shapes.
+    """The difference between a file and the model in eval mode, on random inputs of the given shapes.
 
     Raises:
         ExportError: it is larger than ``TOLERANCE``.
@@ -43,14 +43,14 @@ def verified(file: Path, model: nn.Module, inputs: Inputs) -> float:
     if difference > TOLERANCE:
         _check_ties(reference, inputs)
         raise ExportError(
-            f"the file computes something else than the module: off by {difference:.2g}",
+            f"the file does not compute what the module does: off by {difference:.2g}",
             hint="please report this with the model and the plan; no file was written",
         )
     return difference
 
 
 def _check_ties(model: nn.Module, inputs: Inputs) -> None:
-    """Tell apart a wrong file from one that keeps other patches because scores are equal but for rounding.
+    """Tell a wrong file from one that keeps other patches because scores are equal except for rounding.
 
     Raises:
         ExportError: they are.
@@ -62,22 +62,22 @@ def _check_ties(model: nn.Module, inputs: Inputs) -> None:
         if stage.dropped.shape[1] == 0 or (
             stage.fused_kept is not None and stage.fused_kept.numel()
         ):
-            continue  # nothing was chosen, or a fused token without a score here was among the chosen
+            continue  # nothing was chosen, or there is a fused token, whose score is not known here
         scores = stage.scores.sort(1, descending=True).values
         kept = stage.kept.shape[1]
         gap = scores[:, kept - 1] - scores[:, kept]
         if bool((gap < TIE * scores[:, 0]).any()):
             raise ExportError(
-                f"the file and the module keep other patches at layer {stage.layer}: the scores at the edge differ "
+                f"the file and the module keep different patches at layer {stage.layer}: the scores at the edge differ "
                 "by no more than rounding",
                 hint="fresh weights often make patches equally important; load trained ones, or leave verify out",
             )
 
 
 def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, /) -> float:
-    """Largest difference of the file's outputs in onnxruntime to the module's, relative to the largest output.
+    """The largest difference of the file's outputs in onnxruntime from the module's, relative to the largest output.
 
-    Outputs behind those of the module, such as kept positions, are not compared.
+    Outputs after those of the module, such as kept positions, are not compared.
 
     Raises:
         ExportError: onnxruntime cannot load or run the file.
@@ -95,7 +95,7 @@ def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, 
     except (RuntimeError, ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail) as error:
         raise ExportError(
             f"onnxruntime does not run the file: {first_line(error)}",
-            hint="choose another opset of the target's range",
+            hint="choose another opset within the target's range",
         ) from error
     differences = []
     for ours, theirs in zip(got, wanted, strict=False):

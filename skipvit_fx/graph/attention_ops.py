@@ -1,4 +1,4 @@
-"""The operators that attention is made of, and the arguments of the fused one."""
+"""The operators that attention consists of, and the arguments of fused attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SDPA: tuple[Any, ...] = (
     F.scaled_dot_product_attention,
     aten.scaled_dot_product_attention.default,
 )
-"""Fused attention, as graphs call it."""
+"""Fused attention, as called in graphs."""
 
 SOFTMAX: tuple[Any, ...] = (
     torch.softmax,
@@ -23,7 +23,7 @@ SOFTMAX: tuple[Any, ...] = (
     aten.softmax.int,
     aten._softmax.default,
 )
-"""Softmax, as graphs call it; besides the method and the module."""
+"""Softmax functions, as called in graphs; the method and the module come on top of these."""
 
 SDPA_KERNELS = frozenset(
     {
@@ -34,14 +34,14 @@ SDPA_KERNELS = frozenset(
         aten._scaled_dot_product_fused_attention_overrideable,
     }
 )
-"""Every fused attention that a device may run."""
+"""Every fused attention kernel that a device may run."""
 
 SOFTMAX_KERNELS = frozenset({aten._softmax, aten._safe_softmax})
-"""Every softmax that a device may run."""
+"""Every softmax kernel that a device may run."""
 
 
 class AttentionArguments(NamedTuple):
-    """``AttentionArguments(*args, **kwargs)`` reads a call as Python would: by position, by name, or left out.
+    """``AttentionArguments(*args, **kwargs)`` reads a call as Python would: by position, by name, or by default.
 
     The fields hold whatever was passed: tensors, or graph nodes.
     """

@@ -1,4 +1,4 @@
-"""The class of a rewritten model: its author's, and a graph module's."""
+"""The class of a rewritten model, derived from the author's class and from the graph module's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from skipvit_fx.torch_internals import buffers_of, children_of, parameters_of, p
 
 @functools.cache
 def _class_of(author: Any, children: frozenset[str]) -> type[SkipViTModule]:
-    """A class of both kinds, for a model that has children of these names."""
+    """A class of both kinds, for a model whose children have these names."""
 
     @functools.wraps(author.forward)
     def call(self: SkipViTModule, *args: Any, **kwargs: Any) -> Any:
@@ -32,17 +32,17 @@ def _class_of(author: Any, children: frozenset[str]) -> type[SkipViTModule]:
         names |= {name: _method(name, method) for name, method in _methods_of(author, children)}
         names |= {"forward": call, "call": call, "__module__": author.__module__}
         names["__doc__"] = f"A rewritten :class:`{author.__name__}`."
-        if issubclass(author, fx.GraphModule):  # whose own __call__ would call ours again
+        if issubclass(author, fx.GraphModule):  # its own __call__ would call ours again
             names["__call__"] = nn.Module.__call__
 
-    # the author's own name: tools write it into files
+    # the author's class name: tools write it into files
     bases = (SkipViTModule, author)
     try:
         made: type[SkipViTModule] = types.new_class(author.__name__, bases, {}, body)
     except TypeError as error:
         raise TraceError(
             f"no class can derive from {author.__name__}: {error}",
-            hint="rewrite a module that has the model as a child, and calls it in its forward",
+            hint="rewrite a module that has the model as a child and calls it in its forward",
         ) from error
     return made
 
@@ -50,9 +50,10 @@ def _class_of(author: Any, children: frozenset[str]) -> type[SkipViTModule]:
 def _methods_of(
     author: type[nn.Module], children: frozenset[str]
 ) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The methods that an author wrote for others to call, and that may call a child or the forward.
+    """The author's public methods that may call a child or the forward.
 
-    By the names in their code. All others are left as they are, since libraries ask whether one was overridden.
+    This is told by the names in their code. Other methods are left alone, since libraries ask whether they are
+    overridden.
     """
     methods = {name: inspect.getattr_static(author, name) for name in dir(author)}
     named = {name: names_in(method) for name, method in methods.items()}
@@ -74,7 +75,7 @@ def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def forward_of(model: nn.Module) -> Callable[..., Any]:
-    """What ``model`` runs, a function that takes it first: of its class, or a method put on the object itself."""
+    """The function that ``model`` runs, which takes it first: its class's, or that of a method set on the instance."""
     return getattr(model.forward, "__func__", type(model).forward)
 
 
@@ -86,7 +87,7 @@ def refuse_taken_names(model: nn.Module) -> None:
     """Check that :func:`own` can take ``model`` over.
 
     Raises:
-        TraceError: the model has an attribute that would hide one of the module's, or be hidden by it.
+        TraceError: an attribute of the model would hide one of the rewritten module, or be hidden by it.
     """
     of_graphs = _OF_GRAPHS | {"recompile"}
     taken = _TAKEN - of_graphs if isinstance(model, fx.GraphModule) else _TAKEN | of_graphs
@@ -99,13 +100,13 @@ def refuse_taken_names(model: nn.Module) -> None:
     }
     if clash:
         raise TraceError(
-            f"{type(model).__name__} has what a rewritten model needs for itself: {', '.join(sorted(clash))}",
-            hint="rewrite a module that has the model as a child, and calls it in its forward",
+            f"{type(model).__name__} has names that a rewritten model needs for itself: {', '.join(sorted(clash))}",
+            hint="rewrite a module that has the model as a child and calls it in its forward",
         )
 
 
 def own(model: nn.Module, graph: fx.Graph, inputs: Inputs, recorded: Recorded) -> SkipViTModule:
-    """``model``'s state under ``graph``. ``model`` must be a structural clone that nobody else uses."""
+    """``model``'s state under ``graph``. ``model`` must be a structural clone that nothing else uses."""
     skeleton = fx.GraphModule(nn.Module(), fx.Graph())
     module: SkipViTModule = object.__new__(
         _class_of(cast(Any, type(model)), frozenset(children_of(model)))

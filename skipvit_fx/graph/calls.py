@@ -1,4 +1,4 @@
-"""The ways in which a rewritten model is called, and the graph that computes each."""
+"""The kinds of calls of a rewritten model, and the graph for each."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _EMPTY = inspect.Parameter.empty
 
 
 class Like(NamedTuple):
-    """What a graph assumes of a tensor that it is given.
+    """What a graph assumes of a tensor argument.
 
     Attributes:
         dtype: of its elements.
-        shape: all axes but the first, which is the batch.
-        ndim: number of all axes.
+        shape: the sizes of all axes except the first, the batch.
+        ndim: the number of axes.
     """
 
     dtype: torch.dtype
@@ -48,15 +48,15 @@ class Nest(NamedTuple):
 
 
 class Number(NamedTuple):
-    """What a graph assumes of a number that it takes: its class alone."""
+    """What a graph assumes of a number that it takes as an input: only its class."""
 
     kind: type
 
 
 def kind_of_argument(value: Any) -> Any:
-    """What a graph that was made for this argument assumes of it.
+    """What a graph made for this argument assumes of it.
 
-    :class:`Like`, :class:`Nest`, :class:`Number`, or its very value.
+    A :class:`Like`, a :class:`Nest`, a :class:`Number`, or the value itself.
     """
     if isinstance(value, LIVE):
         return Number(type(value).__base__)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def kind_of_argument(value: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether an argument is what :func:`kind_of_argument` made ``kind`` of another one."""
+    """Whether an argument is of ``kind``, as :func:`kind_of_argument` returned it for another argument."""
     if type(kind) is Like:
         if not isinstance(value, Tensor) or value.dtype != kind.dtype or value.ndim != kind.ndim:
             return False
@@ -86,20 +86,20 @@ def fits(value: Any, kind: Any) -> bool:
 
 @dataclass(eq=False)
 class Call:
-    """A graph, and the calls that it computes.
+    """A graph, and the calls that it serves.
 
     Attributes:
-        method: of the author's that it stands for.
-        kinds: what it assumes of each argument, by name; those that a call leaves at their default are not in here.
-        takes: names of the arguments that the graph takes; the others are built in.
+        method: the author's method that it stands for.
+        kinds: what it assumes of each argument, by name, except those that a call leaves at their default.
+        takes: names of the arguments that the graph takes as inputs; the others are built in.
         graph: of the rewritten computation.
         run: its code, a function that takes the module first.
-        example: positional and keyword arguments that it was made for, without the values of large tensors.
-        recorded: what it assumes of gradients.
+        example: the positional and keyword arguments that it was made for, without the values of large tensors.
+        recorded: what it assumes about gradient recording.
         record: what the rewrite did.
-        code: what ``run`` was made of.
-        direct: the same with the modules that it calls at hand, made when it is first run.
-        at_hand: a model and these modules of it; ``None`` where they are to be looked up.
+        code: what ``run`` was made from.
+        direct: the same, with the called modules looked up in advance; made at the first run.
+        at_hand: a model and these modules of it; ``None`` if they have yet to be looked up.
     """
 
     method: str
@@ -115,7 +115,7 @@ class Call:
     at_hand: tuple[Any, list[Any]] | None = None
 
     def compute(self, model: Any, values: list[Any]) -> Any:
-        """What the graph makes of these values in ``model``."""
+        """What the graph computes from these values in ``model``."""
         if torch.compiler.is_compiling() or in_jit_trace():
             return self.run(model, *values)
         if self.direct is None:
@@ -133,7 +133,7 @@ class Call:
 
     @property
     def numbers(self) -> set[str]:
-        """Names of the numbers that the graph takes."""
+        """Names of the numbers that the graph takes as inputs."""
         return {name for name, kind in self.kinds.items() if type(kind) is Number}
 
 
@@ -142,7 +142,7 @@ class Form(NamedTuple):
 
     Attributes:
         args, kwargs: what it assumes of them.
-        places: where the arguments are that the graph takes.
+        places: where the graph's inputs are among the arguments.
     """
 
     call: Call
@@ -194,7 +194,7 @@ def _class_of(kind: Any) -> Any:
 def with_live(
     names: Iterable[str], places: Mapping[str, Place], args: tuple[Any, ...], kwargs: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, with these numbers live."""
+    """The arguments of a call, with these numbers made live."""
     where = {places[name] for name in names}
     return (
         tuple(live(value) if i in where else value for i, value in enumerate(args)),
@@ -204,7 +204,7 @@ def with_live(
 
 @functools.cache
 def signature_of(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a function that takes a module first, without that."""
+    """The signature of a function that takes a module first, without that parameter."""
     signature = inspect.signature(function)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -212,10 +212,10 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
 def places_of(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
 ) -> dict[str, Place]:
-    """Where each argument is, by the name that its placeholder has: of the parameter, or within ``*args``.
+    """Where each argument is, by the name of its placeholder: that of the parameter, or a numbered one for ``*args``.
 
     Raises:
-        TypeError: as the function itself would, for arguments that it does not take.
+        TypeError: for arguments that the function itself would not take.
     """
     bound = signature.bind(*range(len(args)), **{name: name for name in kwargs})
     places: dict[str, Place] = {}
@@ -236,7 +236,7 @@ def kinds_of(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a graph made for this call assumes of each argument, by name, without those that equal their default."""
+    """What a graph made for this call assumes of each argument, by name, except those that equal their default."""
     kinds = {}
     for name, place in places.items():
         value = args[place] if isinstance(place, int) else kwargs[place]

@@ -1,4 +1,4 @@
-"""The code of a graph with its modules at hand. To look each up by its path takes longer than all checks of a call."""
+"""The code of a graph, with its modules looked up once. Each look-up by path is slower than all checks of a call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Direct:
 
     Args:
         graph: of the model.
-        code: of the graph, that looks up every module by its path.
+        code: of the graph, which looks up every module by its path.
     """
 
     def __init__(self, graph: fx.Graph, code: PythonCode) -> None:

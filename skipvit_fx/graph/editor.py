@@ -1,4 +1,4 @@
-"""The only way in which passes change a graph: every edit is an event, and "modified" is whether there were any."""
+"""The only way in which passes change a graph. Every edit is recorded as an event."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class GraphEditor:
     ) -> fx.Node:
         """Insert a call of ``op``, kept as ``skipvit.<path>``, after ``after`` and everything in ``args``.
 
-        ``name`` says what the node holds; a number is appended where another node has it.
+        ``name`` says what the node holds; a number is appended if another node already has that name.
         """
         args = tuple(args)
         parent = self.module.get_submodule(OWN_CHILD)
@@ -82,7 +82,7 @@ class GraphEditor:
         self.events.append(Event("rewire", node.name, f"{args}, {kwargs}"))
 
     def erase(self, node: fx.Node) -> None:
-        """Remove a node that nobody reads; of an inserted one, its module too."""
+        """Remove a node that nothing reads; for an inserted node, its module too."""
         self.events.append(Event("erase", node.name, node.format_node() or ""))
         self.graph.erase_node(node)
         if node.op == "call_module" and INSERTED_BY in node.meta:
@@ -95,9 +95,9 @@ class GraphEditor:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a node computes nothing but its value, so that it may go if nobody reads it.
+    """Whether a node does nothing but compute its value, so that it can be removed if nothing reads it.
 
-    The author's modules are not: they may draw random numbers.
+    Calls of the author's modules are not pure: they may draw random numbers.
     """
     return node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
 

@@ -1,4 +1,4 @@
-"""Is this the same model? A captured graph, its modules and the tensors it works on, as text and as a hash."""
+"""Tells whether two models are the same: a captured graph, its modules and their tensors, as text and as a hash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 def fingerprint(graph: Sequence[str], modules: Sequence[str], state: Sequence[str]) -> str:
     """SHA-256, in hexadecimal, of a captured graph's lines, :func:`module_lines` and :func:`state_lines`.
 
-    It depends on operators, modules with their options, names, shapes and dtypes; not on weights, devices or
+    It depends on operators, modules and their options, names, shapes and dtypes; not on weights, devices or
     ``PYTHONHASHSEED``.
     """
     lines = [list(graph), list(modules), list(state)]
@@ -25,7 +25,7 @@ def fingerprint(graph: Sequence[str], modules: Sequence[str], state: Sequence[st
 
 
 def module_lines(model: nn.Module) -> tuple[str, ...]:
-    """One line a submodule, ``path: Class(options)``: what a graph does not show of the modules that it calls.
+    """One line per submodule, ``path: Class(options)``: what a graph does not show of the modules that it calls.
 
     Equal for a model and its rewrite.
     """
@@ -37,7 +37,7 @@ def module_lines(model: nn.Module) -> tuple[str, ...]:
 
 
 def state_lines(state: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """One line an entry of a ``state_dict``, ``name: dtype [shape]``, and ``name: same as other`` for tied tensors."""
+    """One line per entry of a ``state_dict``: ``name: dtype [shape]``, or ``name: same as other`` for tied tensors."""
     tied = tied_names(state)
     lines = []
     for name, tensor in state.items():
@@ -48,12 +48,12 @@ def state_lines(state: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 
 def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """For every entry that is the same tensor as one before it (not just an overlapping view), the name of that one."""
+    """For every entry that is the same tensor as an earlier one (not just an overlapping view), that one's name."""
     first: dict[tuple[object, ...], str] = {}
     tied = {}
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.numel():
-            continue  # without memory there is no telling
+            continue  # without memory this cannot be told
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if place in first:
             tied[name] = first[place]
@@ -63,7 +63,7 @@ def tied_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def first_difference(stored: Iterable[str], found: Iterable[str]) -> tuple[str, str] | None:
-    """The first pair of lines that differ; an empty text stands for the end. ``None`` if all are equal."""
+    """The first pair of lines that differ; an empty string stands for the end. ``None`` if all are equal."""
     ours, theirs = list(stored), list(found)
     longest = max(len(ours), len(theirs))
     for here, there in zip(

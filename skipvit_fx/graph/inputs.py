@@ -13,32 +13,32 @@ from torch.fx import Proxy
 from skipvit_fx.torch_internals import pytree
 
 Place = Callable[[str, Any], Any]
-"""From the name of a placeholder and an example of it to what stands for it in a graph."""
+"""Maps the name of a placeholder and an example value to what stands for it in a graph."""
 
 
 class LiveInt(int):
-    """A number that a graph takes, rather than having it built in."""
+    """An integer that a graph takes as an input, rather than having it built in."""
 
 
 class LiveFloat(float):
-    """The same of another class."""
+    """The same for a float."""
 
 
 LIVE = (LiveInt, LiveFloat)
 
 
 def live(value: float) -> LiveInt | LiveFloat:
-    """A number that is to be an argument of a graph."""
+    """A number that is to be an input of a graph."""
     return LiveInt(value) if isinstance(value, int) else LiveFloat(value)
 
 
 def _is_taken(leaf: Any) -> bool:
-    """Whether a graph takes it."""
+    """Whether a graph takes this value as an input."""
     return isinstance(leaf, (Tensor, *LIVE))
 
 
 class Inputs:
-    """The arguments that an example call passes to a forward; the others keep their defaults.
+    """The arguments that an example call passes to a forward; the other parameters keep their defaults.
 
     Args:
         forward: a bound method.
@@ -64,7 +64,7 @@ class Inputs:
         return self._bound.kwargs
 
     def placed(self, place: Place) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with what ``place`` returns for those that a graph takes: what holds tensors, live numbers.
+        """The arguments, with those that hold tensors or live numbers replaced by what ``place`` returns for them.
 
         Returns:
             Positional and keyword arguments.
@@ -88,7 +88,7 @@ class Inputs:
         return tuple(args), kwargs
 
     def taken(self) -> dict[str, Any]:
-        """Every argument that a graph takes, by the name of its placeholder, in the order of the signature."""
+        """Every argument that a graph takes as input, by the name of its placeholder, in the order of the signature."""
         found: dict[str, Any] = {}
         self.placed(found.__setitem__)
         return found
@@ -104,7 +104,7 @@ class Inputs:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What the other parameters are, by name."""
+        """The defaults of the parameters that the call leaves out, by name."""
         return {
             name: parameter.default
             for name, parameter in self._bound.signature.parameters.items()
@@ -112,11 +112,11 @@ class Inputs:
         }
 
     def by_parameter(self, leaf: Callable[[Any], Any]) -> dict[str, Any]:
-        """``leaf`` of every leaf of the arguments, by the name of the parameter that takes them."""
+        """``leaf`` applied to every leaf of the arguments, by the name of the parameter that takes them."""
         return {name: pytree.tree_map(leaf, v) for name, v in self._bound.arguments.items()}
 
     def several_samples(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with a second sample where there is one only."""
+        """The arguments, with the sample duplicated if there is only one."""
         args, kwargs = pytree.tree_map(_several, (self.args, self.kwargs))
         return args, kwargs
 
@@ -131,7 +131,7 @@ def _several(leaf: Any) -> Any:
 
 
 def parts_of(example: Any, whole: Proxy) -> Any:
-    """``example`` with every tensor in it replaced by the part of ``whole`` that stands at its place."""
+    """``example`` with every tensor in it replaced by the part of ``whole`` at the same place."""
 
     def part(path: tuple[Any, ...], leaf: Any) -> Any:
         if not _is_taken(leaf):

@@ -1,4 +1,4 @@
-"""What objects hold, however nested: a configuration, a table, a list of sizes. Watched, since code may read it."""
+"""What objects hold, however nested: a configuration, a table, a list of sizes. It is watched, as code may read it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from skipvit_fx.author.nested import holds, nested
 _PLAIN = (bool, int, float, str)
 
 _MOST = 256
-"""Things in one container that is looked into; a larger one holds data: names of classes, a vocabulary."""
+"""The largest container that is examined; a larger one holds data: names of classes, a vocabulary."""
 
 
 class Contents:
-    """What some containers hold, compared by identity and without a loop in Python: this is done in every call.
+    """What some containers hold, compared by identity and without a Python loop, as this runs in every call.
 
     Args:
-        dicts: of which keys and values count.
+        dicts: their keys and values are compared.
         rows: sequences and sets.
     """
 
@@ -34,7 +34,7 @@ class Contents:
         return [*itertools.chain.from_iterable((*self._dicts, *values, *self._rows))]
 
     def are_so(self) -> bool:
-        """Whether nothing was put in, taken out or replaced since."""
+        """Whether nothing has been added, removed or replaced since."""
         now = self._now()
         return len(now) == len(self._then) and all(map(operator.is_, now, self._then))
 
@@ -44,7 +44,7 @@ class _Held(NamedTuple):
 
     Attributes:
         container: a dict, or a sequence.
-        keys, values: of it, in order; a sequence has no keys.
+        keys, values: its keys and values, in order; a sequence has no keys.
     """
 
     container: Any
@@ -53,7 +53,7 @@ class _Held(NamedTuple):
 
 
 class Kept:
-    """What some objects hold, as it is now.
+    """What some objects hold at this moment.
 
     Args:
         roots: the objects.
@@ -72,19 +72,19 @@ class Kept:
         )
 
     def is_so(self) -> bool:
-        """Whether they hold the same still; plain values are compared as such, all else by identity."""
+        """Whether they still hold the same; plain values are compared by value, all others by identity."""
         if is_compiling():
             return all(map(_is_so, self._held))
         if self._contents.are_so():
             return True
         so = all(map(_is_so, self._held))
-        if so:  # some are equal, and others
+        if so:  # some are equal, but other objects
             self._look()
         return so
 
 
 def same(now: Any, then: Any) -> bool:
-    """Whether two values are one, or plain, or containers of such, and equal."""
+    """Whether two values are identical, or equal plain values, or equal containers of these."""
     if now is then:
         return True
     if type(now) is not type(then):

@@ -1,4 +1,4 @@
-"""The rewritten model: an object of its author's class, and a graph module."""
+"""The rewritten model: an object of the model's class that is also a graph module."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ from skipvit_fx.torch_internals import (
 )
 
 MOST_CALLS = 16
-"""Graphs of one rewritten model."""
+"""The largest number of graphs of one rewritten model."""
 
 _SMALL = 4096
-"""Elements of the largest integer tensor whose values an example keeps."""
+"""The largest number of elements of an integer tensor whose values an example keeps."""
 
 Rewrite = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "SkipViTModule"]
 
 
 class Replacements(Protocol):
-    """What judges the modules that were replaced since a graph was made; ``uses`` says how the graph calls them."""
+    """Judges the modules that were replaced since a graph was made; ``uses`` says how the graph calls them."""
 
     uses: dict[str, Any]
 
     def check(self) -> None:
-        """Raise where one of them would be wrong."""
+        """Raise if one of them would give wrong results."""
 
     def of_copy(self, root: nn.Module) -> Replacements:
         """The same for a copy of the model."""
@@ -68,20 +68,20 @@ class Replacements(Protocol):
 
 
 class Own(Switchable):
-    """The one child that the compiler adds: what it inserts, and what it remembers of the module as a whole.
+    """The only child that the compiler adds: the inserted modules, and the state of the rewritten model as a whole.
 
-    Here, and not on the module itself, where the author's attributes are and may have any name.
+    It is not kept on the module itself, because the author's attributes there may have any name.
 
     Attributes:
-        author: class of the model.
-        run: its forward, or the method that the model itself has in its place; takes the model first.
-        calls: the graphs, that of the example call first.
-        forms: how their arguments were passed so far.
+        author: the class of the model.
+        run: its forward, or the method set on the model instance in its place; takes the model as its first argument.
+        calls: the graphs; the one for the example call comes first.
+        forms: the ways in which their arguments were passed so far.
         drops: whether the plan drops anything at all.
-        rewrite: makes a rewritten model of one of the author's, for another call.
-        traced: what the graphs were traced through; ``None`` until the first of them is complete.
-        replacements: what they call on fewer tokens.
-        built_in: names of number arguments that a graph cannot take, so that there is one for each value.
+        rewrite: rewrites the author's model for another call.
+        traced: the modules that the graphs were traced through; ``None`` until the first graph is complete.
+        replacements: the modules that they call on fewer tokens.
+        built_in: names of number arguments that a graph cannot take as inputs, so that each value needs its own graph.
     """
 
     def __init__(self, author: type[nn.Module], run: Callable[..., Any]) -> None:
@@ -102,29 +102,29 @@ class Own(Switchable):
         return self.drops and self.active
 
     def method(self, name: str) -> Callable[..., Any]:
-        """A method of the author's; takes the model first."""
+        """A method of the author's class; takes the model as its first argument."""
         method: Callable[..., Any] = getattr(self.author, name)
         return self.run if name == "forward" else method
 
     def forward(self, x: Any) -> Any:
-        """Nothing: some authors call all their children in turn."""
+        """Return the input: some models call all their children in turn."""
         return x
 
 
 class SkipViTModule(fx.GraphModule):
-    """A ``torch.fx.GraphModule`` that is an object of the model's class as well, with all that it holds.
+    """A ``torch.fx.GraphModule`` that is also an object of the model's class, with all its attributes.
 
-    ``state_dict`` keys and their order are the model's. It is called in every way that the model is, and so are its
-    methods: a call that no graph was made for yet is captured, rewritten and validated then. ``graph`` is that of the
-    example call.
+    ``state_dict`` keys and their order are the model's. It can be called in every way that the model can, and so can
+    its methods: a call that has no graph yet is captured, rewritten and validated when it is made. ``graph`` is the
+    graph of the example call.
 
-    Where nothing is skipped, the author's own forward runs on this state: the same bits, whatever inference kernels
-    PyTorch takes in it that a graph cannot show.
+    While nothing is skipped, the author's forward runs on this state. The result is bit-identical, even where PyTorch
+    takes inference kernels that a graph cannot show.
     """
 
     @property
     def own(self) -> Own:
-        """What the compiler keeps in the module."""
+        """The compiler's own child of the module."""
         child = children_of(self)[OWN_CHILD]
         assert isinstance(child, Own)
         return child
@@ -136,10 +136,10 @@ class SkipViTModule(fx.GraphModule):
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph of the example call, of the modules as they are now: whoever asks for it may go on to run it.
+        """The graph of the example call, brought up to date with the modules, since the caller may run it.
 
         Raises:
-            SkipViTError: as the next call would.
+            SkipViTError: in the cases in which the next call would.
         """
         self._keep_up("", (), {})
         return graph_of(self)
@@ -151,11 +151,11 @@ class SkipViTModule(fx.GraphModule):
     # -- calls ------------------------------------------------------------------------------------------------
 
     def graph_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph that was made for such a call, whatever the switches say. It is made if there is none yet.
+        """Run the graph for this kind of call, whatever the switches say. It is made if there is none yet.
 
         Raises:
-            GuardError: there are too many, or this call is being compiled.
-            SkipViTError: as :func:`skipvit_fx.rewrite` raises, where one has to be made.
+            GuardError: there are too many graphs, or this call is being compiled.
+            SkipViTError: as :func:`skipvit_fx.rewrite` raises, if a graph has to be made.
         """
         return self._run_graph("forward", args, kwargs)
 
@@ -169,7 +169,7 @@ class SkipViTModule(fx.GraphModule):
         return run(*args, **kwargs)
 
     def _call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of the author's: his own code, or a graph of it where that would run attention."""
+        """A method of the author's class: its own code, or a graph of it if that code would run attention."""
         own = self.own
         if own.skipping and any(call.method == name for call in own.calls):
             return self._run_graph(name, args, kwargs)
@@ -181,7 +181,7 @@ class SkipViTModule(fx.GraphModule):
         return self._run_graph(name, args, kwargs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Form:
-        """The graph for such a call, and how it takes the arguments; it is made if there is none yet.
+        """The graph for this kind of call, and how it takes the arguments. It is made if there is none yet.
 
         Raises:
             SkipViTError: as :func:`skipvit_fx.rewrite` does.
@@ -193,13 +193,13 @@ class SkipViTModule(fx.GraphModule):
     def _forms_for(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[Form]:
-        """Those that were made for such a call."""
+        """The forms that were made for this kind of call."""
         for form in self.own.forms:
             if form.fits(method, args, kwargs) and form.call.recorded.is_so(training=self.training):
                 yield form
 
     def _keep_up(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See to it that the graphs are still those of the modules that they were traced through."""
+        """Make sure that the graphs still match the modules that they were traced through."""
         traced = self.own.traced
         if traced is not None:
             traced.refuse_hooks()
@@ -218,7 +218,7 @@ class SkipViTModule(fx.GraphModule):
         self._keep_up(method, args, kwargs)
         refused: list[Call] = []
         for form in self._forms_for(method, args, kwargs):
-            # a branch of the author's may hang on more than kinds of arguments
+            # a branch in the author's code may depend on more than the kinds of arguments
             try:
                 return form.call.compute(self, form.values(args, kwargs))
             except GuardError:
@@ -231,7 +231,7 @@ class SkipViTModule(fx.GraphModule):
         return form.call.compute(self, form.values(args, kwargs))
 
     def _run_traced(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The first graph of a method, on the proxies of somebody who traces it."""
+        """Run the first graph of a method on the proxies of whoever is tracing it."""
         places = places_of(signature_of(self.own.method(method)), args, kwargs)
         call = next(call for call in self.own.calls if call.method == method)
         values = [
@@ -243,7 +243,7 @@ class SkipViTModule(fx.GraphModule):
     def _another_form(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], refused: list[Call]
     ) -> Form:
-        """A form for a call that none is there for, of a graph that is there or of a new one."""
+        """A form for a call that has none yet, for an existing graph or a new one."""
         own = self.own
         signature = signature_of(own.method(method))
         places = places_of(signature, args, kwargs)
@@ -263,7 +263,7 @@ class SkipViTModule(fx.GraphModule):
         return form
 
     def _numbers(self, method: str, kinds: dict[str, Any]) -> set[str]:
-        """The numbers that changed since another call like this: no graph is made for each of their values."""
+        """The numbers that differ from another call like this one, so that not every value gets a graph of its own."""
         others = (c for c in self.own.calls if c.method == method)
         found = (differing_numbers(kinds, other.kinds) for other in others)
         return next((names for names in found if names), set()) - self.own.built_in
@@ -280,13 +280,13 @@ class SkipViTModule(fx.GraphModule):
             places = places_of(signature_of(own.method(method)), args, kwargs)
             try:
                 return self._capture(method, *with_live(numbers, places, args, kwargs))
-            except (TraceError, UnsupportedModelError):  # they decide more than factors
+            except (TraceError, UnsupportedModelError):  # they are used as more than factors
                 own.built_in |= set(numbers)
         if in_jit_trace():
             raise _not_now("traced")
         if len(own.calls) >= MOST_CALLS:
             raise GuardError(
-                f"the model was called in {MOST_CALLS} ways, and this is another one; a graph was made for each",
+                f"the model was called in {MOST_CALLS} ways, each with its own graph, and this is another one",
                 hint="pass the argument that changes from call to call as a tensor",
             )
         assert own.rewrite is not None
@@ -299,7 +299,7 @@ class SkipViTModule(fx.GraphModule):
         return call
 
     def _take_over(self, made: SkipViTModule) -> Call:
-        """Run the graph of another rewritten model, made of this one's author, on the modules of this one."""
+        """Run the graph of another rewritten model, made from the same author's model, on the modules of this one."""
         own = self.own
         (call,) = made.own.calls
         group = f"call_{len(own.calls) + 1}"
@@ -327,7 +327,7 @@ class SkipViTModule(fx.GraphModule):
         return call
 
     def _start_anew(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Replace all graphs: a module that they were traced through was changed."""
+        """Replace all graphs, because a module that they were traced through has changed."""
         own = self.own
         if method != "forward":
             args, kwargs = with_data(own.calls[0].example, self)
@@ -358,7 +358,7 @@ class SkipViTModule(fx.GraphModule):
     # -- what a graph module does -----------------------------------------------------------------------------
 
     def recompile(self) -> Any:
-        """Make the graph's code anew; ``forward`` stays what chooses between graphs, and the author's own."""
+        """Regenerate the graph's code; ``forward`` still chooses between the graphs and the author's forward."""
         owner: Any = type(self)
         graph = graph_of(self)
         with graph.on_generate_code(lambda _: recompute.transformer(graph)):
@@ -370,7 +370,7 @@ class SkipViTModule(fx.GraphModule):
         return made
 
     def adopt(self, owner: dict[str, Any]) -> None:
-        """Take over a module's ``__dict__`` with the compiler's child, all but a graph's state and a forward."""
+        """Take over a module's ``__dict__``, including the compiler's child, except a graph's state and ``forward``."""
         for name, value in owner.items():
             if name not in NOT_THE_AUTHORS or name in vars(nn.Module()):
                 self.__dict__[name] = value
@@ -419,11 +419,11 @@ def _not_now(
 
 
 class _Settings(NamedTuple):
-    """What is switched and set while a model is trained.
+    """The settings that change while a model is trained.
 
     Attributes:
         enabled, train_only: of every inserted module.
-        ratios: that apply now, by the path of the module that selects.
+        ratios: the ratios that apply now, by the path of the selecting module.
     """
 
     enabled: bool
@@ -452,10 +452,10 @@ def _rebuild(
     settings: _Settings,
     hooks: dict[str, Any],
 ) -> SkipViTModule:
-    """A rewritten model out of a pickle: rewritten anew, with the calls that it had.
+    """A rewritten model from a pickle: rewritten again, with the calls that it had.
 
     Raises:
-        SavedModelError: what it computes is not what was pickled.
+        SavedModelError: it does not compute what the pickled model did.
     """
     (_, example, recorded, _), *others = calls
     args, kwargs = with_data(example, author)
@@ -470,7 +470,7 @@ def _rebuild(
         if call.record.before != lines:
             raise SavedModelError(
                 f"{type(author).__name__} does not compute what it did when it was pickled",
-                hint="unpickle it with the library versions that it was pickled with, or rewrite it anew",
+                hint="unpickle it with the library versions that it was pickled with, or rewrite the model again",
             )
     _set(fast.own, settings)
     fast.__dict__.update(hooks)
@@ -481,7 +481,7 @@ def _rebuild(
 
 
 def without_data(leaf: Any) -> Any:
-    """A tensor without its values, unless they are few integers."""
+    """A tensor without its values, except for a small integer tensor."""
     if not isinstance(leaf, Tensor):
         return leaf
     few = leaf.numel() <= _SMALL and not leaf.is_floating_point()
@@ -489,7 +489,7 @@ def without_data(leaf: Any) -> Any:
 
 
 def with_data(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an example whose tensors hold no values: zeros, where the model's parameters are."""
+    """The arguments of an example whose tensors hold no values: zeros, on the device of the model's parameters."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def filled(leaf: Any) -> Any:
@@ -502,14 +502,14 @@ def with_data(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str
 
 
 def author_of(fast: SkipViTModule) -> nn.Module:
-    """The model that was rewritten: a copy of its structure, of the author's class, which shares all tensors."""
+    """The model that was rewritten: a copy of its structure, of the author's class, that shares all tensors."""
     own = fast.own
     every = vars(nn.Module())
     bare: nn.Module = object.__new__(own.author)
     bare.__dict__.update(
         {n: v for n, v in vars(fast).items() if n not in NOT_THE_AUTHORS or n in every}
     )
-    for name in HOOKS:  # they run around whatever the forward is
+    for name in HOOKS:  # they run around any forward
         bare.__dict__[name] = every[name]
     bare.__dict__["_modules"] = {n: m for n, m in children_of(fast).items() if n != OWN_CHILD}
     bare.__dict__["_buffers"] = {
@@ -527,12 +527,12 @@ def author_of(fast: SkipViTModule) -> nn.Module:
 
 
 def watch(fast: SkipViTModule, traced: Iterable[str], attention: Iterable[str]) -> None:
-    """Keep the graph and the modules that it was traced through from going different ways.
+    """Keep the graph and the modules that it was traced through in step.
 
     Args:
         fast: complete.
         traced: paths of these modules.
-        attention: those of them in which the attention of a layer is.
+        attention: the paths of those that hold the attention of a layer.
     """
     attention = frozenset(attention)
     for path in sorted(attention):

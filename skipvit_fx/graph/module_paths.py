@@ -12,7 +12,7 @@ from skipvit_fx.names import INSERTED
 
 
 def module_path(node: fx.Node) -> str:
-    """Path of the module whose forward made the node; for a call of a module of the author's, of that module itself."""
+    """Path of the module whose forward made the node; for a call of an author's module, that of the module itself."""
     stack = node.meta.get("nn_module_stack")
     if node.op == "call_module" and not (stack and str(node.target).startswith(INSERTED)):
         return str(node.target)
@@ -20,21 +20,22 @@ def module_path(node: fx.Node) -> str:
 
 
 def module_calls(node: fx.Node) -> tuple[str, ...]:
-    """The calls of modules in which the node was made, outermost first, without the model's own.
+    """The module calls in which the node was made, outermost first, without that of the model itself.
 
-    A module's first call is named by its path, a later one with a number: ``blocks.0@1`` is the second of ``blocks.0``.
+    A module's first call is named by its path, later ones also by a number: ``blocks.0@1`` is the second of
+    ``blocks.0``.
     """
     stack = node.meta.get("nn_module_stack", {})
     return tuple(call for call, (path, _) in stack.items() if path)
 
 
 def called_module(call: str) -> str:
-    """The path of the module that a call of :func:`module_calls` is one of."""
+    """The path of the module of a call that :func:`module_calls` returned."""
     return call.partition("@")[0]
 
 
 def module_after(node: fx.Node, way: Collection[fx.Node]) -> str:
-    """The module that begins where ``node`` is handed on, by its path; ``way`` are the nodes to look at."""
+    """Path of the next module that reads ``node``, directly or not; only the nodes in ``way`` are followed."""
     here = module_calls(node)
     reader = node
     while readers := [user for user in reader.users if user in way]:
@@ -47,9 +48,9 @@ def module_after(node: fx.Node, way: Collection[fx.Node]) -> str:
 def module_before(
     node: fx.Node, way: Collection[fx.Node], since: fx.Node, sources: Iterable[fx.Node] = ()
 ) -> str:
-    """The module that ends where ``node`` is made: the one that holds the ``sources``, or else what was joined last.
+    """The module that ends where ``node`` is made: the one that holds the ``sources``, or else the last one before it.
 
-    A module that had begun before ``since`` is not meant.
+    Modules that had begun before ``since`` do not count.
     """
     here = module_calls(node)
     readers = [user for user in node.users if user in way]
@@ -72,12 +73,12 @@ def module_before(
 
 
 _TOWERS = 3
-"""More modules with attention beside each other are stages of one network."""
+"""The most modules with attention side by side that count as towers; more are stages of one network."""
 
 
 @contextlib.contextmanager
 def naming_parts(opened: Iterable[str]) -> Iterator[None]:
-    """Let a refusal say which part of the model could be rewritten in its stead.
+    """Let a refusal say which part of the model could be rewritten instead.
 
     Args:
         opened: paths of the modules around attention.
@@ -90,18 +91,18 @@ def naming_parts(opened: Iterable[str]) -> Iterator[None]:
         if parts := _encoders(opened, getattr(error, "module_path", "")):
             which = f"one of {', '.join(parts)}" if len(parts) > 1 else parts[0]
             error.hint += (
-                f"; or rewrite {which} alone, and put it back: model.{parts[-1]} = "
+                f"; or rewrite {which} alone and put it back: model.{parts[-1]} = "
                 f"skipvit_fx.rewrite(model.{parts[-1]}, ...)"
             )
         raise
 
 
 def _encoders(opened: Iterable[str], place: str) -> list[str]:
-    """Paths of the parts that could be rewritten for themselves, where the model as a whole cannot.
+    """Paths of the parts that could be rewritten on their own, where the model as a whole cannot.
 
     Args:
         opened: paths of the modules around attention.
-        place: of the module in the way. The parts do not hold it.
+        place: path of the module in the way. The parts do not contain it.
     """
     paths = {path for path in opened if path}
     sites = {p for p in paths if not any(q.startswith(f"{p}.") for q in paths)}

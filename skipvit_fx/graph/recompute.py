@@ -1,7 +1,7 @@
-"""Activation checkpointing (``torch.utils.checkpoint``) of the author's: regions of the graph that are recomputed.
+"""The model's activation checkpointing (``torch.utils.checkpoint``): regions of the graph that are recomputed.
 
 A node remembers in which checkpoint of the author's forward it was made. What passes insert between the nodes of one
-checkpoint belongs to it. The graph is one flat list all the same; only the code that it becomes has functions in it.
+checkpoint belongs to it. The graph is still one flat list; only the code generated from it has functions in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class _Region(NamedTuple):
 
 
 def transformer(graph: fx.Graph) -> Callable[[list[str]], list[str]]:
-    """What ``graph.on_generate_code`` takes: recompute regions in the backward pass of train mode.
+    """A transformer for ``graph.on_generate_code`` that recomputes regions in the backward pass of train mode.
 
     Before::
 
@@ -60,7 +60,7 @@ def transformer(graph: fx.Graph) -> Callable[[list[str]], list[str]]:
 
 
 def _regions(order: dict[fx.Node, int]) -> Iterator[_Region]:
-    """From the first to the last node of every checkpoint, in order; those that overlap are one."""
+    """From the first to the last node of every checkpoint, in order; regions that overlap are merged."""
     spans: dict[int, _Region] = {}
     for node, i in order.items():
         number = node.meta.get(CHECKPOINT)
@@ -79,7 +79,7 @@ def _regions(order: dict[fx.Node, int]) -> Iterator[_Region]:
 
 
 def _pieces(body: list[str]) -> list[list[str]]:
-    """The code of every node, behind its mark."""
+    """The code of every node, after its mark."""
     pieces: list[list[str]] = []
     for is_mark, lines in groupby(body, key=lambda line: line.startswith(COUNTER)):
         if is_mark:

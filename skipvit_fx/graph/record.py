@@ -1,4 +1,4 @@
-"""What a rewrite did, kept with the rewritten module: names and numbers, no nodes and no data."""
+"""What a rewrite did, kept with the rewritten module: names and numbers, without nodes or data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skipvit_fx.torch_internals import printed_target
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One layer, by names of the author's nodes in the graph; see :class:`skipvit_fx.analysis.layers.Layer`."""
+    """One layer, by the names of the author's nodes in the graph; see :class:`skipvit_fx.analysis.layers.Layer`."""
 
     index: int
     input: str
@@ -32,10 +32,10 @@ class StageRecord:
     """One stage of the plan.
 
     Attributes:
-        index, layer: of the stage and of the layer that it scores in, from 1.
-        path: where its modules live in the rewritten model, e.g. ``skipvit.stage_1``.
-        leave_after, leave_before: the author's modules that its tokens leave between.
-        return_before: the one that they return in front of; ``None`` if they never do.
+        index, layer: the numbers of the stage and of the layer that it scores in, from 1.
+        path: where its modules are in the rewritten model, e.g. ``skipvit.stage_1``.
+        leave_after, leave_before: the author's modules between which its tokens leave.
+        return_before: the one before which they return; ``None`` if they never do.
     """
 
     index: int
@@ -61,21 +61,21 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class RewriteRecord:
-    """Everything that is known of a rewrite.
+    """Everything that is known about a rewrite.
 
     Attributes:
         model: class name of the model.
         options: what was asked for.
-        frontend, frontend_reason: how the model was captured, and why so.
+        frontend, frontend_reason: how the model was captured, and why.
         token_dim: which dimension of the residual stream carries the tokens.
-        prefix, patches, suffix: rows of the full sequence.
-        class_token: which of them is the class token, and what tells.
+        prefix, patches, suffix: numbers of rows of the full sequence.
+        class_token: which row is the class token, and how that was told.
         args, kwargs: the example inputs, as tensors on the meta device.
-        layers, stages: what was found and inserted.
+        layers, stages: the layers found and the stages inserted.
         passes: every edit, pass by pass.
-        before: the captured graph before any pass, a line per node.
-        computation: the same with nodes by number, whatever torch names them.
-        validated: what was found when the rewritten graph ran beside the model, or why it did not.
+        before: the captured graph before any pass, one line per node.
+        computation: the same with nodes by number, independent of torch's names.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not run.
     """
 
     model: str
@@ -101,7 +101,7 @@ class RewriteRecord:
         return self.options.plan
 
     def within(self, group: str) -> RewriteRecord:
-        """The same, where the inserted modules are in a group of their own."""
+        """The same record, with the inserted modules in a group of their own."""
         stages = (
             replace(stage, path=stage.path.replace(OWN_CHILD, f"{OWN_CHILD}.{group}", 1))
             for stage in self.stages
@@ -119,7 +119,7 @@ def record_of(fast: nn.Module) -> RewriteRecord:
     if not isinstance(record, RewriteRecord):
         raise NotRewrittenError(
             f"this {type(fast).__name__} was not made by skipvit_fx.rewrite",
-            hint="pass what rewrite(model, plan) returned; unwrap it first where it was compiled or made parallel",
+            hint="pass what rewrite(model, plan) returned; unwrap it first if it was compiled or made parallel",
         )
     return record
 
@@ -130,7 +130,7 @@ def graph_lines(graph: fx.Graph) -> tuple[str, ...]:
 
 
 def numbered_lines(graph: fx.Graph) -> tuple[str, ...]:
-    """One line per node, with nodes by number: the same for graphs that differ in names alone."""
+    """One line per node, with nodes by number: the same for graphs that differ only in names."""
     numbers = {node: _Number(i) for i, node in enumerate(graph.nodes)}
     lines = []
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Sizes as graph values: which node is "the length of dimension d of tensor x"?"""
+"""Sizes as graph values: finds the nodes that are the length of dimension d of tensor x."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ SIZE_FREE = frozenset(
     | {"requires_grad", "type", "is_contiguous", "layout", "is_sparse", "get_device"}
     | {torch.is_floating_point, torch.is_complex}
 )
-"""Methods and attributes of a tensor whose value does not depend on its sizes."""
+"""Methods and attributes of a tensor whose values do not depend on its sizes."""
 
 RESHAPES: frozenset[Any] = frozenset(
     {"view", "reshape", "expand", torch.reshape, torch.broadcast_to, "broadcast_to"}
     | {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 )
-"""What takes a tensor and the sizes that it is to have."""
+"""Operators that take a tensor and its new sizes."""
 
 SPLITS: frozenset[Any] = frozenset(
     {"split", "split_with_sizes", torch.split, torch.functional.split}
     | {aten.split_with_sizes.default, torch.split_with_sizes}
 )
-"""What takes a tensor and the lengths of its parts."""
+"""Operators that take a tensor and the lengths of its parts."""
 
 PICKS: frozenset[Any] = frozenset({operator.getitem, aten.slice.Tensor, aten.select.int})
-"""What takes a tensor and the first and last rows of a part."""
+"""Operators that take a tensor and the bounds of a part."""
 
 _SYM_SIZE = aten.sym_size.int
 

@@ -1,4 +1,4 @@
-"""What a graph took from the modules that it was traced through, and does not call: watched, so that it stays true."""
+"""What a graph took from the modules that it was traced through and does not call. It is watched for changes."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from skipvit_fx.ops.following import sizes
 from skipvit_fx.torch_internals import call_hooks_of, children_of, hooks_made, parameters_of
 
 AUTHOR = "_author"
-"""Where a rewritten model keeps itself as an object of its author's class, with the same ``__dict__``."""
+"""Where a rewritten model keeps a view of itself as an object of its author's class, with the same ``__dict__``."""
 
 NOT_THE_AUTHORS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) | {AUTHOR, "forward"}
-"""Attributes of a rewritten model that say nothing of what its author wrote."""
+"""Attributes of a rewritten model that do not come from its author."""
 
 _MISSING = object()
 
 
 class PastTheGraphError(UnsupportedModelError):
-    """A module that a graph was traced through is called by itself, with every token.
+    """A module that a graph was traced through was called on its own, with every token.
 
     Attributes:
-        owner: what a rewritten model keeps, which tells it from others.
+        owner: the compiler's child of the rewritten model, which tells it from others.
     """
 
     def __init__(self, owner: nn.Module, path: str) -> None:
         super().__init__(
-            f"module {path!r} is called by itself, and would see every token: its computation is a part of the graph "
+            f"module {path!r} was called on its own and would see every token: its computation is part of the graph "
             "of the rewritten model",
             module_path=path,
             hint="call the rewritten model, or one of its methods; skipvit_fx.set_skipping(fast, False) lets all "
@@ -47,10 +47,10 @@ class PastTheGraphError(UnsupportedModelError):
 
 
 class StayAway:
-    """A forward pre-hook of a module that holds attention which is in a graph.
+    """A forward pre-hook of a module whose attention is in a graph.
 
     Args:
-        owner: has ``skipping``: whether the graph runs in place of the author's code.
+        owner: its ``skipping`` says whether the graph runs in place of the author's code.
         path: of the module.
     """
 
@@ -64,13 +64,13 @@ class StayAway:
 
 
 class Seen(NamedTuple):
-    """What Python read of a module, or may have read, while a graph was made.
+    """What Python read from a module, or may have read, while a graph was made.
 
     Attributes:
         module: the module.
-        attributes: of it, with their values.
-        held: how much is in it in all.
-        names: of those that the author's code may read.
+        attributes: its attributes, with their values.
+        held: the number of all entries in its ``__dict__``.
+        names: the attributes that the author's code may read.
     """
 
     module: nn.Module
@@ -80,16 +80,16 @@ class Seen(NamedTuple):
 
 
 class Traced:
-    """The modules that a graph was traced through, as they were.
+    """The modules that a graph was traced through, as they were then.
 
     Args:
         root: the model.
-        paths: of these modules; the empty one is the model itself.
-        attention: those of them in which the attention of a layer is.
+        paths: paths of these modules; the empty one is the model itself.
+        attention: the paths of those that hold the attention of a layer.
         called: paths of the modules that the graph calls.
 
     Attributes:
-        moved: whether a module stands in the place of another, since this was last set to false.
+        moved: whether a module was put in the place of another since this was last set to false.
     """
 
     def __init__(
@@ -150,11 +150,11 @@ class Traced:
         self._parts = Contents(children_of(module) for module in self.above.values())
 
     def _is_idle(self, path: str) -> bool:
-        """Whether a child of a traced module is not called, and may be read: the dropout of a fused attention."""
+        """Whether a child of a traced module is not called but may be read, such as the dropout of fused attention."""
         return path not in self.above and path not in self.called and f"{path}." != INSERTED
 
     def of_copy(self, root: nn.Module) -> Traced:
-        """The same for a copy of the model, changed if this one is."""
+        """The same for a copy of the model; it counts as changed if this one does."""
         copied = Traced(root, self.modules, self.attention, self.called)
         copied.stale = self.changed()
         copied.hooks = [(path, copied.modules[path], count) for path, _, count in self.hooks]
@@ -162,10 +162,10 @@ class Traced:
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: it is about modules that may not be copied, or not yet. See :meth:`of_copy`."""
+        """Return ``None``: the modules that it refers to may not be copied, or not yet. See :meth:`of_copy`."""
 
     def changed(self) -> bool:
-        """Whether Python might now take another way through them than it took."""
+        """Whether Python might now take another path through them than it took."""
         if self.stale:
             return True
         if is_compiling():
@@ -174,12 +174,12 @@ class Traced:
             return False
         if self._differs():
             return True
-        self.moved = True  # what changed is of no matter, or equal, or called
+        self.moved = True  # what changed does not matter, or is equal, or is called
         self._look()
         return False
 
     def _is_as_it_was(self) -> bool:
-        """The short way, of comparisons by identity: it is taken at every call."""
+        """The fast check, by identity, done at every call."""
         return (
             [*map(len, self._dicts)] == self._sizes
             and all(map(operator.is_, map(dict.get, self._owners, self._names), self._values))
@@ -194,7 +194,7 @@ class Traced:
             for name, value in attributes:
                 if not same(held.get(name, _MISSING), value):
                     return True
-            # a new one may hide one of the class; torch.compile notes down its own while it follows
+            # a new attribute may hide one of the class; torch.compile adds its own while it traces
             if len(held) != count and not is_compiling() and _names(module) - names:
                 return True
         for children, name, child in self.children:
@@ -207,7 +207,7 @@ class Traced:
         return not self._kept.is_so() or self._reshaped()
 
     def _matters(self, path: str, before: list[str]) -> bool:
-        """Whether a child that came or went makes a difference: to a container, or to code that spells its name."""
+        """Whether an added or removed child makes a difference: to a container, or to code that spells its name."""
         module = self.above[path]
         kind: Any = type(module)
         changed = {*children_of(module)} ^ {*before}
@@ -221,17 +221,17 @@ class Traced:
         return False
 
     def refuse_hooks(self) -> None:
-        """Check that nobody has put a hook on a module that is not called.
+        """Check that no hook was put on a module that is not called.
 
         Raises:
-            UnsupportedModelError: somebody has.
+            UnsupportedModelError: one was.
         """
         if self._handles == hooks_made():  # torch counts them
             return
         for path, module, count in self.hooks:
             if _hooks_on(module) != count:
                 raise UnsupportedModelError(
-                    f"module {path!r} carries a hook, which never runs: the graph was traced through this module",
+                    f"module {path!r} has a hook that never runs: the graph was traced through this module",
                     module_path=path,
                     hint=f"put it on a module that is called, such as {self._called_in(path)!r}; with "
                     "skipvit_fx.set_skipping(fast, False) all modules run as the author wrote them",
@@ -240,7 +240,7 @@ class Traced:
             self._handles = hooks_made()
 
     def _called_in(self, path: str) -> str:
-        """A module below one that was traced through, and that the graph calls."""
+        """Path of a module that the graph calls, below one that was traced through."""
         module = self.modules[path]
         below = (
             f"{path}.{name}"
@@ -253,18 +253,18 @@ class Traced:
 
 
 def _ancestors(path: str) -> list[str]:
-    """The paths of the modules that hold a module, the model's own first."""
+    """The paths of the modules that contain a module, the model's first."""
     names = path.split(".")
     return [".".join(names[:i]) for i in range(len(names))]
 
 
 def _hooks_on(module: nn.Module) -> tuple[int, ...]:
-    """How many of each kind."""
+    """The number of hooks of each kind."""
     return tuple(map(len, call_hooks_of(module)))
 
 
 def _names(module: nn.Module) -> set[str]:
-    """Attributes that an author's code may read; tools note down what is theirs as well."""
+    """Attributes that the author's code may read; tools add theirs, too, which do not count."""
     kind: Any = type(module)
     spelled = _spelled(kind)
     return {
@@ -276,7 +276,7 @@ def _names(module: nn.Module) -> set[str]:
 
 @functools.cache
 def _spelled(kind: Any) -> frozenset[str]:
-    """The names and texts in the code of a class, and of the modules that it and its bases are written in."""
+    """The names and strings in the code of a class, and of the Python modules that it and its bases are written in."""
     spelled: set[str] = set()
     for base in kind.__mro__:
         written_in = sys.modules.get(base.__module__)
@@ -288,7 +288,7 @@ def _spelled(kind: Any) -> frozenset[str]:
 
 
 def names_in(function: Any) -> set[str]:
-    """The names and texts in the code of a function or property, and of all that it wraps; of anything else none."""
+    """The names and strings in the code of a function or property and of all that it wraps; empty for anything else."""
     found: set[str] = set()
     for inner in functions_in(function):
         waiting = [inner.__code__]

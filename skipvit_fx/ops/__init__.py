@@ -1,1 +1,1 @@
-"""What the compiler inserts into a graph: plain modules without parameters, no graph code."""
+"""The modules that the compiler inserts into a graph: plain ones without parameters or graph code."""

@@ -1,4 +1,4 @@
-"""What the compiler inserts, for tools that follow a model: the tracers of ``torch.fx``, and ``torch.jit.trace``."""
+"""Support of inserted modules for tools that trace a model: the tracers of ``torch.fx``, and ``torch.jit.trace``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def kept_whole(forward: Function) -> Function:
     """Decorate the ``forward`` of an inserted module, so that every tracer of ``torch.fx`` calls the module.
 
-    A tracer that looked into it would fail where sizes decide, and would freeze what may change later: the switch, the
-    mode and the ratio.
+    A tracer that went through it would fail at decisions on sizes, and would freeze what may change later: the switch,
+    the mode and the ratio.
     """
 
     @functools.wraps(forward)
@@ -47,7 +47,7 @@ def recorded(function: Function) -> Function:
 
 
 def _tracer_of(args: tuple[Any, ...]) -> Any:
-    """Who traces, if any of the arguments is a proxy."""
+    """The tracer, if any of the arguments is a proxy."""
     for arg in args:
         if isinstance(arg, fx.Proxy):
             return arg.tracer
@@ -55,21 +55,21 @@ def _tracer_of(args: tuple[Any, ...]) -> Any:
 
 
 def in_jit_trace() -> bool:
-    """Whether ``torch.jit.trace``, or the ONNX exporter that builds on it, is following."""
+    """Whether ``torch.jit.trace``, or the ONNX exporter that builds on it, is tracing."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def in_compilation() -> bool:
-    """Whether ``torch.compile`` or ``torch.export`` is following: nothing can be run, or captured, meanwhile."""
+    """Whether ``torch.compile`` or ``torch.export`` is tracing: nothing can be run or captured meanwhile."""
     if torch.compiler.is_compiling():
         return True
     return is_in_fake_mode()
 
 
 def quietly(function: Callable[..., Result], *args: Any) -> Result:
-    """Call what decides by sizes. While ``torch.jit`` traces these are tensors, and it warns of every decision.
+    """Call a function that decides by sizes. While ``torch.jit`` traces, these are tensors, and each decision warns.
 
-    Those of the compiler hold as long as the sizes of images do, and a trace is for one size.
+    The compiler's decisions hold as long as the sizes of images do, and a trace is for one size.
     """
     if not in_jit_trace():
         return function(*args)
@@ -79,7 +79,7 @@ def quietly(function: Callable[..., Result], *args: Any) -> Result:
 
 
 def sizes(x: Tensor) -> Sequence[int]:
-    """The sizes of ``x`` as numbers, whatever follows."""
+    """The sizes of ``x`` as numbers, whatever tool is tracing."""
     return quietly(_numbers, x.shape) if in_jit_trace() else x.shape
 
 

@@ -1,4 +1,4 @@
-"""What a graph assumes of the calls that it is made for, checked at each of them."""
+"""What a graph assumes of the calls that it is made for, checked at each call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skipvit_fx.torch_internals import pytree
 
 
 def kind_of(value: Any) -> type:
-    """The class that a value has for its reader: every tensor is one, or a parameter, whatever traces it."""
+    """The class of a value as its reader sees it: a tensor or a parameter, whatever class traces it."""
     if isinstance(value, nn.Parameter):
         return nn.Parameter
     return Tensor if isinstance(value, Tensor) else type(value)
@@ -29,25 +29,25 @@ READS: dict[str, Callable[[Any], Any]] = {
     "class": lambda value: kind_of(value).__name__,
     "nothing": lambda value: [leaf is None for leaf in pytree.tree_leaves(value)],
 }
-"""How Python reads a value, and so decides something, while a forward is followed."""
+"""The ways in which Python code may read a value to decide something while a forward is followed."""
 
 OF_KIND = ("class", "nothing")
-"""Those that do not depend on any size."""
+"""The reads that do not depend on any size."""
 
 
 @fx.has_side_effect
 @recorded
 def guard(value: Any, read: str, assumed: Any, place: str) -> None:
-    """Check that a value is what it was when the graph was made, where a branch may have hung on it.
+    """Check that a value is what it was when the graph was made, since a branch may depend on it.
 
     Args:
-        value: of a node.
+        value: the value of a node.
         read: how the author's code read it, a key of :data:`READS`.
-        assumed: what it read.
-        place: where, for a person.
+        assumed: the result of that read when the graph was made.
+        place: where it was read, in words.
 
     Raises:
-        GuardError: the value differs, so the author's code might take another way.
+        GuardError: the value differs, so the author's code might take another path.
     """
     quietly(_check, value, read, assumed, place)
 
@@ -57,5 +57,5 @@ def _check(value: Any, read: str, assumed: Any, place: str) -> None:
     if found != assumed:
         raise GuardError(
             f"the model was rewritten for a call in which {place} finds {assumed!r}; here it is {found!r}",
-            hint="call it as its example_inputs were, or rewrite it with such a call as example_inputs",
+            hint="call it in the same way as with its example_inputs, or rewrite it with this call as example_inputs",
         )

@@ -15,10 +15,10 @@ Constant: TypeAlias = bool | int | float
 
 
 def by_mode(owner: nn.Module, train: Constant, evaluation: Constant) -> Constant:
-    """One of two constants, by the mode that ``owner`` is in.
+    """One of two constants, depending on the mode of ``owner``.
 
-    Authors write ``dropout_p=self.attn_drop.p if self.training else 0.0``. A trace sees only one of the two;
-    this keeps both alive in the graph.
+    Authors write ``dropout_p=self.attn_drop.p if self.training else 0.0``. A trace sees only one of the two; this keeps
+    both in the graph.
     """
     return train if owner.training else evaluation
 
@@ -26,7 +26,7 @@ def by_mode(owner: nn.Module, train: Constant, evaluation: Constant) -> Constant
 class InTraining(nn.Module):
     """Calls a function, or a method of its first argument, while training. In eval mode one argument passes through.
 
-    Authors write ``if self.training: x = augment(x)``, where a trace sees one of the two modes only.
+    Authors write ``if self.training: x = augment(x)``, where a trace sees only one of the two modes.
     """
 
     def __init__(self, function: Callable[..., Any] | str, passes: int) -> None:
@@ -48,10 +48,10 @@ class InTraining(nn.Module):
 
 
 class FixedSize(nn.Module):
-    """Passes an input through after checking the shapes of its tensors (all but the batch axis).
+    """Passes an input through after checking the shapes of its tensors (except the batch axis).
 
-    Stands at every input: which rows are patches, what a literal slice takes out and how a branch on the image's height
-    goes were found out for the sizes of the example, and may silently be wrong for others.
+    There is one at every input: which rows are patches, what a literal slice takes and which branch an image's height
+    selects were determined for the sizes of the example, and may be silently wrong for others.
 
     Raises (from ``forward``):
         GuardError: the shape differs.

@@ -14,9 +14,9 @@ class GatherPositions(nn.Module):
     Args:
         dims: the operand's token axes, ascending, each with the prefix and trailing rows around its patches.
         rank: rank of the tensor that the operand is broadcast to.
-        batch_dim: the batch axis of that tensor, where the result has one row of positions per sample.
+        batch_dim: the batch axis of that tensor, along which the result has one row of positions per sample.
         per_sample: whether the operand has a batch axis of its own there.
-        repeat: samples repeat so often along the batch axis, one after another (heads merged into the batch).
+        repeat: how often each sample repeats in succession along the batch axis (heads merged into the batch).
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class GatherPositions(nn.Module):
 
     @property
     def place(self) -> tuple[object, ...]:
-        """What two gathers of one operand have to agree in to be the same."""
+        """The key in which two gathers of one operand must agree to be the same."""
         return self.dims, self.rank, self.batch_dim, self.per_sample, self.repeat
 
     @kept_whole
@@ -63,7 +63,7 @@ class GatherPositions(nn.Module):
         return full
 
     def _each_samples(self, shared: Tensor, dim: int, rows: Tensor) -> Tensor:
-        """Rows ``[batch, k]`` along ``dim`` of what all samples share: its batch axis, of length 1, gets theirs."""
+        """Rows ``[batch, k]`` along ``dim`` of an operand that all samples share, whose batch axis has length 1."""
         near = shared.index_select(dim, rows.flatten())
         near = near.reshape(*shared.shape[:dim], *rows.shape, *shared.shape[dim + 1 :])
         return near.movedim(dim, self.batch_dim).squeeze(self.batch_dim + 1)

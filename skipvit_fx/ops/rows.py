@@ -14,20 +14,20 @@ from skipvit_fx.ops.following import in_jit_trace
 def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
     """Rows ``rows[b]`` of every sample b: ``[batch, tokens, channels]``, ``[batch, k]`` to ``[batch, k, channels]``.
 
-    No row may be taken twice in a sample. The gradient is then a gather too, by the inverse permutation, where that
-    of ``index_select`` adds up in an order that a GPU does not fix. Differentiable in reverse mode to any order;
+    No row may be taken twice in a sample. The gradient is then also a gather, by the inverse permutation, whereas that
+    of ``index_select`` is a sum in an order that a GPU does not fix. Differentiable in reverse mode to any order;
     forward-mode derivatives (``torch.func.jvp``) are not defined.
     """
-    if in_jit_trace():  # a file holds no function of Python's; the gradient is the same
+    if in_jit_trace():  # a traced file cannot hold a Python function; the gradient is the same
         return rows_of(tokens, rows)
     taken: Tensor = _Take.apply(tokens, rows)
     return taken
 
 
 def rows_of(tokens: Tensor, rows: Tensor) -> Tensor:
-    """The same of ``[batch, tokens, ...]``, with the gradient of ``index_select``; rows may be taken twice.
+    """The same for ``[batch, tokens, ...]``, with the gradient of ``index_select``; rows may be taken twice.
 
-    One row gather on the flattened sequence, the form that every backend has a fast kernel for.
+    It is one row gather on the flattened sequence, for which every backend has a fast kernel.
     """
     batch, count = tokens.shape[:2]
     flat = tokens.reshape(batch * count, *tokens.shape[2:])
@@ -36,20 +36,20 @@ def rows_of(tokens: Tensor, rows: Tensor) -> Tensor:
 
 
 def ascending(rows: Tensor) -> Tensor:
-    """Distinct indices ``[batch, k]`` in their order.
+    """Distinct indices ``[batch, k]`` in ascending order.
 
-    As float32, which is exact up to 2**24: some accelerators sort integers slowly, and ATC does not at all.
+    Sorted as float32, which is exact up to 2**24: some accelerators sort integers slowly, and ATC not at all.
     """
     return rows.to(torch.float32).sort(dim=1).values.to(rows.dtype)
 
 
 def inverse_order(order: Tensor) -> Tensor:
-    """The inverse of a permutation a sample, ``[batch, n]``; sorted as in :func:`ascending`."""
+    """The inverse of one permutation per sample, ``[batch, n]``; sorted as in :func:`ascending`."""
     return order.to(torch.float32).argsort(dim=1).to(order.dtype)
 
 
 def _inverse_rows(rows: Tensor, count: int) -> Tensor:
-    """Where each of ``count`` rows went: ``[batch, k]`` distinct indices to ``[batch, count]``; ``k`` if nowhere."""
+    """Where each of ``count`` rows went: ``[batch, k]`` distinct indices to ``[batch, count]``; ``k`` for nowhere."""
     batch, k = rows.shape
     places = torch.arange(k, dtype=rows.dtype, device=rows.device).expand(batch, k)
     return torch.full_like(rows[:, :1], k).expand(batch, count).scatter(1, rows.long(), places)
@@ -75,7 +75,7 @@ class _Take(Function):
 
 
 class _Put(Function):
-    """The adjoint: rows go back to where they were taken from, and zeros stand elsewhere."""
+    """The adjoint: rows go back to where they were taken from, with zeros elsewhere."""
 
     generate_vmap_rule = True
 
@@ -96,11 +96,11 @@ class _Put(Function):
 
 
 def sequence_rows(patches: Tensor, prefix: int, count: int, suffix: int) -> Tensor:
-    """Rows of a whole sequence in which only the given patches are left: prefix, patches, trailing tokens.
+    """Rows of a whole sequence in which only the given patches remain: prefix, patches, trailing tokens.
 
     Args:
         patches: patch indices ``[batch, k]``; the rows have their dtype.
-        prefix, count, suffix: prefix, patch and trailing rows of the full sequence.
+        prefix, count, suffix: numbers of prefix, patch and trailing rows of the full sequence.
     """
     parts = [patches + prefix if prefix else patches]
     if prefix:
@@ -111,6 +111,6 @@ def sequence_rows(patches: Tensor, prefix: int, count: int, suffix: int) -> Tens
 
 
 def same_rows(start: int, stop: int, like: Tensor) -> Tensor:
-    """The same rows for every sample: ``[batch, stop - start]``, batch, dtype and device as those of ``like``."""
+    """The same rows for every sample: ``[batch, stop - start]``, with the batch, dtype and device of ``like``."""
     rows = torch.arange(start, stop, dtype=like.dtype, device=like.device)
     return rows.unsqueeze(0).expand(like.shape[0], stop - start)

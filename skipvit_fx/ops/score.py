@@ -1,4 +1,4 @@
-"""How important is each patch token? One row of attention, or something else."""
+"""The importance of each patch token: one row of attention, or another score."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from skipvit_fx.ops.switch import Switchable
 
 
 def _probabilities(logits: Tensor) -> Tensor:
-    """Softmax over the last axis, in float32 where the logits are narrower, so that close scores stay apart."""
+    """Softmax over the last axis, in float32 if the logits are narrower, so that close scores stay apart."""
     narrow = logits.dtype in (torch.float16, torch.bfloat16)
     return logits.softmax(-1, dtype=torch.float32 if narrow else None)
 
 
 def _row(x: Tensor, dim: int, query: int | None) -> Tensor:
-    """One row along ``dim``, kept as an axis of length 1: number ``query`` (of either end), or the mean of all."""
+    """One row along ``dim``, kept as an axis of length 1: row ``query`` (from either end), or the mean of all."""
     return x.mean(dim, keepdim=True) if query is None else x.narrow(dim, query, 1)
 
 
 def _logits_row(x: Tensor, dim: int, query: int | None) -> Tensor:
-    """The same of logits or a mask: the mean for a key is that of the queries from which no mask hides it."""
+    """The same for logits or a mask: the mean for a key is over the queries from which no mask hides it."""
     if query is not None:
         return _row(x, dim, query)
     hidden = x == -torch.inf
@@ -33,16 +33,16 @@ def _logits_row(x: Tensor, dim: int, query: int | None) -> Tensor:
 
 
 class ScoreByQuery(Switchable):
-    """Attention that one query pays to every patch: ``softmax(q k^T * scale + mask)``, mean over heads.
+    """The attention that one query pays to every patch: ``softmax(q k^T * scale + mask)``, mean over heads.
 
-    The paper's section "Identifying Important Patches". The attention itself stays fused: only this one row is
-    computed beside it.
+    See the paper's section "Identifying Important Patches". The attention itself stays fused: only this row is computed
+    in addition.
 
     Args:
-        query: row of the queries that scores: 0 for a class token in front, -1 for one at the end; ``None`` for the
-            mean of all queries, and for a key that a mask hides from some, of the others.
-        prefix, suffix: how many keys stand before the patches, and after them.
-        heads: heads per sample; the product of all axes but the batch, the rows and the channels.
+        query: the row of the queries that scores: 0 for a class token at the front, -1 for one at the end; ``None`` for
+            the mean of all queries, or of those from which no mask hides the key.
+        prefix, suffix: the numbers of keys before and after the patches.
+        heads: heads per sample: the product of all axes except the batch, the rows and the channels.
         scale: of the logits; ``None`` for ``1 / sqrt(channels)``.
     """
 
@@ -87,10 +87,10 @@ def _patches(probabilities: Tensor, heads: int, prefix: int, suffix: int) -> Ten
 
 
 class ScoreByWeights(Switchable):
-    """The same score where the model spells its attention out: its matrix is there, and one row of it is read.
+    """The same score for a model that spells its attention out: one row of its matrix is read.
 
     Args:
-        query: row that scores; ``None`` for the mean of all, taken before the softmax.
+        query: the row that scores; ``None`` for the mean of all, taken before the softmax.
         query_dim, key_dim: the matrix's query axis and its key axis, counted from the right (negative).
         prefix, suffix, heads: as in :class:`ScoreByQuery`.
     """
@@ -145,7 +145,7 @@ class ScoreAtRandom(Switchable):
 
 
 class ScoreByFunction(Switchable):
-    """The user's own score, a function from patch tokens ``[batch, patches, channels]`` to ``[batch, patches]``."""
+    """The user's score: a function from patch tokens ``[batch, patches, channels]`` to ``[batch, patches]``."""
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], dim: int, prefix: int, suffix: int

@@ -1,4 +1,4 @@
-"""Which patches stay, which go."""
+"""Which patches stay and which leave."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ class Select(nn.Module):
     Ties are broken in favour of the earlier patch. No gradient flows through the choice.
 
     Args:
-        ratio: of the patches present that leave, as the plan says.
-        multiple_of: more stay, so that the shortened sequence has a multiple of so many tokens.
-        others: tokens of the shortened sequence that are no kept patches: prefix, trailing and fused ones.
+        ratio: the ratio of the present patches that leave, as in the plan.
+        multiple_of: more patches stay, so that the length of the shortened sequence is a multiple of this.
+        others: the number of tokens of the shortened sequence that are not kept patches: prefix, trailing and fused
+            ones.
 
     Attributes:
         current: the ratio that applies now; less than ``ratio`` while a schedule raises it.
@@ -42,8 +43,8 @@ class Select(nn.Module):
     def forward(self, *scores: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Kept ``[batch, k]`` and dropped ``[batch, n - k]`` patch indices, int32, both ascending.
 
-        Several scores ``[batch, n]`` (parallel attentions of one layer) count equally. ``(None, None)`` where a score
-        stepped aside or nothing is to be dropped.
+        Several scores ``[batch, n]`` (parallel attentions of one layer) count equally. ``(None, None)`` if there is no
+        score, or nothing is to be dropped.
         """
         present = [score.detach() for score in scores if score is not None]
         if not present:
@@ -61,19 +62,19 @@ class Select(nn.Module):
 def partition(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """The ``kept`` highest of ``[batch, n]`` scores, and the others: their indices, int32, ascending.
 
-    Of equal scores the earlier is the higher, and what is no number is higher than any number.
+    Of equal scores the earlier counts as higher, and NaN counts as higher than any number.
 
-    By operators that every tool knows, and right whatever these do with equal values: of ``topk`` only values are read,
-    and what is sorted has no value twice.
+    It uses operators that every tool knows, and is correct whatever these do with equal values: only the values of
+    ``topk`` are read, and the sorted values are distinct.
     """
     if scores.dtype == torch.bool:
-        scores = scores.to(torch.uint8)  # topk takes no booleans
+        scores = scores.to(torch.uint8)  # topk does not take booleans
     n = sizes(scores)[1]
     highest = scores.topk(kept, dim=1, sorted=False).values
-    edge = highest.topk(1, dim=1, largest=False).values  # amin would see what is no number first
-    # A number for every patch, the lower the better, no two alike: first those whose score is no number, then those
-    # above the edge, on it and below it, and of each kind the earlier first. Those on the edge count from 0, so that a
-    # device that computes in half precision tells the most of them apart.
+    edge = highest.topk(1, dim=1, largest=False).values  # amin would return NaN
+    # A distinct number for every patch, lower is better: first those whose score is NaN, then those
+    # above, on and below the edge, and within each kind the earlier first. Those on the edge count
+    # from 0, so that a device that computes in half precision can tell most of them apart.
     places = torch.arange(n, dtype=torch.float32, device=scores.device)
     places = places.add(scores < edge, alpha=float(n)).add(scores > edge, alpha=float(-n))
     places = places.add(scores != scores, alpha=-2.0 * n)
@@ -82,7 +83,7 @@ def partition(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 
 
 class Survivors(nn.Module):
-    """Positions of a later stage's kept patches in the full sequence, from those of the stage before it."""
+    """Positions of a later stage's kept patches in the full sequence, from those of the previous stage."""
 
     @kept_whole
     def forward(self, before: Tensor | None, kept: Tensor | None) -> Tensor | None:

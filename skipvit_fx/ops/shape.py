@@ -1,4 +1,4 @@
-"""A shape that is put together of sizes."""
+"""A shape built from sizes."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from skipvit_fx.ops.following import recorded
 
 @recorded
 def as_shape(*sizes: int) -> tuple[int, ...]:
-    """All sizes as one value, for an operator of Python's: in a plain tuple it would ask a tracer for an answer."""
+    """All sizes as one value for a Python operator, for which a plain tuple would need concrete values in tracing."""
     return sizes

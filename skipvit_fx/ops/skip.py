@@ -14,7 +14,7 @@ from skipvit_fx.ops.rows import inverse_order, sequence_rows, take_rows
 class OnStream(nn.Module):
     """Works on a residual stream with its tokens at ``dim`` 0 or 1, the batch at the other.
 
-    The stream passes through as it is where any other operand is ``None``, which says that nothing is dropped.
+    The stream passes through unchanged if any other operand is ``None``, which means that nothing is dropped.
     Subclasses define ``on_tokens``, which gets the stream batch first and returns it batch first.
     """
 
@@ -37,7 +37,7 @@ class OnStream(nn.Module):
         return stream if self.dim == 1 else stream.transpose(0, 1)
 
     def patch_count(self, tokens: Tensor) -> int:
-        """How many of ``[batch, tokens, channels]`` are patches."""
+        """The number of patches in ``[batch, tokens, channels]``."""
         return tokens.shape[1] - self.prefix - self.suffix
 
 
@@ -51,11 +51,11 @@ class Keep(OnStream):
 
 
 class PassAround(OnStream):
-    """The dropped patches in the state they have now: the token-level skip connection."""
+    """The dropped patches in their current state: the token-level skip connection."""
 
     @kept_whole
     def forward(self, stream: Tensor, *others: Tensor | None) -> Tensor | None:
-        """``[batch, tokens, channels]`` to ``[batch, d, channels]``, batch first whatever the stream is."""
+        """``[batch, tokens, channels]`` to ``[batch, d, channels]``; the result is always batch first."""
         (dropped,) = others
         return None if dropped is None else self.on_tokens(self.batch_first(stream), dropped)
 
@@ -67,7 +67,7 @@ class PassAround(OnStream):
 class Fuse(OnStream):
     """One token that stands in for the dropped ones: their sum weighted by their scores, not normalised (EViT).
 
-    It is appended behind the kept patches, and counts as a patch from then on.
+    It is appended after the kept patches, and counts as a patch from then on.
     """
 
     def on_tokens(self, tokens: Tensor, around: Tensor, dropped: Tensor, *scores: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class Fuse(OnStream):
 
 
 class Merge(OnStream):
-    """The dropped patches return to their original positions; a fused token's work is done and it leaves.
+    """The dropped patches return to their original positions; a fused token is removed.
 
-    By concatenation and one row gather with the inverse permutation: no scatter.
+    This is done by concatenation and one row gather with the inverse permutation, without a scatter.
     """
 
     def __init__(self, dim: int, prefix: int, suffix: int, fused: bool) -> None:

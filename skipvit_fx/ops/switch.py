@@ -1,4 +1,4 @@
-"""The one switch of a rewritten model."""
+"""The switch of a rewritten model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import nn
 
 
 class Switchable(nn.Module):
-    """A module that steps aside while ``enabled`` is false: the graph then computes exactly what the model does.
+    """A module that does nothing while ``enabled`` is false: the graph then computes exactly what the model does.
 
-    A score that steps aside returns ``None``, and every other inserted module passes its input through where it
-    is handed ``None``. So few modules are switchable, and no graph changes when they are switched.
+    A score that is switched off returns ``None``, and every other inserted module passes its input through if it is
+    given ``None``. So only a few modules are switchable, and switching them changes no graph.
 
     Attributes:
-        enabled: the switch that :func:`skipvit_fx.set_skipping` turns.
-        train_only: step aside in eval mode too, whatever the switch says.
+        enabled: the switch that :func:`skipvit_fx.set_skipping` sets.
+        train_only: do nothing in eval mode, whatever the switch says.
     """
 
     enabled: bool = True
@@ -21,5 +21,5 @@ class Switchable(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether it does its work in the mode that it is in."""
+        """Whether it is on in the current mode."""
         return self.enabled and (self.training or not self.train_only)

@@ -1,1 +1,1 @@
-"""What is told of a model: attention sites, layer table, costs, diff, and the tokens that it keeps."""
+"""Reports on a model: attention sites, layer table, costs, diff, and the tokens that it keeps."""

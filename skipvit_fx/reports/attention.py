@@ -1,4 +1,4 @@
-"""What the compiler finds in a model before any plan, and why a place did or did not match."""
+"""What the compiler finds in a model without a plan, and why a place did or did not match."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Site:
     """One attention, or any other softmax.
 
     Attributes:
-        layer: the layer whose attention it is; ``None`` if it is no layer's.
+        layer: the layer whose attention it is; ``None`` if it belongs to no layer.
         node: its name in the graph; empty if the model could not be captured.
         module_path: the module that it runs in.
-        fused: ``scaled_dot_product_attention``, or else spelled out with a softmax.
-        tokens: keys of the attention.
-        heads: attention heads a sample; ``None`` where the axes are not known.
-        reason: why it is no layer's attention; empty if it is.
+        fused: whether it is a ``scaled_dot_product_attention``, rather than spelled out with a softmax.
+        tokens: the number of keys of the attention.
+        heads: attention heads per sample; ``None`` if the axes are not known.
+        reason: why it is not a layer's attention; empty if it is.
     """
 
     layer: int | None
@@ -83,7 +83,7 @@ class Located:
 
 @dataclass(frozen=True)
 class _Found:
-    """How far the analysis came."""
+    """How far the analysis got."""
 
     capture: Capture | None = None
     analysis: TokenAnalysis | None = None
@@ -94,15 +94,15 @@ class _Found:
 def find_attention(
     model: nn.Module, *, example_inputs: Any = None, prefix_tokens: int | None = None
 ) -> AttentionReport:
-    """Look at ``model`` as :func:`skipvit_fx.rewrite` would, without a plan and without changing anything.
+    """Analyse ``model`` as :func:`skipvit_fx.rewrite` would, without a plan and without changing anything.
 
     Args:
         model: any module.
-        example_inputs: as for ``rewrite``; by default made up from the model's configuration.
+        example_inputs: as for ``rewrite``; by default made from the model's configuration.
         prefix_tokens: as for ``rewrite``.
 
     Returns:
-        What was found. A model that the compiler refuses has a report, too: its ``refusal`` is the error.
+        What was found. A model that the compiler refuses also gets a report: its ``refusal`` is the error.
 
     Raises:
         PlanError: ``prefix_tokens`` is not a number of tokens.
@@ -158,13 +158,13 @@ def _find(
     except OpenModules:
         return best
     except SkipViTError as error:
-        if best.stream is not None:  # a leaf could not be opened: what was found before still holds
+        if best.stream is not None:  # a leaf could not be opened: earlier findings still hold
             return best
         return _Found(best.capture, best.analysis, None, error)
 
 
 def _mixing_leaves(found: _Found) -> list[str]:
-    """Leaves between the layers that mix tokens: what does so inside is worth knowing."""
+    """Leaves between the layers that mix tokens; they are opened to find out what does so inside."""
     assert found.capture
     assert found.analysis
     assert found.stream
@@ -182,19 +182,19 @@ def _between_layers(stream: Stream, graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 class AttentionReport:
-    """The attention sites and layers of a model. Print it, or ask it :meth:`explain`.
+    """The attention sites and layers of a model. Print it, or call :meth:`explain`.
 
     Attributes:
         model: class name of the model.
         layers: the transformer layers, first to last; empty if the model is refused.
-        sites: every attention and every other softmax, in the order they run.
-        prefix_tokens, patches, trailing_tokens: rows of the sequence; ``None`` if the model is refused.
+        sites: every attention and every other softmax, in the order in which they run.
+        prefix_tokens, patches, trailing_tokens: numbers of rows of the sequence; ``None`` if the model is refused.
         class_token: whether there is a class token, whose attention then scores the patches; ``None`` if the model is
             refused.
-        scored_by: which row that is and what tells, such as ``row 0: read by the head``; empty if the model is refused.
-        obstacles: names of nodes between the first layer and the last that mix tokens, each with the reason. No
-            drop may reach over them.
-        refusal: the error that :func:`skipvit_fx.rewrite` would raise whatever the plan; ``None`` if there is none.
+        scored_by: that row and how it was told, such as ``row 0: read by the head``; empty if the model is refused.
+        obstacles: names of nodes between the first and the last layer that mix tokens, each with the reason. No drop
+            may span them.
+        refusal: the error that :func:`skipvit_fx.rewrite` would raise for any plan; ``None`` if there is none.
     """
 
     def __init__(self, model: nn.Module, calls: Calls, found: _Found) -> None:
@@ -262,7 +262,7 @@ class AttentionReport:
             )
 
     def _why_no_layer(self, node: fx.Node) -> str:
-        """Why an attention or softmax is no layer's attention."""
+        """Why an attention or softmax is not a layer's attention."""
         analysis = self._analysis
         assert analysis is not None
         facts = analysis[node]
@@ -336,7 +336,7 @@ class AttentionReport:
                 f"{what} holds the attention of layer {site.layer}: {how}{node} over {site.tokens} tokens "
                 f"({rows}){heads}."
             )
-        return f"{what} holds {how}{node}, but it is no layer's attention: {site.reason}."
+        return f"{what} holds {how}{node}, but it is not a layer's attention: {site.reason}."
 
     def _never_called(self, what: str, path: str) -> str:
         if any(_within(other, path) for other in self._calls.modules):
@@ -360,7 +360,7 @@ class AttentionReport:
             leaf_path = around[0].target
             inside = f"{what} is part of {leaf_path!r}, which runs no attention and is called as a whole."
             return [inside, *self._of_call([n for n in around if n.target == leaf_path])]
-        inside = f"{what} runs no attention, but was looked into."
+        inside = f"{what} runs no attention, but was traced through."
         reasons = self._reasons([n for n in nodes if _within(module_path(n), path)])
         if not reasons:
             return [inside, "Nothing in it mixes tokens."]
@@ -375,7 +375,9 @@ class AttentionReport:
         assert self._analysis is not None
         if not any(takes_tokens(self._analysis, node) for node in nodes):
             return ["It does not work on the sequence of tokens."]
-        return ["It keeps tokens apart: each row of its result depends on the same row alone."]
+        return [
+            "It keeps tokens apart: each row of its result depends only on the same row of its input."
+        ]
 
     def _reasons(self, nodes: list[fx.Node]) -> list[tuple[str, str]]:
         assert self._analysis is not None
@@ -397,7 +399,7 @@ class AttentionReport:
         if site is not None:
             return [*sentences, self._of_site(what, site)]
         if not isinstance(self._analysis[node].value, Tensor):
-            return [*sentences, f"{what} is no tensor."]
+            return [*sentences, f"{what} is not a tensor."]
         if sentences:
             return sentences
         return [f"{what} runs no attention.", *self._of_call([node])]
@@ -442,10 +444,10 @@ class AttentionReport:
             header = ("layer", "module", "kind", "tokens", "heads", "prefix")
             lines += ["", *columns([header, *rows], to_the_left=range(len(header)))]
         if others := [site for site in self.sites if not site.layer]:
-            lines += ["", "No layer's attention:"]
+            lines += ["", "Not a layer's attention:"]
             lines += [f"  {s.module_path or '<root>'} ({s.kind}): {s.reason}" for s in others]
         if self.obstacles:
-            lines += ["", "Tokens mix here, so no drop may reach over it:"]
+            lines += ["", "Tokens mix here, so no drop may span these nodes:"]
             lines += [f"  {name}: {reason}" for name, reason in self.obstacles.items()]
         if self.refusal is not None:
             lines += ["", f"Refused: {self.refusal}"]
@@ -469,7 +471,7 @@ class AttentionReport:
 
 
 def _heads(analysis: TokenAnalysis, node: fx.Node) -> int | None:
-    """All that multiplies the attention matrices of a sample."""
+    """The number of attention matrices per sample."""
     axes = analysis.axes(node)
     if axes is None:
         return None

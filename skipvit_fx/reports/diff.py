@@ -9,7 +9,7 @@ from skipvit_fx.graph.record import RewriteRecord
 
 
 def graph_diff(record: RewriteRecord, after: Sequence[str]) -> tuple[str, ...]:
-    """A unified diff from the captured graph to ``after``; behind every changed line the passes that changed it."""
+    """A unified diff from the captured graph to ``after``; every changed line ends with the passes that changed it."""
     lines = difflib.unified_diff(
         record.before,
         after,

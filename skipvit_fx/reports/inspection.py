@@ -25,7 +25,7 @@ from skipvit_fx.torch_internals import printed_target
 
 
 def inspect(fast: nn.Module) -> Inspection:
-    """Look at a rewritten model: tokens and multiply-adds per layer, and where each inserted node went.
+    """Inspect a rewritten model: tokens and multiply-adds per layer, and where each inserted node is.
 
     ``fast`` is neither run nor changed. The numbers hold for one image of the shape that the model was rewritten for.
 
@@ -116,7 +116,7 @@ class _Looked:
         return self.returned if region == self.record.plan.return_layer else 0
 
     def _gained(self, target: str) -> int:
-        """Rows that the one node which calls a module adds to its first argument; 0 if there is none."""
+        """Rows that the only node calling this module adds to its first argument; 0 if there is no such node."""
         shapes, dim = self.now.shapes, self.record.token_dim
         for node in self.fast.graph.find_nodes(op="call_module", target=target):
             return int(shapes[node.name][dim] - shapes[node.all_input_nodes[0].name][dim])
@@ -124,7 +124,7 @@ class _Looked:
 
 
 def _keys(site: fx.Node, shapes: Mapping[str, Any], owner: nn.Module) -> int:
-    """Length of the axis that an attention's softmax runs over."""
+    """The length of the axis that an attention's softmax runs over."""
     if site.target in SDPA:
         key: fx.Node = AttentionArguments(*site.args, **site.kwargs).key
         return int(shapes[key.name][-2])

@@ -1,4 +1,4 @@
-"""What :func:`skipvit_fx.inspect` returns, as a table, as plain values and for networkx."""
+"""The result of :func:`skipvit_fx.inspect`, as a table, as plain values and for networkx."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class LayerReport:
 
     Attributes:
         index: counts from 1.
-        module_path: of the layer's first attention, in the original model.
-        attention_tokens: tokens that the attention runs over: its keys.
-        queries: tokens that the attention computes; fewer than its keys where the others are never read.
-        ffn_tokens: rows that come out of the feed-forward network.
+        module_path: path of the layer's first attention in the original model.
+        attention_tokens: tokens that the attention runs over, that is, its keys.
+        queries: tokens that the attention computes; fewer than its keys if the others are never read.
+        ffn_tokens: rows that the feed-forward network returns.
         dropped: rows that leave in this layer.
-        returned: rows that the sequence gains at this layer's input, where dropped patches return; a fused token that
-            goes at the same time is subtracted. 0 where nobody reads those that would return.
+        returned: rows that the sequence gains at this layer's input, where dropped patches return, minus a fused token
+            that is removed there. 0 if nothing reads the rows that would return.
         macs, baseline_macs: multiply-adds, now and with skipping off.
-        bytes, baseline_bytes: read and written by operators that multiply no matrices, likewise.
+        bytes, baseline_bytes: bytes read and written by operators other than matrix products, likewise.
     """
 
     index: int
@@ -47,8 +47,8 @@ class StageReport:
 
     Attributes:
         layer: the layer that it scores in, from 1.
-        leave_after, leave_before: the modules that its tokens leave between.
-        return_before: the module in front of which they return; ``None`` if they never do.
+        leave_after, leave_before: the modules between which its tokens leave.
+        return_before: the module before which they return; ``None`` if they never do.
     """
 
     layer: int
@@ -68,7 +68,7 @@ class RestReport:
     """What is computed outside the layers: before the first (embedding) or after the last (head).
 
     Attributes:
-        returned: rows that the sequence gains behind the last layer; see :class:`LayerReport`.
+        returned: rows that the sequence gains after the last layer; see :class:`LayerReport`.
         macs, baseline_macs: multiply-adds per image, now and with skipping off.
         bytes, baseline_bytes: see :class:`LayerReport`.
     """
@@ -85,10 +85,10 @@ class NodeReport:
     """One node of the rewritten graph.
 
     Attributes:
-        name, op, target: as in ``torch.fx``; the target as text.
-        inserted_by: name of the pass that inserted it; ``None`` for the author's own.
+        name, op, target: as in ``torch.fx``; the target as a string.
+        inserted_by: name of the pass that inserted it; ``None`` for the author's nodes.
         layer: the layer that it runs in, from 1; ``None`` before the first and after the last.
-        shape: of its value for a batch of one; of each tensor, where the value is several; empty where it is none.
+        shape: shape of its value for a batch of one; one per tensor if there are several; empty if it is not a tensor.
         macs: multiply-adds per image.
         reads: names of the nodes that it reads.
     """
@@ -104,21 +104,21 @@ class NodeReport:
 
 
 _SHOWN = ("op", "target", "inserted_by", "shape", "macs")
-"""What a node of :meth:`Inspection.to_networkx` says of itself, besides its layer."""
+"""Attributes of a node of :meth:`Inspection.to_networkx`, besides its layer."""
 
 
 @dataclass(frozen=True, repr=False)
 class Inspection:
-    """A rewritten model, looked at with skipping on. ``str()`` is a table of its layers.
+    """A rewritten model, inspected with skipping on. ``str()`` is a table of its layers.
 
     Attributes:
         model: class name of the original model.
-        plan, cut, score, eliminate_dead_tokens: of the rewrite, as text and flag.
-        frontend, frontend_reason: how the model was captured, ``"symbolic"`` or ``"export"``, and why so.
-        skipping: whether skipping is on at the moment; the numbers are those of the plan in full in any case.
-        validated: what was found when the rewritten graph ran beside the model, or why it did not.
-        prefix, patches, tail: class and other tokens in front, patches, and tokens behind, in the full sequence.
-        class_token: which of these rows is the class token and what tells, such as ``row 0: read by the head``.
+        plan, cut, score, eliminate_dead_tokens: the options of the rewrite, as strings and a flag.
+        frontend, frontend_reason: how the model was captured, ``"symbolic"`` or ``"export"``, and why.
+        skipping: whether skipping is on at the moment; the numbers are always those of the full plan.
+        validated: what was found when the rewritten graph ran beside the model, or why it did not run.
+        prefix, patches, tail: the numbers of prefix tokens, patches and trailing tokens in the full sequence.
+        class_token: which row is the class token and how it was told, such as ``row 0: read by the head``.
         stages: where tokens leave and return.
         layers: from first to last.
         embedding, head: what runs before and after them.
@@ -159,7 +159,7 @@ class Inspection:
         return tuple(node for node in self.nodes if node.inserted_by is not None)
 
     def diff(self) -> str:
-        """The captured graph against the rewritten one, as a unified diff that names the pass behind every change.
+        """The captured graph against the rewritten one, as a unified diff that names the pass that made each change.
 
         Empty if no node changed.
         """
@@ -169,8 +169,8 @@ class Inspection:
         """The rewritten graph, from each node to those that read it.
 
         Nodes are named as in ``torch.fx`` and carry ``op``, ``target``, ``inserted_by``, ``layer``, ``shape`` and
-        ``macs``, as in :class:`NodeReport`; but ``layer`` is 0 before the first layer, and one more than there are
-        after the last.
+        ``macs``, as in :class:`NodeReport`, except that ``layer`` is 0 before the first layer, and the number of layers
+        plus one after the last.
         """
         graph = nx.DiGraph()
         last = len(self.layers)
@@ -183,7 +183,7 @@ class Inspection:
         return graph
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the author's nodes and the diff, as plain values for ``json.dumps``."""
+        """Everything except the author's nodes and the diff, as plain values for ``json.dumps``."""
         plain = asdict(self)
         del plain["nodes"], plain["_diff"]
         plain["inserted"] = [asdict(node) for node in self.inserted]
@@ -192,7 +192,7 @@ class Inspection:
 
 
 def _with_lists(value: Any) -> Any:
-    """A value with lists for tuples, as it comes back from JSON."""
+    """A value with lists in place of tuples, as JSON returns it."""
     if isinstance(value, dict):
         return {name: _with_lists(item) for name, item in value.items()}
     return [_with_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -204,7 +204,7 @@ _HEAD = ("layer", "attention in", "keys", "queries", "FFN rows", "GMACs", "befor
 
 
 def _layer_table(report: Inspection) -> str:
-    """What was asked for, one line a layer, the totals, where tokens leave and return, and the inserted nodes."""
+    """The options, one line per layer, the totals, where tokens leave and return, and the inserted nodes."""
     parts = ["\n".join(_header(report)), "\n".join(columns(_rows(report), to_the_left=(1, 7)))]
     if report.stages:
         parts.append("\n".join(f"layer {stage.layer}: {stage}" for stage in report.stages))
@@ -219,8 +219,8 @@ def _header(report: Inspection) -> Iterator[str]:
     sequence = f"{report.prefix} prefix + {report.patches} patch"
     if report.tail:
         sequence += f" + {report.tail} trailing"
-    dead = "not computed" if report.eliminate_dead_tokens else "computed all the same"
-    yield f"{sequence} tokens; rows that nobody reads are {dead}; multiply-adds per image"
+    dead = "not computed" if report.eliminate_dead_tokens else "computed anyway"
+    yield f"{sequence} tokens; rows that nothing reads are {dead}; multiply-adds per image"
     yield f"class token: {report.class_token}"
     yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
     yield report.validated

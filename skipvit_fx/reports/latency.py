@@ -27,7 +27,7 @@ from skipvit_fx.reports.macs import (
 from skipvit_fx.torch_internals import pytree
 
 WARM_UP = 2
-"""Rounds before those that count."""
+"""Rounds that are not counted, before the others."""
 
 
 @torch.no_grad()
@@ -38,19 +38,19 @@ def measure_latency(
     *,
     rounds: int = 10,
 ) -> LatencyReport:
-    """Time a rewritten model and its original in turns, layer by layer and as a whole, in eval mode.
+    """Time a rewritten model and its original alternately, layer by layer and as a whole, in eval mode.
 
     Args:
         model: the original.
-        fast: what :func:`skipvit_fx.rewrite` made of it; timed with skipping on as its plan says, whatever it is now.
-            Neither it nor the model changes.
-        example_inputs: what both are called with, on their device: a tensor, a tuple or a dict, as for
+        fast: its rewrite by :func:`skipvit_fx.rewrite`, timed with skipping on as its plan says, whatever its switch is
+            now. Neither it nor the model changes.
+        example_inputs: the inputs for both, on their device: a tensor, a tuple or a dict, as for
             :func:`skipvit_fx.rewrite`.
-        rounds: of every measurement; the table shows medians.
+        rounds: the number of rounds; the table shows medians.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
-        TypeError: ``model`` is not a module, or ``example_inputs`` nothing that it can be called with.
+        TypeError: ``model`` is not a module, or it cannot be called with ``example_inputs``.
         SkipViTError: there are no rounds or no images.
         TraceError: the model's work cannot be counted on these inputs.
     """
@@ -61,7 +61,7 @@ def measure_latency(
     if not isinstance(rounds, int) or rounds < 1 or not batch:
         raise SkipViTError(
             f"{rounds!r} rounds of {batch or 0} images cannot be timed",
-            hint="at least one round, and a batch of images as the input",
+            hint="pass at least one round, and a batch of images as the input",
         )
     device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     wait = _waiting_for(device)
@@ -91,7 +91,7 @@ def measure_latency(
 
 
 def _copy(fast: nn.Module, skipping: bool) -> fx.GraphModule:
-    """A rewritten model in eval mode with tensors shared, and skipping as planned or not."""
+    """A copy of a rewritten model in eval mode that shares its tensors, with skipping as planned or off."""
     copy = clone_structure(fast).eval()
     skip_as_planned(copy, skipping)
     assert isinstance(copy, fx.GraphModule)
@@ -99,7 +99,7 @@ def _copy(fast: nn.Module, skipping: bool) -> fx.GraphModule:
 
 
 def _fitted(count: MacCount, seconds: Mapping[str, float], batch: int) -> LatencyModel:
-    """The law that the nodes' times follow, given their work."""
+    """The latency model fitted to the nodes' times and their work."""
     return LatencyModel.fitted(
         [batch * count.nodes[name] for name in seconds],
         [batch * count.bytes[name] for name in seconds],
@@ -122,7 +122,7 @@ def _work_by_region(
 
 
 def _waiting_for(device: torch.device) -> Callable[[], None]:
-    """What returns when everything that was started on a device is done."""
+    """A function that returns when all work started on a device is done."""
     if device.type == "cpu":
         return lambda: None
     synchronize: Callable[[], None] = torch.get_device_module(device).synchronize
@@ -159,5 +159,5 @@ class _NodeTimer(fx.Interpreter):
         return value
 
     def medians(self) -> dict[str, float]:
-        """Of each node, without the warm-up."""
+        """The median for each node, without the warm-up."""
         return {name: median(times[WARM_UP:]) for name, times in self.seconds.items()}

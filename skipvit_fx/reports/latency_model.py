@@ -12,27 +12,27 @@ import torch
 class LatencyModel:
     """Time from work, by two constants of one machine.
 
-    The roofline model (Williams, Waterman, Patterson 2009) with every operator on the side where it belongs in a
-    transformer: matrix products are bound by arithmetic, all others by memory. What an operator costs just for being
-    called is not in it, so small batches on fast devices take longer than it says.
+    The roofline model (Williams, Waterman, Patterson 2009), with each operator on its usual side in a transformer:
+    matrix products are bound by arithmetic, all others by memory. The fixed cost of calling an operator is not
+    included, so small batches on fast devices take longer than predicted.
 
     Attributes:
-        seconds_per_mac: of matrix products, convolutions and attention products.
-        seconds_per_byte: read or written by the other operators.
+        seconds_per_mac: for matrix products, convolutions and attention products.
+        seconds_per_byte: for bytes read or written by the other operators.
     """
 
     seconds_per_mac: float
     seconds_per_byte: float
 
     def seconds(self, macs: float, bytes_: float) -> float:
-        """Predicted time of so many multiply-adds and bytes."""
+        """The predicted time for this many multiply-adds and bytes."""
         return macs * self.seconds_per_mac + bytes_ * self.seconds_per_byte
 
     @classmethod
     def fitted(
         cls, macs: Sequence[float], bytes_: Sequence[float], seconds: Sequence[float]
     ) -> LatencyModel:
-        """The constants that come closest to measured times, by least squares; neither is negative."""
+        """The non-negative constants that fit measured times best, by least squares."""
         work = torch.tensor([macs, bytes_], dtype=torch.float64).T
         time = torch.tensor(seconds, dtype=torch.float64)
         scale = work.amax(0).clamp(min=1)

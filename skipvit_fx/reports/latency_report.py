@@ -1,4 +1,4 @@
-"""What was predicted and measured, layer by layer, as a table and as plain values."""
+"""Predicted and measured times, layer by layer, as a table and as plain values."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from skipvit_fx.reports.table import columns
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """One layer, or what runs before them (``embedding``) or behind them (``head``).
+    """One layer, or what runs before the layers (``embedding``) or after them (``head``).
 
     Attributes:
         name: number of the layer, from 1, or one of these two words.
         macs, baseline_macs: multiply-adds per image, as rewritten and with skipping off.
-        bytes, baseline_bytes: moved per image by operators that multiply no matrices.
+        bytes, baseline_bytes: bytes moved per image by operators other than matrix products.
         predicted, baseline_predicted, measured, baseline_measured: seconds per batch.
     """
 
@@ -35,14 +35,14 @@ class LayerLatency:
 
 @dataclass(frozen=True, repr=False)
 class LatencyReport:
-    """A rewritten model beside the original, in time. ``str()`` is a table of its layers.
+    """The times of a rewritten model and the original. ``str()`` is a table of the layers.
 
     Attributes:
         model, plan: class name and plan.
-        device, batch: what ran where.
-        law: the constants, fitted on the nodes of the unmodified model in this very run.
-        layers: embedding, layers, head. Their times are taken node by node, which costs a little itself.
-        seconds, baseline_seconds: whole calls of the rewritten and of the original model, a pair a round.
+        device, batch: the device, and the batch size.
+        law: the constants, fitted to the nodes of the unmodified model in the same run.
+        layers: embedding, layers, head. Their times are taken node by node, which itself costs a little.
+        seconds, baseline_seconds: whole calls of the rewritten and of the original model, one pair per round.
     """
 
     model: str
@@ -66,19 +66,19 @@ class LatencyReport:
 
     @property
     def predicted_speedup(self) -> float:
-        """What the two constants say."""
+        """The speed-up predicted by the two constants."""
         before = sum(layer.baseline_predicted for layer in self.layers)
         return before / sum(layer.predicted for layer in self.layers)
 
     @property
     def mac_limit(self) -> float:
-        """What multiply-adds alone would allow."""
+        """The speed-up that multiply-adds alone would allow."""
         before = sum(layer.baseline_macs for layer in self.layers)
         return before / sum(layer.macs for layer in self.layers)
 
     @property
     def errors(self) -> tuple[float, ...]:
-        """Of every layer as rewritten, how far the prediction is off, relative to what was measured."""
+        """For every rewritten layer, the error of the prediction relative to the measured time."""
         layers = self.layers[1:-1]
         return tuple(abs(layer.predicted - layer.measured) / layer.measured for layer in layers)
 
@@ -110,10 +110,10 @@ _HEAD = (
 
 
 def _latency_table(report: LatencyReport) -> str:
-    """One line a layer, the totals, and the speed-up as measured, as predicted, and by multiply-adds."""
+    """One line per layer, the totals, and the speed-up as measured, as predicted, and by multiply-adds."""
     parts = [
         f"{report.model} with plan {report.plan} on {report.device}, batch {report.batch}; "
-        f"medians of {len(report.seconds)} rounds in turns; GMACs per image, ms per batch",
+        f"medians of {len(report.seconds)} alternating rounds; GMACs per image, ms per batch",
         "\n".join(columns(_rows(report), to_the_left=(0,))),
         "\n".join(_summary(report)),
     ]
@@ -154,7 +154,7 @@ def _summary(report: LatencyReport) -> Iterator[str]:
         f"{_rate(law.seconds_per_mac, 'GMAC/s')} in matrix products, {_rate(law.seconds_per_byte, 'GB/s')} elsewhere"
     )
     yield (
-        f"predictions for the layers as rewritten are off by {median(report.errors):.0%} in the median, "
+        f"predictions for the rewritten layers are off by {median(report.errors):.0%} in the median, "
         f"{max(report.errors):.0%} at most"
     )
 

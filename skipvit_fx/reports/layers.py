@@ -13,7 +13,7 @@ NumberT = TypeVar("NumberT", int, float)
 
 
 def regions_of(graph: fx.Graph, layers: tuple[LayerRecord, ...]) -> dict[str, int]:
-    """For every node the layer that it runs in; 0 before the first, one more than there are after the last."""
+    """For every node the layer that it runs in; 0 before the first, the number of layers plus one after the last."""
     starts = {layer.input: layer.index for layer in layers}
     regions = {}
     region = 0

@@ -31,8 +31,8 @@ def _attention_flops(
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-# Every fused attention that a device may choose. Which of them the counter knows by itself depends on torch's version,
-# and one that it does not know would count as nothing.
+# Every fused attention that a device may choose. Which of them the counter knows by itself depends
+# on torch's version, and one that it does not know would count as zero.
 _ATTENTION = dict.fromkeys(SDPA_KERNELS, _attention_flops)
 
 
@@ -42,9 +42,9 @@ class MacCount:
 
     Attributes:
         total: of the whole module.
-        nodes: by name of the graph node, in graph order; they sum up to ``total``. Empty for a module without graph.
-        bytes: by name as well: read and written by operators that multiply no matrices. Views move nothing.
-        shapes: of every node's value for a batch of one: of one tensor, of each of several, or empty.
+        nodes: by name of the graph node, in graph order; they sum to ``total``. Empty for a module without a graph.
+        bytes: by name as well: read and written by operators other than matrix products. Views move nothing.
+        shapes: the shape of every node's value for a batch of one; a tuple of shapes for several tensors, or for none.
     """
 
     total: int
@@ -65,13 +65,13 @@ def count_macs(
     The module is neither run nor changed: a copy of its structure is interpreted on fake tensors.
 
     Args:
-        args, kwargs: example inputs, batch first; their first sample is counted. Only shapes are read, so that tensors
-            on the meta device will do. They are taken to the device and floating dtype of the module.
-        skipping: count a rewritten module with skipping off, or on as its plan says, whatever switch and schedule are
-            at now; None: as it is now.
+        args, kwargs: example inputs, batch first; their first sample is counted. Only shapes are read, so tensors on
+            the meta device will do. They are converted to the device and floating-point dtype of the module.
+        skipping: count a rewritten module with skipping off, or on as its plan says, whatever its switch and schedule
+            say; with None, as it is now.
 
     Raises:
-        TraceError: the module does not run on inputs of this kind, or not without data.
+        TraceError: the module does not run on such inputs, or not without data.
     """
     with contained(module):
         return _count(module, args, kwargs or {}, skipping)
@@ -102,13 +102,13 @@ def _count(
         raise TraceError(
             f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
             f"{error.message}",
-            hint="pass inputs like those that the model takes; a score function must not read what tensors hold",
+            hint="pass inputs like those that the model takes; a score function must not read the contents of tensors",
         ) from error
     return MacCount(sum(counter.macs.values()), counter.macs, counter.bytes, counter.shapes)
 
 
 def skip_as_planned(copy: nn.Module, on: bool) -> None:
-    """Switch a copy's skipping off, or on as its plan says, whatever switch, mode and schedule are at."""
+    """Switch a copy's skipping off, or on as its plan says, whatever its switch, mode and schedule say."""
     for child in copy.modules():
         if isinstance(child, Switchable):
             child.enabled, child.train_only = on, False
@@ -117,7 +117,7 @@ def skip_as_planned(copy: nn.Module, on: bool) -> None:
 
 
 class _Traffic(TorchDispatchMode):
-    """Sums up what operators read and write, but for matrix products and views."""
+    """Sums up the bytes that operators read and write, except for matrix products and views."""
 
     def __init__(self, products: frozenset[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,13 +142,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of a tensor's own elements, each counted once where it is expanded."""
+    """Bytes of a tensor's distinct elements; expanded ones are counted once."""
     distinct = (n for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return math.prod(distinct) * tensor.element_size()
 
 
 class _NodeCounter(fx.Interpreter):
-    """Notes for every node what the counters gained while it ran, and the shape of its value."""
+    """Notes for every node by how much the counters grew while it ran, and the shape of its value."""
 
     def __init__(
         self, owner: nn.Module, graph: fx.Graph, flops: FlopCounterMode, traffic: _Traffic
@@ -162,7 +162,9 @@ class _NodeCounter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         macs, bytes_ = self.flops.get_total_flops(), self.traffic.bytes
-        value = None if n.target is guard else super().run_node(n)  # one sample stands for any
+        value = (
+            None if n.target is guard else super().run_node(n)
+        )  # one sample stands for any number
         self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
         self.bytes[n.name] = self.traffic.bytes - bytes_
         shapes = tuple(tuple(tensor.shape) for tensor in _tensors(value))
@@ -173,7 +175,7 @@ class _NodeCounter(fx.Interpreter):
 def _one_sample(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs cut to a batch of one, on the device and of the dtype that the module has now."""
+    """The inputs cut to a batch of one, with the module's current device and dtype."""
     like = floating_like(module)
     batch = batch_size(args, kwargs)
 
@@ -191,7 +193,7 @@ def _one_sample(
 def placeholder_values(
     graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[Any]:
-    """One value a placeholder, by name where it was passed by name. Arguments without tensors have no placeholder."""
+    """One value per placeholder, by name if it was passed by name. Arguments without tensors have no placeholder."""
     positional = iter([a for a in args if _has_tensor(a)])
     for node in graph.find_nodes(op="placeholder"):
         if node.target in kwargs:

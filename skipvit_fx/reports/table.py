@@ -1,4 +1,4 @@
-"""Cells as lines of text."""
+"""Tables as lines of text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 
 
 def columns(rows: Iterable[Sequence[str]], to_the_left: Container[int]) -> Iterator[str]:
-    """Cells as lines of text, every column as wide as its widest cell; to the right but for those named."""
+    """Cells as lines of text, columns as wide as their widest cell; right-aligned except those in ``to_the_left``."""
     cells = list(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:

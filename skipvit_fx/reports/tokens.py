@@ -1,4 +1,4 @@
-"""Which patches does a rewritten model keep on these images?"""
+"""Which patches a rewritten model keeps on given images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from skipvit_fx.ops.switch import Switchable
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """What one stage of a plan kept and dropped. Patches are named by their position in the full grid, from 0.
+    """The patches that one stage of a plan kept and dropped, by their position in the full grid, from 0.
 
-    In a plan with ``+fused``, the fused token of an earlier stage takes part in a later one, in some samples of a batch
-    kept and in others dropped. It is no patch and stands in none of the tensors; the samples' rows are then of
-    different lengths, and the short ones are filled up behind with -1 (scores: with NaN).
+    In a plan with ``+fused``, the fused token of an earlier stage takes part in a later one, where some samples of a
+    batch keep it and others drop it. It is not a patch and is in none of the tensors; the samples' rows then differ in
+    length, and shorter ones are padded at the end with -1 (scores with NaN).
 
     Attributes:
         layer: the layer that scored, from 1.
         kept: ``[batch, K]`` int64, ascending.
         dropped: ``[batch, N - K]`` int64, ascending.
-        scores: ``[batch, N]``, of the N patches present at this stage, ascending by position.
-        fused_kept: ``[batch, F]`` bool, for the fused tokens of the F earlier stages that dropped something, whether
-            each is still there after this stage; ``None`` for a plan without ``+fused``.
+        scores: ``[batch, N]``, those of the N patches present at this stage, ascending by position.
+        fused_kept: ``[batch, F]`` bool: whether the fused token of each of the F earlier stages that dropped something
+            is still present after this stage; ``None`` for a plan without ``+fused``.
     """
 
     layer: int
@@ -44,13 +44,13 @@ class TokenTrace:
 
 @dataclass(frozen=True)
 class Selection:
-    """What one stage of a plan chose, by the places that tokens have in its own sequence of patches.
+    """What one stage of a plan chose, by the indices of tokens in its own sequence of patches.
 
-    A fused token of an earlier stage is one of these, behind the patches.
+    A fused token of an earlier stage is one of these, after the patches.
 
     Attributes:
         scores: ``[batch, n]``, of the patches present.
-        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` places, int64, ascending.
+        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` indices, int64, ascending.
     """
 
     scores: Tensor
@@ -61,7 +61,7 @@ class Selection:
 def selection_of(
     scores: Sequence[Tensor | None], kept: Tensor | None, dropped: Tensor | None
 ) -> Selection | None:
-    """What :class:`skipvit_fx.ops.select.Select` was given and returned; ``None`` if no score was there."""
+    """What :class:`skipvit_fx.ops.select.Select` was given and returned; ``None`` if there was no score."""
     present = [score.detach() for score in scores if score is not None]
     if not present:
         return None
@@ -78,9 +78,9 @@ class Noted:
     """What the stages of one call chose.
 
     Attributes:
-        record: of the graph that ran.
-        selections: one a stage; ``None`` where skipping was off.
-        returned: the stream, where dropped tokens have returned; ``None`` if they never do.
+        record: the record of the graph that ran.
+        selections: one per stage; ``None`` if skipping was off.
+        returned: the stream after dropped tokens have returned; ``None`` if they never do.
     """
 
     record: RewriteRecord
@@ -90,7 +90,7 @@ class Noted:
 
 @contextlib.contextmanager
 def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
-    """While ``fast`` runs once, with a graph that is there, fill what is yielded."""
+    """Fill the yielded object while ``fast`` runs once, with an existing graph."""
     noted = Noted(record_of(fast), [None] * len(record_of(fast).stages))
 
     def note(record: RewriteRecord, i: int, module: nn.Module, scores: Any, chosen: Any) -> None:
@@ -121,12 +121,12 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
 
     Args:
         fast: what :func:`skipvit_fx.rewrite` returned. It runs as it is, in train or eval mode.
-        args, kwargs: what it is called with; or, as in :func:`skipvit_fx.rewrite`, one tuple of arguments, or one dict
-            of keyword arguments.
+        args, kwargs: the arguments of the call; or, as in :func:`skipvit_fx.rewrite`, one tuple of arguments, or one
+            dict of keyword arguments.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
-        SkipViTError: skipping is switched off, or off in the mode that it is in, so that nothing is chosen.
+        SkipViTError: skipping is switched off, or off in the current mode, so that nothing is chosen.
     """
     rewritten = check_skips(fast)
     if len(args) == 1 and not kwargs and isinstance(args[0], (tuple, Mapping)):
@@ -138,7 +138,7 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
 
 
 def traces_of(noted: Noted) -> list[TokenTrace]:
-    """The same in terms of patches, whichever tokens were in the sequence besides."""
+    """The same in terms of patches, whatever other tokens were in the sequence."""
     record, selections = noted.record, noted.selections
     traces: list[TokenTrace] = []
     names: Tensor | None = None
@@ -162,7 +162,7 @@ def traces_of(noted: Noted) -> list[TokenTrace]:
         names = still
         if (
             record.plan.fused and gone.shape[1]
-        ):  # one token more, behind the patches and named after them all
+        ):  # one more token, after the patches and numbered after all of them
             names = torch.cat([names, torch.full_like(names[:, :1], patches + fused)], 1)
             fused += 1
     return traces
@@ -184,12 +184,12 @@ def check_skips(fast: nn.Module) -> SkipViTModule:
 def _switched_off() -> SkipViTError:
     return SkipViTError(
         "skipping is switched off, so no token is chosen",
-        hint="call skipvit_fx.set_skipping(fast, True) first; with train_only also fast.train()",
+        hint="call skipvit_fx.set_skipping(fast, True) first; with train_only, also fast.train()",
     )
 
 
 def _patches_of(names: Tensor, values: Tensor, patches: int, fill: float = -1) -> Tensor:
-    """``values`` where ``names`` names a patch: moved to the front in their order, the rest filled up."""
+    """``values`` where ``names`` is a patch, moved to the front in their order, and padded with ``fill``."""
     real = names < patches
     if bool(real.all()):
         return values

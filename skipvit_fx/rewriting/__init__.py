@@ -1,1 +1,1 @@
-"""One rewrite under way: what passes work on, what they promise, and how that is checked on their result."""
+"""One rewrite in progress: what passes work on, what they promise, and how their result is checked."""

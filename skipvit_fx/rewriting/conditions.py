@@ -1,4 +1,4 @@
-"""What passes require and ensure, each read off the graph as it is."""
+"""What passes require and ensure, each checked on the current graph."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _unfilled(context: Context) -> str:
 def _unread(context: Context) -> str:
     for node in context.editor.graph.nodes:
         if not node.users and (is_pure(node) or INSERTED_BY in node.meta):
-            return f"nobody reads {node.name}"
+            return f"nothing reads {node.name}"
     return ""
 
 
@@ -90,10 +90,10 @@ SCORED = Condition("scored", _unscored)
 """Every stage has a score of its patches."""
 
 SKIPPING = Condition("skipping", _unskipped)
-"""At every cut the author's nodes under the drop read the sequence without the dropped tokens."""
+"""At every cut, the author's nodes under the drop read the sequence without the dropped tokens."""
 
 TAPS_FILLED = Condition("taps-filled", _unfilled)
-"""Who reads the stream off the way to the return reads all tokens."""
+"""Nodes that read the stream off the path to the return read all tokens."""
 
 POSITIONS_GATHERED = Condition("positions-gathered", _ungathered)
 """No node under a drop reads a value with one row per position."""

@@ -1,4 +1,4 @@
-"""What a pass works on: the graph, what the analysis knows of it, and what was inserted so far."""
+"""What a pass works on: the graph, what the analysis knows about it, and what was inserted so far."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Skip(NamedTuple):
     """The inserted nodes of one stage.
 
     Attributes:
-        selector: the module that says how many patches leave.
+        selector: the module that decides how many patches leave.
         kept, dropped: patch indices within this stage's sequence, ``[batch, k]`` and ``[batch, n - k]``.
-        positions: of the kept ones in the full sequence.
+        positions: positions of the kept patches in the full sequence.
         kept_tokens: the sequence without the dropped rows, with the fused token if the plan has one.
-        bypassed: the dropped rows; ``None`` if nobody needs them again.
+        bypassed: the dropped rows; ``None`` if they are not needed again.
     """
 
     selector: Select
@@ -42,14 +42,14 @@ class Skip(NamedTuple):
 
 @dataclass
 class Context:
-    """One rewrite under way.
+    """One rewrite in progress.
 
     Attributes:
         capture: the model as a graph; passes edit it through ``editor``.
         options: what was asked for.
-        analysis: what is known of the author's nodes. Passes do not change it.
+        analysis: what is known about the author's nodes. Passes do not change it.
         spans: the plan on the author's graph.
-        scores: by stage, the score nodes, one per site; under ``None`` one that reads the stream.
+        scores: by stage, the score nodes, one per site; one that reads the stream has the key ``None``.
         skips: by stage, what was inserted where its tokens leave.
         narrow: the author's nodes that compute only the rows that are read.
     """
@@ -75,7 +75,7 @@ class Context:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """Token dimension, prefix and suffix rows of the residual stream, as inserted modules take them."""
+        """Token dimension, prefix and suffix rows of the residual stream: arguments of inserted modules."""
         return self.stream.dim, self.stream.tokens.prefix, self.stream.tokens.suffix
 
     def stages(self) -> list[tuple[StageSpan, Skip]]:
@@ -83,25 +83,25 @@ class Context:
         return [(stage, self.skips[stage.index]) for stage in self.spans.stages]
 
     def full_stream_readers(self, cut: fx.Node) -> set[fx.Node]:
-        """Nodes that read the whole stream at a cut, and go on doing so when its other readers do not."""
+        """Nodes that read the whole stream at a cut, and continue to when its other readers do not."""
         scores = {score for of_stage in self.scores.values() for score in of_stage.values()}
         return scores | set(self.spans.taps.get(cut, ()))
 
     def knowing(self, facts: Mapping[fx.Node, NodeFacts]) -> Context:
-        """The same rewrite, for a pass that needs facts of inserted nodes, too."""
+        """The same rewrite, for a pass that also needs facts of inserted nodes."""
         other = copy.copy(self)
         other.analysis = copy.copy(self.analysis)
         other.analysis.facts = {**self.analysis.facts, **facts}
         return other
 
     def on_fewer_tokens(self) -> list[fx.Node]:
-        """The author's nodes that see fewer rows than they did: under a drop, or where unread rows are left out."""
+        """The author's nodes that see fewer rows than before: under a drop, or where unread rows are left out."""
         under = {*self.spans.nodes(), *self.narrow}
         return [n for n in self.editor.graph.nodes if n in under and n in self.analysis.facts]
 
 
 def locate(capture: Capture, options: Options) -> Context:
-    """Find the layers of a captured model, lay the plan over them, and refuse it where it would be wrong.
+    """Find the layers of a captured model, apply the plan to them, and refuse it if it would be wrong.
 
     Raises:
         OpenModules: leaf modules are not sound as a whole, and must be traced through.

@@ -1,4 +1,4 @@
-"""What a pass is, and how passes run: in order, with what each needs and promises checked on the graph itself."""
+"""What a pass is, and how passes run: in order, with the conditions of each checked on the graph itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Pass(Protocol):
 
 
 class PassError(Exception):
-    """A pass did not get, or did not do, what it says. A mistake in this package or in a pass, never in a model."""
+    """A pass did not get what it requires, or broke its promise: a bug in this package or in a pass, not in a model."""
 
 
 def run_passes(passes: Iterable[Pass], context: Context) -> tuple[PassRecord, ...]:

@@ -1,4 +1,4 @@
-"""The rewritten graph runs, and every tensor in it has the shape that the plan gives it."""
+"""Check that the rewritten graph runs, and that every tensor in it has the shape that the plan gives it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from skipvit_fx.rewriting.context import Context
 
 
 def check_shapes(context: Context) -> None:
-    """Run what the drops reach once more on fake tensors, from the first edit on.
+    """Run everything that the drops reach once more on fake tensors, from the first edit on.
 
-    The last line of defence: whatever the passes overlooked, a wrong token count does not leave the compiler.
+    This is the last line of defence: whatever the passes overlooked, a wrong token count does not leave the compiler.
 
     Raises:
-        UnsupportedModelError: a node does not run on fewer tokens, or has another shape than expected.
+        UnsupportedModelError: a node does not run on fewer tokens, or does not have the expected shape.
     """
     known = context.analysis.facts
     values: dict[fx.Node, Any] = {}
@@ -95,7 +95,7 @@ def _length(context: Context, node: fx.Node, dim: Dim) -> int:
 
 
 def _patches(context: Context, node: fx.Node, tokens: Tokens) -> int:
-    """Patches that are left where the node stands."""
+    """The number of patches that are left at the node."""
     count = tokens.patches
     for stage in context.spans.active(node):
         dropped = context.skips[stage.index].selector.dropped(count)

@@ -1,4 +1,4 @@
-"""Let the sizes that a reshape or split is given follow its input."""
+"""Let the size arguments of a reshape or split follow its input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skipvit_fx.rewriting.context import Context
 
 
 def follow_input(context: Context, node: fx.Node, *, always: bool = False) -> None:
-    """Let the token sizes in a reshape or split follow its input (``always``: also where they already do)."""
+    """Let the token sizes in a reshape or split follow its input (``always``: even if they already do)."""
     out = context.analysis[node]
     if node.target in RESHAPES and out.axes is not None:
         _follow_in_reshape(context, node, out.axes, tuple(out.value.shape), always)
@@ -64,7 +64,7 @@ def _follow_in_reshape(
 
 
 def sizes_argument(context: Context, node: fx.Node) -> tuple[fx.Node, Any, Any]:
-    """The reshaped tensor, its size arguments, and how to put other sizes in."""
+    """The reshaped tensor, its size arguments, and a function that replaces them."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if (len(node.args) == 2 and isinstance(node.args[1], (tuple, list, fx.Node))) or not node.args[
@@ -78,13 +78,13 @@ def sizes_argument(context: Context, node: fx.Node) -> tuple[fx.Node, Any, Any]:
 
 
 def _is_number(context: Context, node: fx.Node) -> bool:
-    """Whether a node in place of sizes is one of them, as every inserted one is, rather than all."""
+    """Whether a node in place of sizes is a single size, as every inserted one is, rather than all of them."""
     value = context.analysis.value(node)
     return value is None or isinstance(value, int)
 
 
 def is_live(context: Context, node: fx.Node, slot: Any, dim: Dim) -> bool:
-    """Whether a size argument already is the length of a token axis under the same drops."""
+    """Whether a size argument is already the length of a token axis under the same drops."""
     if slot == -1:
         return True
     if not isinstance(slot, fx.Node):
@@ -99,7 +99,7 @@ def is_live(context: Context, node: fx.Node, slot: Any, dim: Dim) -> bool:
 
 
 def _dim_with(context: Context, source: fx.Node, dim: Dim, occurrence: int) -> int | None:
-    """The input's dimension that is the same token axis and nothing else."""
+    """The input's dimension that is exactly the same token axis."""
     axes = context.analysis.axes(source) or ()
     places = [d for d, own in enumerate(axes) if tokens_of(own)]
     if occurrence < len(places) and axes[places[occurrence]] == dim and len(dim) == 1:
@@ -141,7 +141,7 @@ def _part_has_patches(part: Tensor, dim: int) -> bool:
 
 
 def _follow_in_index(context: Context, node: fx.Node) -> None:
-    """Rows after the patches, counted from the front (``x[:, 1:197]``, ``x[:, 197]``), are counted from the end."""
+    """Count rows after the patches from the end rather than the front (``x[:, 1:197]``, ``x[:, 197]``)."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or (axes := context.analysis.axes(source)) is None:
         return
@@ -176,7 +176,7 @@ def _indexed_dims(index: tuple[Any, ...], rank: int) -> list[int | None]:
 
 
 def _from_the_end(context: Context, part: Any, dim: Dim) -> Any:
-    """A place along a token axis, or a slice of one, counted from the end where that is after the patches."""
+    """An index along a token axis, or a slice of one, counted from the end if it is after the patches."""
     if isinstance(part, slice):
         start, stop = (_from_the_end(context, b, dim) for b in (part.start, part.stop))
         return slice(start, stop, part.step)

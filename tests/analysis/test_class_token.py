@@ -242,7 +242,7 @@ def _seed() -> None:
 
 
 def _styles() -> list[Any]:
-    """Every case in one style, in turns; in the others in the slow tests."""
+    """Every case in one style, alternating; in the others in the slow tests."""
     return [
         pytest.param(name, style, marks=[] if i % len(STYLES) == j else pytest.mark.slow)
         for (i, name), (j, style) in itertools.product(enumerate(CASES), enumerate(STYLES))
@@ -392,11 +392,11 @@ FAMILIES = {
     "vit": "row 0: read by the head",
     "vit-cls-avg": "row 0: guessed from the name 'cls_token'",
     "dinov2-reg4": "row 0: read by the head",
-    "reg4-gap": "none: by their names, the rows in front are registers",
+    "reg4-gap": "none: by their names, the rows before the patches are registers",
     "siglip-map": "none: all rows are patches",
     "deit-distilled": "row 0: read by the head",
     "dinov3": "row 0: guessed from the name 'cls_token'",
-    "naflex-gap": "none: by their names, the rows in front are registers",
+    "naflex-gap": "none: by their names, the rows before the patches are registers",
     "cait": "none: all rows are patches",
     "pe-core": "row 0: guessed from the name 'cls_token'",
 }

@@ -258,7 +258,7 @@ class OwnHead(Odd):
 @pytest.mark.parametrize("leaf", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_sees_the_authors_count(name: str, leaf: bool) -> None:
-    """Rows that nobody reads are left out in front of it."""
+    """Rows that nothing reads are left out before it."""
     model = OwnHead(HEADS[name], leaf=leaf)
     scramble(model)
     assert_exact_or_refused(model.eval())

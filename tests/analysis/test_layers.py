@@ -443,7 +443,7 @@ def check(variant: Variant, name: str, frontend: Any) -> None:
         assert_exact(fast, model, image(batch=3), model.layout(), plan)
         return
     assert name in variant.refused, refusal
-    assert "the last layer is in no module" in refusal.reason
+    assert "the last layer is not a module" in refusal.reason
     assert "module of its own" in refusal.hint
     assert refusal.node
 
@@ -543,7 +543,7 @@ class Weighing(Sdpa):
 
 
 class Gate(Mlp):
-    """A feed-forward network with a softmax in it that is no attention."""
+    """A feed-forward network with a softmax in it that is not an attention."""
 
     def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

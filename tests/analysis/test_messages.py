@@ -86,7 +86,7 @@ CASES: dict[str, Case] = {
     "convit": Case(
         OLD["convit"], IMAGES, (r"'blocks\.0\.attn' writes into a part",), r"torch\.cat"
     ),
-    "xcit": Case(OLD["xcit"], IMAGES, ("weighs channels, and not tokens",)),
+    "xcit": Case(OLD["xcit"], IMAGES, ("weighs channels, not tokens",)),
     "timesformer": Case(
         _hugging_face(
             "timesformer",
@@ -114,12 +114,14 @@ CASES: dict[str, Case] = {
             ffn_dim=32,
         ),
         (2, 32, 3),
-        (r"no plain one over the tokens of a sequence", "batch_norm"),
+        (r"not a plain one over the tokens of a sequence", "batch_norm"),
     ),
     "pit": Case(
         _timm("pit_ti_224", img_size=64, depth=(1, 1, 1)),
         IMAGES,
-        (r"layer 2 has another sequence of tokens than layer 1: it is 17 x 128, and was 50 x 64",),
+        (
+            r"layer 2 has a different sequence of tokens from layer 1: it is 17 x 128, and was 50 x 64",
+        ),
     ),
 }
 

@@ -44,7 +44,7 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
     "rounded": lambda x: (x * 64).round() / 64,
 }
 PLACES = ("blocks.2.mlp", "blocks.2.mlp.fc1", "blocks.2.attn.proj", "blocks.3.norm2")
-"""Under the drop, and behind it where only the class token's row is left."""
+"""Under the drop, and after it, where only the class token's row is left."""
 
 
 class Wrapped(nn.Module):
@@ -234,7 +234,7 @@ def test_where_nothing_can_be_run_it_has_to_be_called_before(follow: Any) -> Non
 def test_what_is_on_the_meta_device_has_to_be_called_before() -> None:
     fast = rewritten(vit())
     fast.blocks[2].mlp = nn.Linear(32, 32, device="meta")
-    with pytest.raises(GuardError, match="cannot be run by itself"):
+    with pytest.raises(GuardError, match="cannot be run on its own"):
         fast(pixels())
 
 
@@ -252,7 +252,7 @@ def test_a_graph_that_others_run_keeps_up() -> None:
         wanted = masked_reference(model, pixels(), layout_of(model), **STAGES).output
         assert relative_error(_export(fast)(pixels()), wanted) < 1e-5
     fast.blocks[2].register_forward_hook(lambda *_: None)
-    with pytest.raises(UnsupportedModelError, match="carries a hook"):
+    with pytest.raises(UnsupportedModelError, match="has a hook"):
         _export(fast)
 
 

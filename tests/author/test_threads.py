@@ -531,7 +531,7 @@ def test_what_is_drawn_around_attention_is_refused(
 
 @pytest.mark.parametrize("name", PAST_ALL)
 def test_what_is_drawn_past_all_replacements(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is seen as long as nobody else can have drawn it."""
+    """It is seen as long as no other thread can have drawn it."""
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     random.seed(0)
     torch.manual_seed(0)

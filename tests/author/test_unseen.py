@@ -223,7 +223,10 @@ class Steps(Block):
         ("added", "its own state"),
         ("replaced", "its own state"),
         ("copied", "its own state"),
-        ("number", "second call than in its first, by what it keeps: blocks.0.n"),
+        (
+            "number",
+            "second call computes something different from its first, because of what it keeps: blocks.0.n",
+        ),
     ],
 )
 def test_state_that_changes_around_attention(way: str, reason: str, frontend: str) -> None:

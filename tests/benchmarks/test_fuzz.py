@@ -155,7 +155,7 @@ def test_other_tokens_other_gradients_and_the_wrong_model_when_off_are_seen(
 ) -> None:
     case = Case(1, PLAIN, ((1, 50),), return_layer=3, grad=True)
     for name, told in (
-        ("_same_tokens", "other tokens dropped"),
+        ("_same_tokens", "different tokens dropped"),
         ("_same_gradients", "the gradients differ"),
     ):
         with monkeypatch.context() as patch:

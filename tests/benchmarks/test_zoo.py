@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_made_shallower_and_says_so() -> None:
     assert note.startswith("made 4 layers deep")
     assert zoo._fit(name, full, {}) == ({}, "")
     assert "too large with 2 layers" in survey(name, limit=10).reason
-    assert "takes no depth" in survey("timm:resnet18", limit=10).reason
+    assert "its depth cannot be set" in survey("timm:resnet18", limit=10).reason
 
 
 def test_finished_models_are_not_done_again(

@@ -1,4 +1,4 @@
-"""Models that hold surprising attributes, or run something else than their class's forward."""
+"""Models that hold surprising attributes, or run something other than their class's forward."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_function_in_place_of_a_forward_is_refused(
 ) -> None:
     model = odd()
     patch(model.get_submodule(place))
-    with pytest.raises(TraceError, match=f"module '{place or '<root>'}'.*no method of it"):
+    with pytest.raises(TraceError, match=f"module '{place or '<root>'}'.*not its method"):
         rewrite(model, PLAN)
 
 

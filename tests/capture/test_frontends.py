@@ -103,7 +103,7 @@ def test_hugging_face(encoder: HuggingFace, frontend: str) -> None:
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_dropout_lives_in_train_only(frontend: str, attention: str) -> None:
-    """Inside attention, behind it, and on whole branches."""
+    """Inside attention, after it, and on whole branches."""
     rates = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3, "drop_path_rate": 0.3}
     encoder = HuggingFace("beit", 1, options={**rates, "attn_implementation": attention})
     model, x = encoder.build(), pixels(6)
@@ -498,7 +498,7 @@ def test_hidden_states_are_filled_where_asked_for(frontend: str) -> None:
     encoder = HUGGING_FACE[0]
     model, x = encoder.build(), pixels()
     example = {"pixel_values": pixels(2), "output_hidden_states": True}
-    with pytest.raises(UnsupportedModelError, match="off the way to its return") as caught:
+    with pytest.raises(UnsupportedModelError, match="off the path to its return") as caught:
         rewrite(model, TWO, example, frontend=frontend)
     assert caught.value.module_path == "layers.0"
     assert "fill_taps=True" in caught.value.hint

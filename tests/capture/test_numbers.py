@@ -1,4 +1,4 @@
-"""A number that changes at every call, such as a temperature: one graph takes it, where it is no more than a factor."""
+"""A number that changes at every call, such as a temperature: one graph takes it if it is only a factor."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def clip() -> nn.Module:
 
 def named(parts: str, hint: str) -> str:
     """The part that a hint names last."""
-    found = re.search(r"or rewrite (.*) alone, and put it back: model\.(\S+) = ", hint)
+    found = re.search(r"or rewrite (.*) alone and put it back: model\.(\S+) = ", hint)
     assert found is not None
     assert found[1] == parts
     return found[2]

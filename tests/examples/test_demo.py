@@ -58,8 +58,8 @@ def test_models_take_turns(demo: ModuleType) -> None:
 def test_speed_is_the_ratio_within_each_round(demo: ModuleType) -> None:
     # The machine slows down by the round; the ratio does not.
     assert demo.speed_report([[1.0, 2.0, 4.0], [0.5, 1.0, 2.0]], batch=10, limit=2.5) == (
-        "model      200.00 (100.00-400.00) ms a picture, in batches of 10\n"
-        "rewritten  100.00 (50.00-200.00) ms a picture, in batches of 10\n"
+        "model      200.00 (100.00-400.00) ms per picture, in batches of 10\n"
+        "rewritten  100.00 (50.00-200.00) ms per picture, in batches of 10\n"
         "speed-up   2.000 (2.000-2.000) as measured in this run (median, min-max)\n"
         "limit      2.500 by the multiply-adds saved"
     )

@@ -230,14 +230,14 @@ def test_tied_scores_are_told_from_a_wrong_file(
     fast: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "difference_to", lambda *args: 0.5)
-    refused(fast, tmp_path / "m.onnx", "computes something else", verify=True)
+    refused(fast, tmp_path / "m.onnx", "does not compute what the module does", verify=True)
     model = BY_NAME["vit"].build()
     with torch.no_grad():
         for block in model.blocks:  # queries of zero: every patch is as important as the other
             block.attn.qkv.weight[:64] = 0
             block.attn.qkv.bias[:64] = 0
     tied = skipvit_fx.rewrite(model, ONE, example_inputs=(BY_NAME["vit"].input(2),))
-    refused(tied, tmp_path / "m.onnx", "keep other patches at layer 2", verify=True)
+    refused(tied, tmp_path / "m.onnx", "keep different patches at layer 2", verify=True)
 
 
 def _tiny_ir(values: int = 8) -> Any:

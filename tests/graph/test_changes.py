@@ -147,7 +147,7 @@ def test_a_change_of_the_list_of_layers(change: Callable[[Any], None]) -> None:
 
 
 def test_a_module_that_is_called_in_another_place() -> None:
-    """Modules are kept at hand; a copy, and one that was put in later, is called all the same."""
+    """Modules are looked up once; a copy, and one that was put in later, is still called."""
     fast = rewritten(vit())
     with torch.no_grad():
         before = fast(pixels())

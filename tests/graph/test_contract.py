@@ -160,7 +160,7 @@ def test_compiles_to_one_graph(plan: str, images: Tensor) -> None:
 
 
 def test_compiled_training_step_and_switch(images: Tensor) -> None:
-    """One compilation a setting, none a batch, gradients as without compilation."""
+    """One compilation per setting, none per batch, gradients as without compilation."""
     fast = rewritten(small_vit()).train()
     fast(images).square().sum().backward()
     wanted = {name: p.grad.clone() for name, p in fast.named_parameters() if p.grad is not None}

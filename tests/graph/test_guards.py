@@ -38,7 +38,7 @@ _REFUSED = [
     ("looked-up", "export"),
     ("numel", "symbolic"),
 ]
-"""Where one graph cannot tell which way the branch goes, or whether it hangs on the number of tokens as well."""
+"""Where one graph cannot tell which way the branch goes, or whether it also depends on the number of tokens."""
 
 
 def assert_right(fast: Any, model: Odd, other: Container[int] = ()) -> list[int]:
@@ -162,7 +162,7 @@ def test_torch_is_not_told_that_a_proxy_is_a_tensor() -> None:
 def test_modes_of_torch(name: str, frontend: str) -> None:
     condition, asked = MODES[name]
     with pytest.raises(
-        TraceError, match=rf"asks torch\.{asked}\(\) around attention, in `"
+        TraceError, match=rf"calls torch\.{asked}\(\) around attention, in `"
     ) as caught:
         rewrite(branching(condition, "block-under-drop"), PLAN, frontend=frontend)
     assert caught.value.hint
@@ -175,7 +175,7 @@ def test_a_mode_under_another_name() -> None:
 
     globals()["asks"] = asks
     try:
-        with pytest.raises(TraceError, match=r"asks torch\.is_inference_mode_enabled"):
+        with pytest.raises(TraceError, match=r"calls torch\.is_inference_mode_enabled"):
             rewrite(branching(_by_another_name, "every-block"), PLAN, frontend="symbolic")
         assert globals()["asks"] is asks
     finally:

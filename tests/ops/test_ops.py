@@ -129,7 +129,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 def test_the_choice_is_that_of_a_stable_sort(
     rows: list[list[float]], ratio: Fraction, dtype: torch.dtype
 ) -> None:
-    """What is no number comes first, and infinite scores are scores like others."""
+    """NaN comes first, and infinite scores are scores like others."""
     scores = torch.tensor(rows)
     if not dtype.is_floating_point:
         scores = scores.nan_to_num(2, 1, 0)

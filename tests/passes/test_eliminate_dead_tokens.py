@@ -1,4 +1,4 @@
-"""Rows that nobody reads are not computed."""
+"""Rows that nothing reads are not computed."""
 
 from __future__ import annotations
 

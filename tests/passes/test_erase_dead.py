@@ -1,4 +1,4 @@
-"""What nobody reads goes."""
+"""What nothing reads is erased."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_erased_node_is_an_event() -> None:
 
 
 def test_the_module_of_an_erased_node_goes_too() -> None:
-    """The merge of tokens that nobody reads."""
+    """The merge of tokens that nothing reads."""
     ran = run_up_to(EraseDead, Tiny(), "1(50%)+4")
     assert ("erase", "stage_1_returned") in ran.events
     paths = {path for path, _ in ran.context.capture.module.named_modules()}

@@ -159,7 +159,7 @@ class TestExplainMatches:
 class TestExplainFailures:
     def test_class_attention(self, cait: AttentionReport) -> None:
         said = cait.explain("blocks_token_only.0.attn")
-        assert "is no layer's attention: its queries are not the tokens: class attention" in said
+        assert "is not a layer's attention: its queries are not the tokens: class attention" in said
         assert "blocks_token_only.0.attn (fused): its queries" in str(cait)
 
     def test_pooling(self) -> None:
@@ -206,7 +206,7 @@ class TestExplainFailures:
         assert "Close" not in vit.explain("?")
 
     def test_node_that_is_no_tensor(self, vit: AttentionReport) -> None:
-        assert vit.explain("getattr_1").endswith("is no tensor.")
+        assert vit.explain("getattr_1").endswith("is not a tensor.")
 
     def test_leaf_that_mixes_tokens_is_looked_into(self) -> None:
         report = find_attention(mixing("roll", "leaf", layer=2), example_inputs=image())
@@ -215,7 +215,7 @@ class TestExplainFailures:
         assert reason == "roll runs over the token axis"
         assert f"{node}: {reason}" in str(report)
         said = report.explain("blocks.1.mlp")
-        assert "was looked into" in said
+        assert "was traced through" in said
         assert f"At node {node!r} it mixes tokens: {reason}." in said
         assert f"It does not keep tokens apart: {reason}" in report.explain(node)
 
@@ -273,7 +273,7 @@ class TestRefused:
         assert report.prefix_tokens is None
         assert len(report.sites) == 2
         assert all(site.layer is None and site.reason for site in report.sites)
-        assert "is no layer's attention" in report.explain("")
+        assert "is not a layer's attention" in report.explain("")
         assert report.explain("embed").endswith(f"is refused: {report.refusal.reason}.")
         assert json.loads(json.dumps(report.to_dict()))["hint"]
 

@@ -80,7 +80,7 @@ FUSED = [(1, "0.5"), (2, "0.5"), (3, "0.5")]
 
 @pytest.mark.parametrize("seed", range(3))
 def test_fused_tokens_are_no_patches(seed: int) -> None:
-    """Against the reference, which names fused tokens PATCHES, PATCHES + 1, ... behind the patches."""
+    """Against the reference, which names fused tokens PATCHES, PATCHES + 1, ... after the patches."""
     family = BY_NAME["vit"]
     model, x = family.build(seed=seed), family.input(batch=8)
     fast = skipvit_fx.rewrite(model, "1,2,3(50%,50%,50%)+4+fused", example_inputs=x)
@@ -157,7 +157,7 @@ def test_parallel_attentions_share_one_score() -> None:
 
 
 def hooks(module: nn.Module) -> int:
-    """Hooks, but for those that keep others from calling what was traced through."""
+    """Hooks, except those that keep others from calling modules that were traced through."""
     found = [
         h
         for m in module.modules()

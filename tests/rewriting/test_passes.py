@@ -92,7 +92,7 @@ def test_what_another_pass_broke_is_seen() -> None:
             "mul_2 reads blocks_1_table, which has a row for every position",
         ),
         (conditions.RETURNED, 5, "blocks_2_norm1 reads add_3, where tokens have not returned"),
-        (conditions.NOTHING_DEAD, 7, "nobody reads "),
+        (conditions.NOTHING_DEAD, 7, "nothing reads "),
     ],
 )
 def test_what_is_ensured_must_hold_after(condition: Condition, up_to: int, fault: str) -> None:

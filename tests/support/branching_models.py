@@ -30,7 +30,7 @@ BATCH: dict[str, Condition] = {
     "looked-up": lambda x: {2: True, 5: True}.get(x.shape[0], False),
     "rank-and-size": lambda x: x.ndim > 2 and x.shape[0] >= 100,
 }
-"""What hangs on the batch size, and on nothing else."""
+"""What depends on the batch size, and on nothing else."""
 
 KIND: dict[str, Condition] = {
     "isinstance": lambda x: isinstance(x, Tensor),
@@ -65,7 +65,7 @@ MODES: dict[str, tuple[Condition, str]] = {
     "autocast": (lambda x: torch.is_autocast_enabled("cpu"), "is_autocast_enabled"),
     "autocast-of-x": (lambda x: torch.is_autocast_enabled(x.device.type), "is_autocast_enabled"),
 }
-"""What hangs on the mode that torch is in, and the name to be refused."""
+"""What depends on torch's mode, and the name to be refused."""
 
 
 def _branch(condition: Condition, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class BranchingBlock(Block):
 
 
 class BranchingEnds(Odd):
-    """In front of the first layer, or behind the last."""
+    """Before the first layer, or after the last."""
 
     def __init__(self, condition: Condition, *, first: bool) -> None:
         super().__init__([Block() for _ in range(4)])

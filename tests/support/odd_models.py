@@ -279,7 +279,7 @@ class RopeSliced(Projections):
 
 
 class ArangeBias(Projections):
-    """A bias by distance, made anew from the length of the sequence (ALiBi)."""
+    """A bias by distance, computed from the length of the sequence in every call (ALiBi)."""
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.split(self.to_q(x)), self.split(self.to_k(x)), self.split(self.to_v(x))
@@ -790,7 +790,7 @@ POSITIONAL = {
 
 
 class MixingMlp(Mlp):
-    """An MLP that mixes tokens where nobody looks: tracing does not enter it."""
+    """An MLP that mixes tokens out of sight: tracing does not enter it."""
 
     def __init__(self, mix: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

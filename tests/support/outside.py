@@ -24,7 +24,7 @@ SMALL = {
     "intermediate_size": 96,
 }
 MIDDLES = ("layernorm_after", "layer_norm2", "norm2")
-"""What Hugging Face calls the norm in front of a layer's feed-forward network."""
+"""What Hugging Face calls the norm before a layer's feed-forward network."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class ReadsPixels(Odd):
 
 
 class NeedsTensor(Odd):
-    """Insists on a tensor that is no stand-in, as what torch.export passes is."""
+    """Insists on a tensor that is not a stand-in, such as torch.export passes."""
 
     def forward(self, image: Tensor) -> Tensor:
         if isinstance(image, fx.Proxy):

@@ -356,7 +356,7 @@ class MaskedRun:
         return state
 
     def at_mark(self, state: Tensor, place: str) -> Tensor:
-        """The place of a layer that is no module: its `"input"`, its `"cut"` or its `"end"`."""
+        """The place of a layer that is not a module: its `"input"`, its `"cut"` or its `"end"`."""
         if place == "input":
             self.count += 1
             self.layer = self.count
@@ -546,7 +546,7 @@ class _Sequence:
         return result
 
     def restore(self) -> None:
-        """All patches in place again; fused tokens are no patches and go."""
+        """All patches in place again; fused tokens are not patches and are removed."""
         ids = torch.cat([self.ids, *(ids for ids, _ in self.aside)], dim=1)
         rows = torch.cat([self.patches, *(rows for _, rows in self.aside)], dim=1)
         order = ids.argsort(dim=1)[:, : self.n_patches]

@@ -65,5 +65,5 @@ def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def close(got: Any, wanted: Any) -> None:
-    """Equal but for rounding."""
+    """Equal except for rounding."""
     torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE)

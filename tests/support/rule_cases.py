@@ -328,7 +328,7 @@ def elementwise(spec: str, count: int) -> Iterator[list[Operand]]:
 
 
 def values_of(argument: Any, rank: int) -> list[Any]:
-    """Values for an argument that is no tensor; ``LEFT_OUT`` for its default."""
+    """Values for an argument that is not a tensor; ``LEFT_OUT`` for its default."""
     kind, name = str(argument.real_type), argument.name
     default = [LEFT_OUT] if argument.has_default_value() else []
     if (name, kind) == ("p", "int"):

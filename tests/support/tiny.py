@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Three layers; the class token is classified. ``hidden``: the tokens after this layer are handed out, too."""
+    """Three layers; the class token is classified. ``hidden``: the tokens after this layer are also returned."""
 
     def __init__(self, hidden: int = 0, **options: Any) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Tiny(nn.Module):
 
 @dataclass(frozen=True)
 class Ran:
-    """A pass, run on a model after those in front of it; the graph before it and after it, a line per node."""
+    """A pass, run on a model after the passes before it; the graph before and after it, one line per node."""
 
     step: Pass
     before: list[str]

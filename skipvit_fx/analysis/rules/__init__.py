@@ -1,8 +1,8 @@
-"""How every known ATen operator treats the token axis. What is not listed here mixes tokens, for all we know.
+"""How every known ATen operator treats the token axis. Operators that are not listed count as mixing tokens.
 
 A rule takes the operator's call and returns the axes of its outputs, or raises :class:`MixesTokens`. Rules are only
-asked where some argument has a token axis. They see operators as PyTorch dispatches them, after ``linear``, ``einsum``,
-``matmul`` and their like came apart, so the list is short and closed.
+applied if some argument has a token axis. They see operators as PyTorch dispatches them, after ``linear``, ``einsum``,
+``matmul`` and the like were decomposed, so the list is short and closed.
 """
 
 from __future__ import annotations

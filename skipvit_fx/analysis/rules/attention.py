@@ -1,4 +1,4 @@
-"""Fused attention, which is looked at in one piece."""
+"""Fused attention, which is judged as a whole."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def attend(
 
 
 def _leading_dim(dims: tuple[Dim | None, ...]) -> Dim:
-    """What an axis before the rows is, given what it is in queries, keys and values; the first counts heads."""
+    """The dimension of the result, given those of queries, keys and values; a batch dimension wins, then the first."""
     given = [dim for dim in dims if dim]
     if len({dim for dim in given if batch_of(dim)}) > 1:
         raise MixesTokens("the samples of queries, keys and values of an attention are out of step")

@@ -1,4 +1,4 @@
-"""What a rule is, and what it gets."""
+"""The type of rules, and of the calls that they take."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Position(NamedTuple):
     Attributes:
         operand: the tensor.
         dim: its dimension of token length.
-        tokens: the token axis it meets.
-        rank: rank of the result it is broadcast to.
+        tokens: the token axis that it meets.
+        rank: the rank of the result that it is broadcast to.
         batch_dim: the result's batch axis; ``None`` if it has none.
         per_sample: whether the operand has a batch axis of its own there.
-        repeat: how often each sample repeats along the batch axis (heads merged into it).
+        repeat: how often each sample repeats along the batch axis (when heads are merged into it).
     """
 
     operand: Tensor
@@ -46,10 +46,10 @@ class Position(NamedTuple):
 
 @dataclass
 class Call:
-    """One dispatched operator, and what its rule has to say besides the axes.
+    """One dispatched operator, and what its rule notes besides the axes.
 
-    ``reads``: where the operator takes prefix rows out, the first row it does not take, counted from the first patch
-    (so 0 for all prefix rows, -1 for all but the last).
+    ``reads``: if the operator takes prefix rows out, the first row it does not take, counted from the first patch (so 0
+    for all prefix rows, -1 for all but the last).
     """
 
     func: Any
@@ -64,8 +64,8 @@ class Call:
     def argument(self, name: str) -> Any:
         """An argument by its name in the operator's schema: as passed, or the schema's default.
 
-        The dispatcher leaves out what equals its default, so no rule may have a default of its own. ``None`` where
-        this overload has no such argument.
+        The dispatcher leaves out arguments that equal their default, so no rule may have a default of its own. ``None``
+        if this overload has no such argument.
         """
         for i, argument in enumerate(schema_arguments(self.func)):
             if argument.name == name:
@@ -88,7 +88,7 @@ class Call:
 
     @property
     def name(self) -> str:
-        """The operator, for a person to read."""
+        """The readable name of the operator."""
         return str(self.func.overloadpacket).removeprefix("aten.")
 
     def same(self, axes: Axes) -> list[Axes | None]:
@@ -97,7 +97,7 @@ class Call:
 
 
 Rule: TypeAlias = Callable[[Call], "list[Axes | None]"]
-"""From a call to the axes of its results, one entry each; ``None`` for one without a token axis."""
+"""Maps a call to the axes of its results, one entry each; ``None`` for a result without a token axis."""
 
 RULES: dict[Any, Rule] = {}
 
@@ -113,12 +113,12 @@ def rule(*packets: Any) -> Callable[[Rule], Rule]:
 
 
 def axes_or_plain(tensor: Tensor) -> Axes:
-    """What is known of an operand that may have no token axis."""
+    """The axes of an operand that may have no token axis."""
     return axes_of(tensor) or plain(tensor.shape)
 
 
 def labelled_self(call: Call) -> Axes:
-    """The axes of the first argument, which must be what has the tokens."""
+    """The axes of the first argument, which must carry the tokens."""
     axes = axes_of(call.self)
     if axes is None:
         raise MixesTokens(f"{call.name} looks things up by token")
@@ -126,7 +126,7 @@ def labelled_self(call: Call) -> Axes:
 
 
 def only_tokens(dim: Dim, what: str) -> Tokens | None:
-    """The token factor of a dimension that is nothing but tokens."""
+    """The token factor of a dimension that holds only tokens."""
     tokens = tokens_of(dim)
     if tokens is not None and len(dim) != 1:
         raise MixesTokens(f"{what} on an axis that merges tokens with others")
@@ -144,6 +144,6 @@ def refuse_moving(axes: Axes, dims: Sequence[int], what: str) -> list[int]:
 
 
 def refuse_samples(dim: Dim, what: str) -> None:
-    """Tokens are chosen for each sample alone, so what works along the batch axis meets tokens of other places."""
+    """Refuse operators along the batch axis: tokens are chosen per sample, so they would meet other positions there."""
     if batch_of(dim):
         raise MixesTokens(f"{what} mixes the samples of a batch")

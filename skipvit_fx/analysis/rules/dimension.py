@@ -49,7 +49,7 @@ def _dims(call: Call, name: str) -> list[int]:
     aten._log_softmax,
 )
 def _along(call: Call) -> list[Axes | None]:
-    """Operators that run along dimensions which hold neither tokens nor samples, and may change their length."""
+    """Operators along dimensions that hold neither tokens nor samples, which may change the length of these."""
     axes = labelled_self(call)
     plural = call.func.overloadpacket in (aten.flip, aten.roll)
     normal = refuse_moving(axes, _dims(call, "dims" if plural else "dim"), call.name)
@@ -70,7 +70,7 @@ def _softmax(call: Call) -> list[Axes | None]:
     if tokens:
         if tokens.weights:
             raise MixesTokens(
-                "a softmax of attention weights, in which a token of no weight counts"
+                "a softmax of attention weights, in which a token without weight counts"
             )
         call.softmax_over = tokens
     axes = list(nonzero(tuple(axes)))
@@ -80,7 +80,7 @@ def _softmax(call: Call) -> list[Axes | None]:
 
 
 _OF_WEIGHTS = frozenset({aten.amax, aten.amin, aten.max, aten.mean, aten.min, aten.prod, aten.sum})
-"""Reductions under which tokens without weight still have none."""
+"""Reductions that keep zero weights zero."""
 
 
 @rule(

@@ -1,4 +1,4 @@
-"""Operators that treat every element alone, and what is broadcast."""
+"""Elementwise operators, and broadcasting."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from skipvit_fx.analysis.rules.call import (
 from skipvit_fx.torch_internals import aten, overload_name
 
 FACTORIES = (aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full)
-"""Operators that take nothing but dtype and device from their tensor."""
+"""Operators that take only dtype and device from their tensor."""
 
 
 def pointwise(call: Call) -> list[Axes | None]:
-    """Token axes that line up stay; an operand of fixed token length is noted as a :class:`Position`."""
+    """Keep token axes that line up; an operand of fixed token length is noted as a :class:`Position`."""
     operands = [t for t in tensors_in((call.args, call.kwargs)) if t.ndim]
     axes = align(call, [(t, axes_of(t)) for t in operands], tuple(call.outs[0].shape))
     first = axes if _keeps_zeros(call) else nonzero(axes)
@@ -44,12 +44,12 @@ def pointwise(call: Call) -> list[Axes | None]:
 
 
 def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Sequence[int]) -> Axes:
-    """The axes of operands that are broadcast to ``shape``; notes operands of fixed token length in the call.
+    """The axes of operands broadcast to ``shape``; notes operands of fixed token length in the call.
 
     Every operand comes with its axes, ``None`` for one without tokens.
 
     Raises:
-        MixesTokens: axes of tokens or samples meet that are out of step.
+        MixesTokens: token or batch axes that are out of step meet.
     """
     rank = len(shape)
     result: list[Dim] = []
@@ -82,7 +82,7 @@ def align(call: Call, operands: Sequence[tuple[Tensor, Axes | None]], shape: Seq
 
 
 def _in_step(call: Call, labelled: Sequence[Dim]) -> Dim | None:
-    """What the dimensions of operands with tokens are that meet here; ``None`` if there are none."""
+    """The common dimension of the operands with tokens that meet here; ``None`` if there are none."""
     dims = list(dict.fromkeys(nonzero(tuple(labelled))))
     if not dims:
         return None
@@ -101,14 +101,14 @@ _OF_WEIGHTS = frozenset(
     {aten._to_copy, aten.alias, aten.clone, aten.detach, aten.lift_fresh_copy, aten.neg, aten.relu}
     | {aten.abs, aten.sqrt, aten.dropout, aten.native_dropout, aten.mul, aten.mul_}
 )
-"""Operators under which zero stays zero, whatever their other operands are."""
+"""Operators under which zero stays zero, whatever the other operands."""
 
 
 def _keeps_zeros(call: Call) -> bool:
-    """Whether a token without weight still has none afterwards.
+    """Whether a zero weight is still zero afterwards.
 
-    The bias of a linear layer that mixes heads is part of that layer, of which a product and a sum are left here. It is
-    not zero; that layer is defined on the tokens that are there.
+    The bias of a linear layer that mixes heads is part of that layer, which appears here as a product and a sum. The
+    bias is not zero, but that layer is defined on the tokens that are present.
     """
     packet = call.func.overloadpacket
     if packet in (aten.add, aten.sub, aten.add_, aten.sub_):

@@ -28,7 +28,7 @@ from skipvit_fx.torch_internals import aten
 
 
 def contract(call: Call, left: Dim, right: Dim) -> None:
-    """Check that what is summed over are channels, or attention weights with their values."""
+    """Check that the sum is over channels, or over attention weights times their values."""
     for dim in (left, right):
         refuse_samples(dim, "a matrix product")
     a, b = tokens_of(left), tokens_of(right)
@@ -57,9 +57,9 @@ def _product(call: Call, a: Tensor, b: Tensor) -> Axes:
 
 
 def _shared(a: Tensor, b: Tensor, left: Axes, right: Axes) -> Iterator[tuple[Dim, bool]]:
-    """The batch dimension of each factor, and whether it is that of a labelled one.
+    """The batch dimension of each factor, and whether that factor is labelled.
 
-    A matrix that is expanded over the batch (stride 0) is one matrix, whatever the length.
+    A matrix expanded over the batch (stride 0) is a single matrix, whatever the length.
     """
     for tensor, axes in ((a, left), (b, right)):
         if tensor.stride(0) != 0 or tensor.shape[0] == 1:
@@ -111,7 +111,7 @@ def _linear(call: Call) -> list[Axes | None]:
 
 @rule(aten.convolution)
 def _convolution(call: Call) -> list[Axes | None]:
-    """A convolution whose kernel has length 1 along the token axis treats every token alone."""
+    """A convolution whose kernel has length 1 along the token axis treats every token on its own."""
     axes = labelled_self(call)
     weight: Tensor = call.argument("weight")
     if axes_of(weight) is not None:

@@ -119,7 +119,7 @@ def _select(call: Call) -> list[Axes | None]:
     return [tuple(axes)]
 
 
-_PICKED = "single weights are picked out of an attention, each of which depends on all tokens"
+_PICKED = "single weights are picked out of an attention, and each depends on all tokens"
 
 
 def _cut(tokens: Tokens, start: int, stop: int) -> Dim:
@@ -192,7 +192,7 @@ def _cat(call: Call) -> list[Axes | None]:
     for dim in along:
         refuse_samples(dim, "cat")
     carriers = [i for i, dim in enumerate(along) if tokens_of(dim)]
-    # everywhere but along d, the parts must line up; there they are joined
+    # the parts must line up everywhere except along d, where they are joined
     parts = [
         (t.narrow(d, 0, 1), None if (own := axes_of(t)) is None else (*own[:d], (), *own[d + 1 :]))
         for t in tensors
@@ -203,7 +203,7 @@ def _cat(call: Call) -> list[Axes | None]:
     if not carriers:
         joined: Dim = merge_ints((call.out.shape[d],))
     elif len(carriers) > 1:
-        raise MixesTokens("two token sequences are joined to one")
+        raise MixesTokens("two token sequences are joined into one")
     else:
         (at,) = carriers
         tokens = only_tokens(along[at], "cat")
