@@ -18,12 +18,19 @@ _ROUNDINGS = 16
 consecutive roundings in 12 to 48 layers, by about 10 units in the last place, and a few more if values cancel."""
 
 
+_NARROW = {"tf32": torch.float16, "bf16": torch.bfloat16}
+"""What products of float32 may be computed in, and what has as many digits."""
+
+
 def tolerance(tensors: Iterable[Tensor]) -> float:
     """The relative error up to which results count as equal, for a model with these parameters, buffers and inputs."""
     kinds = {t.dtype for t in tensors}
     coarse = [torch.finfo(d).eps for d in (torch.bfloat16, torch.float16) if d in kinds]
-    if torch.get_float32_matmul_precision() != "highest":
-        coarse.append(torch.finfo(torch.float16).eps)  # TensorFloat-32 has as many digits
+    # get_float32_matmul_precision raises where these were set, and warns in torch 2.9
+    allowed = {
+        backend.matmul.fp32_precision for backend in (torch.backends.cuda, torch.backends.mkldnn)
+    }
+    coarse += [torch.finfo(dtype).eps for name, dtype in _NARROW.items() if name in allowed]
     return max([TOLERANCE, *(_ROUNDINGS * eps for eps in coarse)])
 
 

@@ -637,8 +637,10 @@ def test_tolerances(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tolerance([single, single.double()]) == TOLERANCE
     assert 0.05 < tolerance([single, half]) < 0.2
     assert 1e-3 < tolerance([half.half()]) < 0.05
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
     assert 1e-3 < tolerance([single]) < 0.05
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    assert 0.05 < tolerance([single]) < 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

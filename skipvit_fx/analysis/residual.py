@@ -76,7 +76,7 @@ def residual_chain(analysis: TokenAnalysis) -> Chain:
             for argument in node.all_input_nodes:
                 if argument in flow:
                     flow.add_edge(argument, node)
-    output = next(reversed(graph.nodes))
+    output = graph.output_node()
     last = _last_computed(analysis, flow, output)
     if not last:
         raise UnsupportedModelError(

@@ -132,8 +132,8 @@ def numbers(operand: Operand, kind: str, seed: int) -> Tensor:
     shape = [math.prod(size(factor) for factor in dim) for dim in operand.axes]
     drawn = [1, *shape[1:]] if operand.expanded else shape
     kind = operand.kind or kind
-    if kind in ("int", "bool"):
-        high = 2 if kind == "bool" else 11
+    if kind in ("int", "bool", "row"):
+        high = 11 if kind == "int" else 2  # rows that every axis has
         values = torch.randint(0, high, drawn, generator=generator)
         values = values.bool() if kind == "bool" else values
     elif kind in ("large", "share"):
@@ -574,6 +574,16 @@ def _split(func: Any) -> Values:
                 yield Operand(spec), sections[1], LEFT_OUT
 
 
+def _index_select(func: Any) -> Values:
+    for spec in LAYOUTS:
+        for d in range(-len(spec.split()), len(spec.split())):
+            yield Operand(spec), d, fixed("K", "row")
+            yield Operand(spec), d, fixed("", "row")
+    for spec in ("BN", "N"):
+        yield fixed("K C"), 0, Operand(spec, kind="row")
+        yield Operand("B N C"), 2, Operand(spec, kind="row")
+
+
 JOINED: tuple[list[Operand], ...] = (
     [Operand("B N C"), Operand("B N C")],
     [Operand("N B C"), Operand("N B C"), Operand("N B C")],
@@ -835,6 +845,7 @@ SPECIAL: dict[Any, Callable[[Any], Values]] = {
     aten.split_copy: _split,
     aten.split_with_sizes: _split,
     aten.split_with_sizes_copy: _split,
+    aten.index_select: _index_select,
     aten.cat: _join,
     aten.stack: _join,
     aten.constant_pad_nd: _pad,

@@ -182,6 +182,15 @@ def _unbind(call: Call) -> list[Axes | None]:
     return call.same((*axes[:d], *axes[d + 1 :]))
 
 
+@rule(aten.index_select)
+def _index_select(call: Call) -> list[Axes | None]:
+    axes = labelled_self(call)
+    if axes_of(call.argument("index")) is not None:
+        raise MixesTokens("index_select by an index that is made of tokens")
+    (d,) = refuse_moving(axes, [call.argument("dim")], "index_select")
+    return [(*axes[:d], merge_ints((call.out.shape[d],)), *axes[d + 1 :])]
+
+
 @rule(aten.cat)
 def _cat(call: Call) -> list[Axes | None]:
     tensors = [t for t in call.argument("tensors") if t.shape != (0,)]
