@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench zoo
+.PHONY: demo test slow lint bench zoo
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
@@ -19,8 +19,11 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/compile_time.py
 	$(BIN)/python benchmarks/throughput.py
 
+slow: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto -m slow
+
 zoo: .venv/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python benchmarks/zoo.py --isotropic --elsewhere --out docs/zoo.md
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Hashable
 from pathlib import Path
 
@@ -13,15 +14,14 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 pytest_plugins = ["support.clients_page"]
 
-QUICK_CASES = 2
-"""So many cases of a parametrised test run where slow tests do not, spread over all of them; the others are slow.
-
-Tests of few milliseconds a case run all of them: ``pytestmark = pytest.mark.every_case``.
-"""
-
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a parametrised test one case runs where slow tests do not, the others are slow.
+
+    Which one it is depends on the test's name, so that the tests of one family of cases together try most of them.
+    Tests of a few milliseconds per case run all: ``pytestmark = pytest.mark.every_case``.
+    """
     cases: dict[Hashable, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
@@ -29,9 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 continue
             cases.setdefault((item.path, item.cls, item.originalname), []).append(item)
     for group in cases.values():
-        if len(group) > QUICK_CASES:
-            step = (len(group) - 1) / (QUICK_CASES - 1)
-            quick = {round(i * step) for i in range(QUICK_CASES)}
-            for i, item in enumerate(group):
-                if i not in quick:
-                    item.add_marker(pytest.mark.slow)
+        quick = zlib.crc32(group[0].originalname.encode()) % len(group)
+        for i, item in enumerate(group):
+            if i != quick:
+                item.add_marker(pytest.mark.slow)

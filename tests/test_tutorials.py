@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-import passes.tiny
-import rule_cases
 import skipvit_fx.analysis.rules.shape
+import support.tiny
+from analysis.test_rules import check
 from skipvit_fx import UnsupportedModelError
 from skipvit_fx.analysis.rules.call import RULES
 from skipvit_fx.options import Options
 from skipvit_fx.passes import passes_for
 from skipvit_fx.rewriting.passes import Pass
-from test_rules import check
+from support import rule_cases
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 OPERATOR = torch.ops.aten.unfold
@@ -85,7 +85,7 @@ def test_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         *others, last = passes_for(options)
         return (*others, module.CancelTransposes(), last)
 
-    monkeypatch.setattr(passes.tiny, "passes_for", with_it)
+    monkeypatch.setattr(support.tiny, "passes_for", with_it)
     of_the_page = ModuleType("test_cancel_transposes")
     exec(tests, vars(of_the_page))
     found = [test for name, test in vars(of_the_page).items() if name.startswith("test_")]

@@ -115,6 +115,7 @@ def test_samples_are_never_mixed_among_heads(name: str, place: str) -> None:
     refusal(mixing(OVER_SAMPLES[name], place))
 
 
+@pytest.mark.slow
 def test_the_refusal_names_the_samples() -> None:
     for name in ("flip", "softmax", "cumsum", "first-sample", "shift"):
         assert "mixes the samples of a batch" in str(refusal(mixing(OVER_SAMPLES[name], "leaf")))

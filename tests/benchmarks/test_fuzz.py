@@ -83,6 +83,7 @@ def test_a_case_is_drawn_from_its_number_alone() -> None:
 # -- a bug put in on purpose ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bug_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     placed = (at("mlp", 2, "x - x.mean(1, keepdim=True)"), at("joined", 1, "x.sin()"))
     model = replace(PLAIN, placed=placed, position="patches")

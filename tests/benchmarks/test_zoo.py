@@ -179,6 +179,7 @@ class TestSpecs:
             ("hf:*", "no wildcards"),
         ],
     )
+    @pytest.mark.slow
     def test_bad_names(self, text: str, said: str) -> None:
         with pytest.raises(SpecError, match=said) as caught:
             expand(text)
@@ -310,6 +311,7 @@ def test_page() -> None:
     assert "| timm:b |  |  |  |  | refused |  |  | tokens \\| mix here |" in text
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_page_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(zoo.main)

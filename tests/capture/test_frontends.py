@@ -139,6 +139,7 @@ def test_masked_autoencoder_encodes_what_its_noise_left() -> None:
 
 
 @pytest.mark.parametrize("frontend", ["auto", "symbolic"])
+@pytest.mark.slow
 def test_siglip2_reads_the_shapes_of_its_images(frontend: Any) -> None:
     config = AutoConfig.for_model(
         "siglip2_vision_model",

@@ -110,6 +110,7 @@ def rows(out: Path) -> list[dict[str, str]]:
 # timm leaves it to the garbage collector to close the images that it read.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_weights(
     example: ModuleType, pictures: Path, tmp_path: Path
 ) -> None:

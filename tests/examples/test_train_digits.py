@@ -52,6 +52,7 @@ def test_plans_are_the_papers(example: ModuleType) -> None:
     assert all(str(sv.Plan.parse(row.plan)) == row.plan for row in example.ROWS)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_repeated(
     example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,6 +226,7 @@ def test_a_folder_as_file(fast: Any, tmp_path: Path) -> None:
     refused(fast, tmp_path / "m.onnx", "is a folder")
 
 
+@pytest.mark.slow
 def test_tied_scores_are_told_from_a_wrong_file(
     fast: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,6 +356,7 @@ def compare_kept(got: dict[str, np.ndarray], stages: list[skipvit_fx.TokenTrace]
 
 
 @pytest.mark.parametrize("name", ["torchvision", HUGGING_FACE])
+@pytest.mark.slow
 def test_other_libraries(name: str, tmp_path: Path) -> None:
     file = export_and_compare(name, FUSED, tmp_path / "m.onnx", target="ascend")
     names = ("output",) if name == "torchvision" else ("last_hidden_state", "pooler_output")
