@@ -154,25 +154,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         for one in (model, average)
         if one is not None and args.plan
     ]
-    optimizer = create_optimizer_v2(
-        model, args.opt, args.lr or 5e-4 * args.batch * processes() / 512, args.weight_decay
-    )
-    rates, _ = create_scheduler_v2(
-        optimizer,
-        num_epochs=args.epochs,
-        min_lr=1e-5,
-        warmup_lr=1e-6,
-        warmup_epochs=args.lr_warmup_epochs,
-    )
+    optimizer, rates = optimizer_of(args, model)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "rates": rates}
     parts |= {"scaler": scaler} | ({"average": average} if average else {})
-    history: list[dict[str, float]] = []
-    if args.resume:
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        history = state["history"]
+    history = resumed(checkpoint, parts, device) if args.resume else []
     learner: Any = DistributedDataParallel(model) if processes() > 1 else model
     if args.compile:
         torch._dynamo.config.recompile_limit += args.ramp_epochs  # one more for every new ratio
@@ -213,6 +199,31 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
             save({"history": history} | {k: p.state_dict() for k, p in parts.items()}, checkpoint)
     if rank() == 0 and args.plan:
         sv.save(model, args.out / "model.safetensors")
+
+
+def optimizer_of(args: argparse.Namespace, model: nn.Module) -> tuple[Any, Any]:
+    """timm's optimizer, and its schedule of learning rates."""
+    rate = args.lr or 5e-4 * args.batch * processes() / 512
+    optimizer = create_optimizer_v2(model, args.opt, rate, args.weight_decay)
+    rates, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=args.epochs,
+        min_lr=1e-5,
+        warmup_lr=1e-6,
+        warmup_epochs=args.lr_warmup_epochs,
+    )
+    return optimizer, rates
+
+
+def resumed(
+    checkpoint: Path, parts: dict[str, Any], device: torch.device
+) -> list[dict[str, float]]:
+    """The history of an interrupted run, with everything set to where it was."""
+    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    history: list[dict[str, float]] = state["history"]
+    return history
 
 
 def build(args: argparse.Namespace, classes: int) -> nn.Module:
