@@ -182,9 +182,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         random_seed(args.seed + processes() * epoch, rank())
         if hasattr(training.sampler, "set_epoch"):
             training.sampler.set_epoch(epoch)
-        for schedule in schedules:
-            schedule.step(epoch)
-        rates.step(epoch)
+        for each in (*schedules, rates):
+            each.step(epoch)
         begin = perf_counter()
         loss = one_epoch(learner, training, mix, precision, update, f"epoch {epoch}")
         speed = len(training) * args.batch * processes() / (perf_counter() - begin)
