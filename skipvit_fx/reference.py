@@ -333,7 +333,7 @@ class Masked(Run):
             mask = mask.masked_fill(flags, -math.inf)
         return step.node.target(**given._replace(attn_mask=mask)._asdict())  # type: ignore[operator]
 
-    # -- after the last layer, without the tokens that left ---------------------------------------------------------
+    # -- after the last layer, without the tokens that left -------------------------------------------------------
 
     def _run_short(self, step: Step, left: Left) -> Any:
         """Run a node on the remaining tokens, with sizes and tables made for all tokens adapted."""

@@ -355,7 +355,7 @@ def test_numbers_of_epochs_are_checked(value: Any) -> None:
 
 
 def test_what_is_no_state_or_no_rewritten_model_is_refused() -> None:
-    with pytest.raises(sv.PlanError, match="epoch, warmup_epochs, ramp_epochs, not lr"):
+    with pytest.raises(sv.PlanError, match="epoch, warmup_epochs, ramp_epochs, got lr"):
         sv.SkipSchedule(rewritten()).load_state_dict({"lr": 1})
     with pytest.raises(sv.NotRewrittenError):
         sv.SkipSchedule(tiny())

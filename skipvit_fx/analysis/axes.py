@@ -1,8 +1,8 @@
 """Which axis of a tensor carries the tokens: the abstract values of the token analysis.
 
 Every dimension of a tensor is a product of factors. A plain factor is an ``int``; :class:`Tokens` and :class:`Batch`
-stand for the token axis and the batch axis, even after merging with others into one dimension, as in ``[batch * heads,
-tokens, channels]``.
+stand for the token axis and the batch axis, even after merging with others into one dimension, as in
+``[batch * heads, tokens, channels]``.
 """
 
 from __future__ import annotations

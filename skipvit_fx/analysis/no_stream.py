@@ -56,8 +56,8 @@ def no_stream(
     """The refusal of a model whose attention does not run over one axis of a residual stream.
 
     Args:
-        tried: the result for the first segment; ``None`` if it does not start with a tensor ``[batch, tokens,
-            channels]``.
+        tried: the result for the first segment; ``None`` if it does not start with a tensor
+            ``[batch, tokens, channels]``.
     """
     first, shrinks = segments[0], _shrinks(analysis, segments)
     several = _has_several_sequences(analysis, first)

@@ -106,7 +106,9 @@ def test_what_a_report_derives() -> None:
 
 def test_the_table() -> None:
     lines = str(report()).splitlines()
-    assert lines[0].startswith("ViT with plan 1(50%)+3 on cpu, batch 4; medians of 3 rounds")
+    assert lines[0].startswith(
+        "ViT with plan 1(50%)+3 on cpu, batch 4; medians of 3 alternating rounds"
+    )
     assert lines[3].split() == [
         *("layer", "before", "after"),
         *("predicted", "measured", "predicted", "measured"),
