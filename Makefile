@@ -1,14 +1,19 @@
 # Everything runs in .venv, made here. PYTHON is only used to create it: make test PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test slow lint bench zoo
+.PHONY: demo test test-oldest slow lint bench zoo docs dist
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+
+# The quick tests, with the oldest torch that pyproject.toml allows.
+test-oldest: .venv-oldest/.dev
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest --numprocesses=auto
 
 lint: .venv/.dev
 	$(BIN)/ruff check
@@ -25,6 +30,21 @@ slow: .venv/.dev
 zoo: .venv/.dev
 	$(BIN)/python benchmarks/zoo.py --isotropic --elsewhere --out docs/zoo.md
 
+# The pages, at out/site/index.html.
+docs: .venv/.docs
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs out/site
+
+# The wheel is tried where there is nothing else: a fresh environment, outside the checkout.
+dist: .venv/.build
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	set -e; away=$$(mktemp -d); trap 'rm -rf "$$away"' EXIT; \
+	cp README.md tests/readme_example.py "$$away"; \
+	$(PYTHON) -m venv "$$away/venv"; \
+	"$$away/venv/bin/python" -m pip install "$$(echo "$$PWD"/dist/*.whl)[timm]"; \
+	cd "$$away" && venv/bin/python -P readme_example.py README.md
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -33,4 +53,18 @@ zoo: .venv/.dev
 .venv/.demo .venv/.dev: .venv/.%: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --editable '.[$*]'
 	$(BIN)/python -c 'import torchvision'
+	touch $@
+
+.venv/.docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --editable '.[docs]'
+	touch $@
+
+.venv/.build: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install build twine
+	touch $@
+
+.venv-oldest/.dev: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install --editable '.[dev]' --constraint tests/oldest.txt
+	$(OLDEST)/python -c 'import torchvision'
 	touch $@
