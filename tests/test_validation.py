@@ -632,15 +632,22 @@ def test_what_is_no_picture_keeps_its_values() -> None:
     assert kwargs["sizes"] == sizes
 
 
-def test_tolerances(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tolerances() -> None:
     single, half = torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)
     assert tolerance([single, single.double()]) == TOLERANCE
     assert 0.05 < tolerance([single, half]) < 0.2
     assert 1e-3 < tolerance([half.half()]) < 0.05
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert 1e-3 < tolerance([single]) < 0.05
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-    assert 0.05 < tolerance([single]) < 0.2
+    allowed = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in allowed]
+    try:
+        allowed[0].fp32_precision = "tf32"
+        assert 1e-3 < tolerance([single]) < 0.05
+        allowed[1].fp32_precision = "bf16"
+        assert 0.05 < tolerance([single]) < 0.2
+    finally:
+        for backend, precision in zip(allowed, before, strict=True):
+            backend.fp32_precision = precision
+    assert tolerance([single]) == TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -195,7 +195,7 @@ class Traced:
                 if not same(held.get(name, _MISSING), value):
                     return True
             # a new attribute may hide one of the class; torch.compile adds its own while it traces
-            if len(held) != count and not is_compiling() and _names(module) - names:
+            if not is_compiling() and len(held) != count and _names(module) - names:
                 return True
         for children, name, child in self.children:
             if children.get(name) is not child:
