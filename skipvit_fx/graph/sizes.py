@@ -30,7 +30,10 @@ SPLITS: frozenset[Any] = frozenset(
 )
 """What takes a tensor and the lengths of its parts."""
 
-PICKS: frozenset[Any] = frozenset({operator.getitem, aten.slice.Tensor, aten.select.int})
+SELECTS: frozenset[Any] = frozenset({"select", torch.select, aten.select.int})
+"""What takes a tensor, a dimension and the row of it that is wanted."""
+
+PICKS: frozenset[Any] = frozenset({operator.getitem, aten.slice.Tensor}) | SELECTS
 """What takes a tensor and the first and last rows of a part."""
 
 _SYM_SIZE = aten.sym_size.int
