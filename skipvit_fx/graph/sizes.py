@@ -30,8 +30,11 @@ SPLITS: frozenset[Any] = frozenset(
 )
 """Operators that take a tensor and the lengths of its parts."""
 
-PICKS: frozenset[Any] = frozenset({operator.getitem, aten.slice.Tensor, aten.select.int})
-"""Operators that take a tensor and the bounds of a part."""
+SELECTS: frozenset[Any] = frozenset({"select", torch.select, aten.select.int})
+"""Operators that take a tensor, a dimension and the index of a row."""
+
+PICKS: frozenset[Any] = frozenset({operator.getitem, aten.slice.Tensor}) | SELECTS
+"""Operators that take a tensor and the bounds of a part, or the index of a row."""
 
 _SYM_SIZE = aten.sym_size.int
 

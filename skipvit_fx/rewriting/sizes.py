@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import Axes, Dim, axes_of, size, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.sizes import PICKS, RESHAPES, SPLITS, dimension_of
+from skipvit_fx.graph.sizes import PICKS, RESHAPES, SELECTS, SPLITS, dimension_of
 from skipvit_fx.rewriting.context import Context
 
 
@@ -22,6 +22,8 @@ def follow_input(context: Context, node: fx.Node, *, always: bool = False) -> No
         _follow_in_reshape(context, node, out.axes, tuple(out.value.shape), always)
     elif node.target in SPLITS:
         _follow_in_split(context, node)
+    elif node.target in SELECTS:
+        _follow_in_select(context, node)
     elif node.target in PICKS:
         _follow_in_index(context, node)
 
@@ -138,6 +140,18 @@ def _follow_in_split(context: Context, node: fx.Node) -> None:
 def _part_has_patches(part: Tensor, dim: int) -> bool:
     axes = axes_of(part)
     return axes is not None and tokens_of(axes[dim]) is not None
+
+
+def _follow_in_select(context: Context, node: fx.Node) -> None:
+    """The same for ``x.select(1, 197)``, whatever is passed by name."""
+    given = dict(zip(("input", "dim", "index"), node.args, strict=False)) | node.kwargs
+    source, dim, index = given.get("input"), given["dim"], given["index"]
+    assert isinstance(dim, int)
+    if not isinstance(source, fx.Node) or (axes := context.analysis.axes(source)) is None:
+        return
+    row = _from_the_end(context, index, axes[dim])
+    if row is not index:
+        context.editor.set_args(node, (source, dim, row), {})
 
 
 def _follow_in_index(context: Context, node: fx.Node) -> None:

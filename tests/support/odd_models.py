@@ -150,6 +150,8 @@ class LiteralSlices(Projections):
             last = x.shape[1] - 2
         front, middle = x[:, :first], x[:, first:last]
         back = x[:, last:]
+        if self.how == "selected":
+            back = torch.stack([x.select(1, last), torch.select(x, dim=1, index=last + 1)], 1)
         if self.how == "narrowed":
             back = torch.stack([x.select(1, last), x[:, last + 1]], 1)
         x = torch.cat([front, middle * 2, back + 1], dim=1)
@@ -658,6 +660,7 @@ GOOD = [
     Example("registers-last", _odd(Block, registers=3)),
     Example("literal-slices", _attend(lambda: LiteralSlices("literal"), registers=2)),
     Example("computed-slices", _attend(lambda: LiteralSlices("computed"), registers=2)),
+    Example("selected-rows", _attend(lambda: LiteralSlices("selected"), registers=2)),
     Example("slices-in-a-leaf", _odd(lambda: Block(mlp=SlicingMlp()), registers=2)),
     Example("grid-output", _odd(Block, head="grid")),
     Example("flatten-head", _odd(Block, head="flatten")),
