@@ -195,6 +195,7 @@ class Draws(Block):
 
 
 @pytest.mark.parametrize("same", [False, True], ids=["another-model", "that-model"])
+@pytest.mark.slow
 def test_training_does_not_notice_rewrites(same: bool) -> None:
     notice_rewrites(same, 10)
 

@@ -30,6 +30,7 @@ def written(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
     return page
 
 
+@pytest.mark.slow
 def test_every_setting_is_on_the_page(written: Path) -> None:
     headings = [line for line in written.read_text().splitlines() if line.startswith("## ")]
     assert len(headings) == 2 * 2 * 2

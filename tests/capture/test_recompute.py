@@ -129,6 +129,7 @@ def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(fast(image()), wanted(image()))
 
 
+@pytest.mark.slow
 def test_compiled_as_one_graph() -> None:
     fast = rewrite(by_hand(), PLAN)
     _, wanted = gradients(fast)

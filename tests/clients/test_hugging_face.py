@@ -51,6 +51,7 @@ def test_calls_with_what_the_example_had_not() -> None:
 
 
 @pytest.mark.client("Hugging Face", "another image size, interpolate_pos_encoding")
+@pytest.mark.slow
 def test_another_image_size() -> None:
     model, x = classifier(), pixels(size=48)
     fast = rewritten(model)
@@ -123,6 +124,7 @@ def step(fast: Any) -> tuple[Tensor, dict[str, Tensor], int]:
     "activation (gradient) checkpointing on and off",
     caveat="hooks on modules that a graph calls also run while it is made",
 )
+@pytest.mark.slow
 def test_gradient_checkpointing_switched_on_and_off() -> None:
     fast = rewritten(classifier())
     plain = step(fast)
@@ -188,6 +190,7 @@ def trained(model: Any, folder: Path, resume: bool = False, **options: Any) -> d
         "itself": "resuming a bare ViT fails in transformers 5.24, for the author's model as well"
     },
 )
+@pytest.mark.slow
 def test_trainer(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
 

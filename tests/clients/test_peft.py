@@ -63,6 +63,7 @@ def test_an_adapter_on_a_rewritten_model(kind: str) -> None:
 
 
 @pytest.mark.client("PEFT", "an adapter saved, loaded, switched off, merged")
+@pytest.mark.slow
 def test_an_adapter_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     x = pixels()
     late = adapted(rewritten(classifier()), "lora")

@@ -48,6 +48,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
 @pytest.mark.client(
     "torch.distributed", "DDP and FSDP2, of the whole and of every linear layer: gradients"
 )
+@pytest.mark.slow
 def test_gradients_are_those_of_one_process(
     name: str, on: bool, results: dict[str, dict[str, Tensor]]
 ) -> None:

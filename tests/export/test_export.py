@@ -364,6 +364,7 @@ def test_other_libraries(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["eva02", "beit"])
+@pytest.mark.slow
 def test_any_batch_with_positions(name: str, tmp_path: Path) -> None:
     export_and_compare(name, TWO, tmp_path / "m.onnx", batches=(1, 3))
 

@@ -75,6 +75,7 @@ def test_a_change_of_a_configuration() -> None:
         assert fast(pixels()).hidden_states is None
 
 
+@pytest.mark.slow
 def test_a_change_of_a_configuration_of_a_compiled_model() -> None:
     torch._dynamo.reset()
     fast = rewritten(classifier(), fill_taps=True)

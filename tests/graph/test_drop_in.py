@@ -46,9 +46,16 @@ def _model() -> Any:
     return vit()
 
 
-@pytest.fixture(name="fast")
-def _fast(model: Any) -> Any:
+@pytest.fixture(name="made", scope="module")
+def _made(model: Any) -> Any:
     return rewrite(model)
+
+
+@pytest.fixture(name="fast")
+def _fast(model: Any, made: Any) -> Any:
+    """A copy for every test that shares the tensors of ``model``, as a rewrite does."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(made, {id(tensor): tensor for tensor in tensors})
 
 
 # -- class ------------------------------------------------------------------------------------------------------------
@@ -317,6 +324,7 @@ def test_a_flag_of_a_block(model: Any) -> None:
 
 
 @pytest.mark.client("timm", "set_grad_checkpointing")
+@pytest.mark.slow
 def test_activations_may_be_recomputed() -> None:
     fast, plain = rewrite(vit()).train(), rewrite(vit()).train()
     fast.set_grad_checkpointing(True)

@@ -276,6 +276,7 @@ def test_a_guard_in_train_mode_only() -> None:
     torch.testing.assert_close(got, again.train()(x))
 
 
+@pytest.mark.slow
 def test_guards_when_compiled() -> None:
     _, fast = guarded()
     compiled = torch.compile(fast, backend="eager", dynamic=True, fullgraph=True)
@@ -316,6 +317,7 @@ def test_counting_takes_one_sample_for_any() -> None:
 
 
 @pytest.mark.parametrize(("name", "reason"), [("below", "batch"), ("not-one", "one sample")])
+@pytest.mark.slow
 def test_guards_in_a_file(name: str, reason: str, tmp_path: Path) -> None:
     """A file checks nothing, so it is written for batches only for which it is right."""
     fast = rewrite(branching(BATCH[name], "every-block"), PLAN, frontend="symbolic")
