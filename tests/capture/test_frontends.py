@@ -496,6 +496,8 @@ def states_of(model: nn.Module, x: Tensor, layout: Any, first: str) -> list[Tens
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_hidden_states_are_filled_where_asked_for(frontend: str) -> None:
+    if frontend == "export" and torch.__version__ < "2.14":
+        pytest.skip("torch.export refuses the attributes that transformers sets meanwhile")
     encoder = HUGGING_FACE[0]
     model, x = encoder.build(), pixels()
     example = {"pixel_values": pixels(2), "output_hidden_states": True}
