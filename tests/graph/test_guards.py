@@ -276,7 +276,7 @@ def test_a_guard_in_train_mode_only() -> None:
     torch.testing.assert_close(got, again.train()(x))
 
 
-# torch.compile itself does that in torch 2.9 to 2.12
+# torch.compile itself does that up to torch 2.12
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 def test_guards_when_compiled() -> None:
