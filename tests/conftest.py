@@ -22,6 +22,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Which one it is depends on the test's name, so that the tests of one family of cases together try most of them.
     Tests of a few milliseconds per case run all: ``pytestmark = pytest.mark.every_case``.
     """
+    items.sort(
+        key=lambda item: item.path.name != "test_readme.py"
+    )  # the longest, not to be waited for at the end
     cases: dict[Hashable, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and hasattr(item, "callspec"):

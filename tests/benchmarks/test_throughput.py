@@ -38,6 +38,7 @@ def test_every_setting_is_on_the_page(written: Path) -> None:
     assert "## inference, float32, eager, batch 1" in headings
 
 
+@pytest.mark.slow
 def test_limits_and_memory(written: Path) -> None:
     results = json.loads(written.with_suffix(".json").read_text())["results"]
     rows: dict[str, Any] = {

@@ -60,6 +60,7 @@ def test_gradients_are_those_of_one_process(
         torch.testing.assert_close(results[name][parameter], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_skipping_changes_the_gradients(results: dict[str, dict[str, Tensor]]) -> None:
     apart = [
         (results["ddp"][name] - value).abs().max() for name, value in results["warm-up"].items()

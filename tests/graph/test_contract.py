@@ -159,6 +159,7 @@ def test_compiles_to_one_graph(plan: str, images: Tensor) -> None:
         torch.testing.assert_close(compiled(images), fast(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_training_step_and_switch(images: Tensor) -> None:
     """One compilation per setting, none per batch, gradients as without compilation."""
     fast = rewritten(small_vit()).train()
