@@ -70,6 +70,7 @@ def test_skipping_changes_the_gradients(results: dict[str, dict[str, Tensor]]) -
 
 @pytest.mark.parametrize("name", ["root", "linear"])
 @pytest.mark.client("torch.distributed", "FSDP2: weights after a step")
+@pytest.mark.slow
 def test_a_sharded_step_is_that_of_one_process(
     name: str, results: dict[str, dict[str, Tensor]]
 ) -> None:
