@@ -279,6 +279,8 @@ def test_a_guard_in_train_mode_only() -> None:
     torch.testing.assert_close(got, again.train()(x))
 
 
+# torch.compile itself does that up to torch 2.12
+@pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
 def test_guards_when_compiled() -> None:
     _, fast = guarded()
     compiled = torch.compile(fast, backend="eager", dynamic=True, fullgraph=True)
