@@ -358,6 +358,8 @@ def compare_kept(got: dict[str, np.ndarray], stages: list[skipvit_fx.TokenTrace]
 @pytest.mark.parametrize("name", ["torchvision", HUGGING_FACE])
 @pytest.mark.slow
 def test_other_libraries(name: str, tmp_path: Path) -> None:
+    if torch.__version__ < "2.14":
+        pytest.skip("torch.onnx does not translate it")
     file = export_and_compare(name, FUSED, tmp_path / "m.onnx", target="ascend")
     names = ("output",) if name == "torchvision" else ("last_hidden_state", "pooler_output")
     assert file.outputs == (*names, "kept_1", "kept_2")
