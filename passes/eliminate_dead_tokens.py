@@ -240,13 +240,11 @@ class _Liveness:
 
 def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
     """Facts of the inserted nodes that hold the residual stream: its axes are those of the author's nodes."""
-    module, facts = context.analysis.module, {}
-    for stage, skip in context.stages():
-        stream = context.analysis[stage.cut]
-        facts[skip.kept_tokens] = stream
-        for node in context.editor.graph.nodes:
-            if node.op == "call_module" and isinstance(module.get_submodule(node.target), Merge):
-                facts[node] = stream
+    facts = {skip.kept_tokens: context.analysis[stage.cut] for stage, skip in context.stages()}
+    stream = context.analysis[context.stream.layers[0].input]
+    for node in context.editor.graph.find_nodes(op="call_module"):
+        if isinstance(context.analysis.module.get_submodule(str(node.target)), Merge):
+            facts[node] = stream
     return facts
 
 

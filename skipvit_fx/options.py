@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -72,13 +72,3 @@ class Options:
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, with the plan in the paper's notation and a score function by its name."""
         return {**asdict(self), "plan": str(self.plan), "score": self.score_name}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The options that :meth:`to_dict` was called on, from its result.
-
-        Raises:
-            PlanError: a value is not one of its choices, such as the name of a score function.
-            KeyError, TypeError: a field is missing, or there are others.
-        """
-        return cls(**{**values, "plan": Plan.parse(values["plan"])})

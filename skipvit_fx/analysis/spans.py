@@ -110,9 +110,7 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
     before = module_after(returns, stream.on_path) if returns is not None else None
     spans = Spans(analysis, stream, options, tuple(stages), returns, before, {})
     taps = _taps(spans, reads)
-    if (
-        options.fill_taps
-    ):  # such a reader, and everything computed from it, will see every token again
+    if options.fill_taps:  # these readers, and what is computed from them, will see every token
         full = frozenset(reader for readers in taps.values() for reader in readers)
         full = full.union(*(nx.descendants(reads, reader) for reader in full))
         stages = [replace(stage, nodes=stage.nodes - full) for stage in stages]

@@ -103,13 +103,6 @@ def stays_as_it_is() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def slow_attention() -> Iterator[None]:
-    """Keep ``nn.MultiheadAttention`` from using its inference kernel in this thread."""
-    with LOCK, replaced(_fast_path()), during(here.phase or "stay"):
-        yield
-
-
 def lost_context(context: str) -> TraceError:
     """The error for a forward that works under ``context``."""
     return TraceError(
@@ -178,7 +171,7 @@ def _factories() -> dict[Place, Any]:
 
 
 def _lengths(written_in: list[str]) -> dict[Place, Any]:
-    """``len(x)`` in the author's code: Python needs a number, but for a tensor it may be the batch size."""
+    """``len(x)`` in the author's code: Python needs a number, which may be the batch size of a tensor."""
 
     def length(thing: Any) -> Any:
         if isinstance(thing, Tensor):

@@ -95,7 +95,7 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments and keyword arguments, from a tensor, a tuple or a dict.
 
     Raises:
-        TypeError: it is none of these, or a key of the dict is not a string.
+        TypeError: it is something else, or a key of the dict is not a string.
     """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}

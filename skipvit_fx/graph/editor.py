@@ -11,8 +11,6 @@ from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.torch_internals import children_of
 
-Predicate = Callable[[fx.Node], bool]
-
 
 class Event(NamedTuple):
     """One edit.
