@@ -197,16 +197,16 @@ class Draws(Block):
 @pytest.mark.parametrize("same", [False, True], ids=["another-model", "that-model"])
 @pytest.mark.slow
 def test_training_does_not_notice_rewrites(same: bool) -> None:
-    notice_rewrites(same, 10)
+    assert_unnoticed(same, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("same", [False, True], ids=["another-model", "that-model"])
 def test_training_does_not_notice_fifty_rewrites(same: bool) -> None:
-    notice_rewrites(same, 50)
+    assert_unnoticed(same, 50)
 
 
-def notice_rewrites(same: bool, times: int) -> None:
+def assert_unnoticed(same: bool, times: int) -> None:
     model, refused = odd(busy_block), odd(Draws)
     rewritten = model if same else odd(busy_block)
     alone = odd(busy_block)

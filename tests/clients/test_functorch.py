@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from support.models import scramble
-from support.rewrites import close, gradients, rewritten
+from support.rewrites import assert_close, gradients, rewritten
 
 pytestmark = [
     pytest.mark.every_case,
@@ -26,7 +26,7 @@ def test_a_batch_of_batches(case: str) -> None:
     _, fast, x, output = rewritten(case)
     with torch.no_grad():
         got = vmap(fast)(torch.stack([x, x.flip(0)]))
-    close(got, torch.stack([output, output.flip(0)]))
+    assert_close(got, torch.stack([output, output.flip(0)]))
 
 
 @pytest.mark.parametrize(("case", "training"), [("vit", False), ("fused", True), ("beit", True)])
@@ -43,7 +43,7 @@ def test_gradients_a_sample(case: str, training: bool) -> None:
     found = vmap(grad(loss), (None, 0))(parameters, x)
     for i, image in enumerate(x):
         wanted = gradients(fast, loss(parameters, image))
-        close({name: found[name][i] for name in wanted}, wanted)
+        assert_close({name: found[name][i] for name in wanted}, wanted)
 
 
 @pytest.mark.client("torch.func", "an ensemble of models")
@@ -56,4 +56,4 @@ def test_an_ensemble() -> None:
     both = {name: torch.stack([p, theirs[name]]) for name, p in fast.named_parameters()}
     with torch.no_grad():
         got = vmap(lambda values: functional_call(fast, values, (x,)))(both)
-        close(got, torch.stack([output, other(x)]))
+        assert_close(got, torch.stack([output, other(x)]))

@@ -15,7 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import skipvit_fx as sv
 from skipvit_fx.ops.select import Select
-from support.rewrites import close, gradients, rewritten
+from support.rewrites import assert_close, gradients, rewritten
 
 pytestmark = pytest.mark.every_case
 
@@ -32,7 +32,7 @@ def test_traced(case: str) -> None:
     _, fast, x, output = rewritten(case)
     traced = fx.symbolic_trace(fast)
     with torch.no_grad():
-        close(traced(x), output)
+        assert_close(traced(x), output)
     assert inserted(traced.graph) == inserted(fast.graph)
 
 
@@ -42,7 +42,7 @@ def test_a_trace_trains(case: str) -> None:
     _, fast, x, _ = rewritten(case)
     traced = fx.symbolic_trace(fast.train())
     wanted = gradients(fast, fast(x).square().mean())
-    close(gradients(traced, traced(x).square().mean()), wanted)
+    assert_close(gradients(traced, traced(x).square().mean()), wanted)
 
 
 def test_the_ratio_stays_a_setting() -> None:
@@ -53,7 +53,7 @@ def test_the_ratio_stays_a_setting() -> None:
             module.current = Fraction(0)
     with torch.no_grad():
         assert not torch.allclose(traced(x), output)
-        close(traced(x), fast(x))
+        assert_close(traced(x), fast(x))
 
 
 def test_what_was_checked_is_checked() -> None:
@@ -67,14 +67,14 @@ def test_what_was_checked_is_checked() -> None:
 def test_a_trace_is_copied(copied: Any) -> None:
     _, fast, x, output = rewritten("fused")
     with torch.no_grad():
-        close(copied(fx.symbolic_trace(fast))(x), output)
+        assert_close(copied(fx.symbolic_trace(fast))(x), output)
 
 
 def test_a_part_of_another_model() -> None:
     _, fast, x, output = rewritten("vit")
     whole = nn.Sequential(nn.Identity(), fast, nn.Softmax(-1)).eval()
     with torch.no_grad():
-        close(fx.symbolic_trace(whole)(x), output.softmax(-1))
+        assert_close(fx.symbolic_trace(whole)(x), output.softmax(-1))
 
 
 def note(seen: dict[str, Tensor], name: str, module: nn.Module, args: Any, out: Tensor) -> None:
@@ -96,5 +96,5 @@ def test_features(training: bool) -> None:
         fast.get_submodule(name).register_forward_hook(hook)
     with torch.no_grad():
         fast.train(training)(x)
-    close(got, seen)
+    assert_close(got, seen)
     assert seen["blocks.1.mlp"].shape[1] == seen["blocks.2.mlp"].shape[1] == 1 + 24 - 13

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from support.rewrites import close, gradients, rewritten
+from support.rewrites import assert_close, gradients, rewritten
 
 pytestmark = [
     pytest.mark.every_case,
@@ -36,8 +36,8 @@ def test_traced_saved_and_loaded(case: str, batch: int) -> None:
     """For any batch size, whatever the one was that it was traced with."""
     _, fast, x, output = rewritten(case)
     loaded = saved_and_loaded(torch.jit.trace(fast, x[:batch]))
-    close(loaded(x), output)
-    close(loaded(torch.cat([x, x.flip(0)])), torch.cat([output, output.flip(0)]))
+    assert_close(loaded(x), output)
+    assert_close(loaded(torch.cat([x, x.flip(0)])), torch.cat([output, output.flip(0)]))
 
 
 @pytest.mark.client("torch.jit", "a trace is trained")
@@ -46,7 +46,7 @@ def test_a_trace_trains() -> None:
     fast.train()
     loaded = saved_and_loaded(torch.jit.trace(fast, x))
     wanted = gradients(fast, fast(x).square().mean())
-    close(gradients(loaded, loaded(x).square().mean()), wanted)
+    assert_close(gradients(loaded, loaded(x).square().mean()), wanted)
 
 
 def test_what_is_inserted_decides_without_a_warning() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import skipvit_fx as sv
 from skipvit_fx.ops.select import Select
-from support.rewrites import close, rewritten
+from support.rewrites import assert_close, rewritten
 
 pytestmark = [
     pytest.mark.every_case,
@@ -50,9 +50,9 @@ def test_a_file_for_any_batch(case: str, dynamo: bool, tmp_path: Path) -> None:
         free = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "batch"}}}
     export(fast, x, path, dynamo, **free)
     (more,) = run(path, torch.cat([x, x.flip(0)]))
-    close(more, torch.cat([output, output.flip(0)]))
+    assert_close(more, torch.cat([output, output.flip(0)]))
     (one,) = run(path, x[:1])
-    close(one, output[:1])
+    assert_close(one, output[:1])
 
 
 class Chosen(nn.Module):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.rewrites import close, gradients, rewritten
+from support.rewrites import assert_close, gradients, rewritten
 
 pytestmark = pytest.mark.every_case
 BATCH = torch.export.Dim("batch", min=1)
@@ -19,7 +19,7 @@ BATCH = torch.export.Dim("batch", min=1)
 def test_exported(case: str) -> None:
     _, fast, x, output = rewritten(case)
     program = torch.export.export(fast, (x,))
-    close(program.module()(x), output)
+    assert_close(program.module()(x), output)
     called = {str(node.target) for node in program.graph.nodes}
     assert not [name for name in called if "stable" in name], "most runtimes have no stable sort"
 
@@ -31,7 +31,7 @@ def test_any_batch(strict: bool) -> None:
     shapes = ({0: BATCH},)
     program = torch.export.export(fast, (x,), dynamic_shapes=shapes, strict=strict).module()
     for batch in (1, 2):
-        close(program(x[:batch]), output[:batch])
+        assert_close(program(x[:batch]), output[:batch])
 
 
 @pytest.mark.client("torch.export", "the program is trained")
@@ -40,7 +40,7 @@ def test_a_program_trains() -> None:
     fast.train()
     program = torch.export.export(fast, (x,)).module()
     wanted = gradients(fast, fast(x).square().mean())
-    close(gradients(program, program(x).square().mean()), wanted)
+    assert_close(gradients(program, program(x).square().mean()), wanted)
 
 
 @pytest.mark.slow
@@ -54,4 +54,4 @@ def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     )
     compiled = torch._inductor.aoti_load_package(package)
     for batch in (1, 2):
-        close(compiled(x[:batch]), output[:batch])
+        assert_close(compiled(x[:batch]), output[:batch])

@@ -64,6 +64,6 @@ def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def close(got: Any, wanted: Any) -> None:
+def assert_close(got: Any, wanted: Any) -> None:
     """Equal except for rounding."""
     torch.testing.assert_close(got, wanted, rtol=0, atol=TOLERANCE)
