@@ -159,7 +159,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(tensor: Tensor, scale: float, shift: float = 0.0) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale + shift)
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu") * scale + shift)
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():

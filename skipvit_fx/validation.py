@@ -127,7 +127,7 @@ def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
         if not two.is_floating_point() or (two.ndim < 3 and leaf is not largest):
             return two
         if _is_constant(two):
-            return torch.randn(two.shape, generator=generator).to(two)
+            return torch.randn(two.shape, generator=generator, device="cpu").to(two)
         if not torch.equal(two[0], two[1]):
             return two
         mirrored = two[0].flatten().flip(0).reshape(two[0].shape)  # other values in the same range
@@ -137,7 +137,7 @@ def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
         return two[:1] if has_samples(leaf) else two
 
     def in_turns(leaf: Any, two: Any) -> Any:
-        return two[torch.arange(samples) % 2] if has_samples(leaf) else two
+        return two[torch.arange(samples, device=two.device) % 2] if has_samples(leaf) else two
 
     both = pytree.tree_map(pair, example)
     return (
@@ -231,7 +231,7 @@ class _Rewritten(Run):
         """Select by random scores, and check that the kept patches have the highest scores and stay in order."""
         (scores, *others), _ = self.arguments(step)
         samples, patches = scores.shape
-        drawn = torch.rand(patches, generator=torch.Generator().manual_seed(0))
+        drawn = torch.rand(patches, generator=torch.Generator().manual_seed(0), device="cpu")
         drawn = torch.stack([drawn, 1 - drawn]).repeat(samples, 1)[:samples].to(scores.device)
         chosen = part(drawn)
         selection = selection_of([drawn], *chosen)

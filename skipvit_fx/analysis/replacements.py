@@ -70,8 +70,8 @@ class Sketch(NamedTuple):
     def drawn(self, dtype: torch.dtype, generator: Any) -> Tensor:
         """Random values, with an axis for each factor."""
         if self.dtype.is_floating_point:
-            return torch.randn(self.sizes, generator=generator).to(dtype)
-        return torch.randint(2, self.sizes, generator=generator).to(self.dtype)
+            return torch.randn(self.sizes, generator=generator, device="cpu").to(dtype)
+        return torch.randint(2, self.sizes, generator=generator, device="cpu").to(self.dtype)
 
     def taken(self, values: Tensor, samples: list[int], rows: list[int]) -> Tensor:
         """Some samples and rows of values that have an axis for each factor."""
@@ -296,7 +296,10 @@ def _scrambled(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in scratch.parameters():
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.ndim:
-            noise = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+            noise = (
+                torch.randn(parameter.shape, generator=generator, device="cpu")
+                * parameter.shape[-1] ** -0.5
+            )
             parameter.data = parameter.data + noise.to(parameter)
     return scratch
 

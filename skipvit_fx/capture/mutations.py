@@ -146,7 +146,7 @@ def _share_memory(one: Any, other: Any) -> bool:
     if storage_of(one) != storage_of(other):
         return False
     length = max(_end(one), _end(other))
-    touched = torch.zeros(length, dtype=torch.bool)
+    touched = torch.zeros(length, dtype=torch.bool, device="cpu")
     _view(touched, one).fill_(True)
     return bool(_view(touched, other).any())
 

@@ -35,7 +35,7 @@ def verified(file: Path, model: nn.Module, inputs: Inputs) -> float:
     def random(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
+        return torch.randn(leaf.shape, generator=generator, device="cpu").to(leaf)
 
     inputs = pytree.tree_map(random, inputs)
     reference = clone_structure(model).eval()

@@ -33,8 +33,8 @@ class LatencyModel:
         cls, macs: Sequence[float], bytes_: Sequence[float], seconds: Sequence[float]
     ) -> LatencyModel:
         """The non-negative constants that fit measured times best, by least squares."""
-        work = torch.tensor([macs, bytes_], dtype=torch.float64).T
-        time = torch.tensor(seconds, dtype=torch.float64)
+        work = torch.tensor([macs, bytes_], dtype=torch.float64, device="cpu").T
+        time = torch.tensor(seconds, dtype=torch.float64, device="cpu")
         scale = work.amax(0).clamp(min=1)
         work = work / scale
         found = torch.linalg.lstsq(work, time[:, None]).solution[:, 0]

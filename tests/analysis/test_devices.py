@@ -89,3 +89,15 @@ def test_same_refusals(name: str) -> None:
     model = Odd([Block(mlp=MixingMlp(MIXERS[name]())), *(Block() for _ in range(3))])
     with pytest.raises(UnsupportedModelError):
         sv.rewrite(model, "1(50%)+4", example_inputs=(image(),))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_default_device_concerns_the_author_alone(frontend: Any) -> None:
+    """What is drawn to try a rewrite is made on the CPU, and moved to where the model is."""
+    model, x = Odd([Block() for _ in range(3)]).eval(), image()
+    with torch.device("meta"):
+        fast = sv.rewrite(model, "1(50%)+3", example_inputs=(x,), frontend=frontend)
+        assert "largest difference" in str(sv.inspect(fast))
+        assert str(sv.measure_latency(model, fast, x, rounds=1))
+        fast.blocks[1].mlp = nn.Sequential(fast.blocks[1].mlp, nn.Linear(32, 32, device="cpu"))
+        assert fast(x).isfinite().all()
