@@ -134,8 +134,8 @@ class Halved(ViTLayer):
 
 
 def _replace_one(model: Any) -> None:
-    old = model.vit.layers[1]
-    model.vit.layers[1] = new = Halved(model.config).eval()
+    old = model.vit.layers[0]
+    model.vit.layers[0] = new = Halved(model.config).eval()
     new.load_state_dict(copy.deepcopy(old.state_dict()))
 
 
