@@ -235,6 +235,7 @@ def test_a_rewrite_within_autocast_leaves_the_model_as_it_was() -> None:
         assert torch.equal(model(image()), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "frontends", [("symbolic", "symbolic"), ("symbolic", "export"), ("export", "export")]
 )

@@ -24,7 +24,7 @@ FRONTENDS = ["symbolic", "export"]
 
 
 def odd(block: Callable[[], Block] = Block) -> Odd:
-    return scramble(Odd([block() for _ in range(4)])).eval()
+    return scramble(Odd([block() for _ in range(2)])).eval()
 
 
 def assert_like_its_twin(model: Odd, twin: Odd, frontend: Any) -> None:
@@ -83,7 +83,7 @@ class Head(Odd):
     """Does something to the logits."""
 
     def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
-        super().__init__([Block() for _ in range(4)])
+        super().__init__([Block() for _ in range(2)])
         self.act = act
 
     def forward(self, image: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def test_writes_beside_what_is_read() -> None:
             left, right = super().forward(image).chunk(2, dim=1)
             return torch.cat([left * 2.0, right], dim=1)
 
-    blocks = [Block() for _ in range(4)]
+    blocks = [Block() for _ in range(2)]
     assert_like_its_twin(scramble(Disjoint(blocks)).eval(), Twin(blocks).eval(), "symbolic")
 
 
@@ -242,7 +242,7 @@ def test_an_input_that_is_written_into(frontend: str) -> None:
             return super().forward(image.mul_(0.5))
 
     with pytest.raises(TraceError, match="changes an input, 'image'"):
-        rewrite(scramble(Scales([Block() for _ in range(4)])).eval(), PLAN, frontend=frontend)
+        rewrite(scramble(Scales([Block() for _ in range(2)])).eval(), PLAN, frontend=frontend)
 
 
 # -- attributes ---------------------------------------------------------------------------------------------------

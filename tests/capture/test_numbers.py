@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import skipvit_fx
 from skipvit_fx.errors import GuardError
 from skipvit_fx.graph.module import MOST_CALLS
-from support.client_models import STAGES, pixels, rewritten, vit
+from support.client_models import pixels, vit
 from support.models import layout_of
 from support.reference import masked_reference, relative_error
 
+PLAN = "1(50%)+3"
+STAGES: Any = {"stages": [(1, "0.5")], "return_layer": 3}
 VALUES = [1.0, 0.3, 2.5, -1.0, 0.0, 7.0, *(0.1 * i for i in range(20))]
 
 
@@ -24,7 +27,7 @@ class Scaled(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.model = vit()
+        self.model = vit(depth=2)
         self.how = how
 
     def forward(self, x: Tensor, t: float = 1.0, *, shift: int = 0) -> Tensor:
@@ -39,6 +42,10 @@ class Scaled(nn.Module):
             x = x * 2 if t > 0.5 else x
         out: Tensor = model.forward_head(model.norm(x))
         return out * t + shift if how == "outside" else out
+
+
+def rewritten(model: nn.Module) -> Any:
+    return skipvit_fx.rewrite(model, PLAN, example_inputs=pixels())
 
 
 def calls(fast: Any) -> int:
@@ -79,6 +86,7 @@ def test_a_factor(how: str) -> None:
             assert calls(copied) == calls(fast)
 
 
+@pytest.mark.slow
 def test_a_factor_that_is_compiled() -> None:
     model = Scaled("inside").eval()
     fast = rewritten(model)
@@ -107,7 +115,7 @@ def test_what_decides_a_shape_has_a_graph_for_each_value() -> None:
     with torch.no_grad():
         for t in (1.0, 2.0, 3.0):
             out: Tensor = fast(pixels(), t)
-            assert relative_error(out, rewritten(model)(pixels(), t)) < 1e-5
+            assert relative_error(out, wanted(model, t)) < 1e-5
         assert calls(fast) == 3
         fast.own.calls *= MOST_CALLS
         with pytest.raises(GuardError, match=f"{MOST_CALLS} ways"):

@@ -15,7 +15,7 @@ from skipvit_fx import TraceError, UnsupportedModelError
 from support.client_models import PLAN, SMALL, pixels, vit
 from support.models import scramble
 
-TOWER: dict[str, Any] = {**SMALL, "num_hidden_layers": 3}
+TOWER: dict[str, Any] = {**SMALL, "num_hidden_layers": 2}
 
 
 class Mixing(nn.Module):
@@ -23,7 +23,7 @@ class Mixing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = vit(num_classes=0, global_pool="")
+        self.body = vit(depth=3, num_classes=0, global_pool="")
         self.neck = nn.Conv1d(32, 32, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -88,5 +88,7 @@ def test_one_of_two_towers() -> None:
 
 def test_of_a_plain_model_no_part_is_named() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
-        skipvit_fx.rewrite(vit(class_token=False, global_pool="avg"), "2(50%)", score="cls")
+        skipvit_fx.rewrite(
+            vit(depth=2, class_token=False, global_pool="avg"), "2(50%)", score="cls"
+        )
     assert "alone" not in caught.value.hint

@@ -38,8 +38,8 @@ class Recomputing(Odd):
         return x
 
 
-def by_hand(**options: Any) -> nn.Module:
-    model = scramble(type("Made", (Recomputing,), options)([Block() for _ in range(4)]))
+def by_hand(depth: int = 3, **options: Any) -> nn.Module:
+    model = scramble(type("Made", (Recomputing,), options)([Block() for _ in range(depth)]))
     return model.train()
 
 
@@ -49,7 +49,7 @@ def by_timm() -> nn.Module:
         img_size=(32, 40),
         patch_size=8,
         embed_dim=48,
-        depth=4,
+        depth=3,
         num_heads=3,
         num_classes=10,
         proj_drop_rate=0.1,
@@ -90,7 +90,7 @@ def gradients(model: nn.Module) -> tuple[int, dict[str, Tensor]]:
 MODELS: list[Callable[[], nn.Module]] = [
     by_timm,
     by_hand,
-    lambda: by_hand(together=2),
+    lambda: by_hand(4, together=2),
     lambda: by_hand(reentrant=True),
 ]
 
@@ -111,7 +111,7 @@ def test_the_same_gradients_from_less_memory(build: Callable[[], nn.Module]) -> 
 
 
 def test_a_drop_amid_a_checkpoint_is_recomputed_with_it() -> None:
-    fast = rewrite(by_hand(together=2), PLAN)
+    fast = rewrite(by_hand(4, together=2), PLAN)
     lines = fast.code.splitlines()
     (select,) = (i for i, line in enumerate(lines) if "stage_1.select(" in line)
     starts = [i for i, line in enumerate(lines) if "def recomputed_" in line]
@@ -155,6 +155,6 @@ def test_saving_in_another_way_is_refused() -> None:
             with torch.autograd.graph.save_on_cpu():
                 return super().layers(x)
 
-    model = scramble(Offloaded([Block() for _ in range(4)]))
+    model = scramble(Offloaded([Block() for _ in range(3)]))
     with pytest.raises(sv.TraceError, match="saves tensors for its backward pass"):
         rewrite(model, PLAN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -20,10 +21,11 @@ from skipvit_fx.errors import GuardError, TraceError, UnsupportedModelError
 from skipvit_fx.graph.module import MOST_CALLS
 from support.models import scramble
 from support.odd_models import Block, Odd, image
+from support.once import made_once
 from support.reference import relative_error
 
-PLAN = "2(50%)+4"
-DEPTH = 4
+PLAN = "1(50%)+2"
+DEPTH = 2
 KEPT = 8  # of 16 patches
 
 
@@ -41,59 +43,67 @@ def rewrite(model: nn.Module, plan: str = PLAN, **options: Any) -> Any:
     return skipvit_fx.rewrite(model, plan, example_inputs=images(), **options)
 
 
-@pytest.fixture(name="model", scope="module")
-def _model() -> Any:
-    return vit()
+@made_once
+def made() -> tuple[Any, Any]:
+    """A model and its rewrite, which share their tensors."""
+    model = vit()
+    return model, rewrite(model)
 
 
-@pytest.fixture(name="made", scope="module")
-def _made(model: Any) -> Any:
-    return rewrite(model)
+@pytest.fixture(name="both")
+def _both() -> tuple[Any, Any]:
+    return made()
+
+
+@pytest.fixture(name="model")
+def _model(both: tuple[Any, Any]) -> Any:
+    return both[0]
 
 
 @pytest.fixture(name="fast")
-def _fast(model: Any, made: Any) -> Any:
-    """A copy for every test that shares the tensors of ``model``, as a rewrite does."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(made, {id(tensor): tensor for tensor in tensors})
+def _fast(both: tuple[Any, Any]) -> Any:
+    return both[1]
 
 
 # -- class ------------------------------------------------------------------------------------------------------------
 
 
-def copies(fast: Any) -> dict[str, Any]:
-    saved = io.BytesIO()
-    torch.save(fast, saved)
-    saved.seek(0)
-    return {
-        "itself": fast,
-        "deepcopy": copy.deepcopy(fast),
-        "copy": copy.copy(fast),
-        "pickle": pickle.loads(pickle.dumps(fast)),
-        "torch.save": torch.load(saved, weights_only=False),
-    }
+def saved(fast: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(fast, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "torch.save": saved,
+    "pickle": lambda fast: pickle.loads(pickle.dumps(fast)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "itself": lambda fast: fast,
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
 @pytest.mark.client(
     "Python",
     "deepcopy, copy, pickle, torch.save",
     caveat="unpickling rewrites again, and checks that the graph is the same",
 )
-def test_it_is_both_in_every_copy(model: Any, fast: Any) -> None:
+def test_it_is_both_in_every_copy(model: Any, fast: Any, name: str) -> None:
     x = images(3)
+    copied = COPIES[name](fast)
     with torch.no_grad():
-        wanted = fast(x)
-        for name, copied in copies(fast).items():
-            assert isinstance(copied, type(model)), name
-            assert isinstance(copied, fx.GraphModule), name
-            assert type(copied).__name__ == "VisionTransformer"  # which tools write into files
-            assert str(copied).startswith("SkipViTVisionTransformer(")
-            assert torch.equal(copied(x), wanted), name
-            assert list(copied.state_dict()) == list(model.state_dict()), name
-            assert copied.no_weight_decay() == model.no_weight_decay()
-            assert copied.num_features == model.num_features
-            assert skipvit_fx.inspect(copied).macs == skipvit_fx.inspect(fast).macs
-            assert copied.forward_features(x).shape == (3, 17, 48)
+        assert isinstance(copied, type(model))
+        assert isinstance(copied, fx.GraphModule)
+        assert type(copied).__name__ == "VisionTransformer"  # which tools write into files
+        assert str(copied).startswith("SkipViTVisionTransformer(")
+        assert torch.equal(copied(x), fast(x))
+        assert list(copied.state_dict()) == list(model.state_dict())
+        assert copied.no_weight_decay() == model.no_weight_decay()
+        assert copied.num_features == model.num_features
+        assert skipvit_fx.inspect(copied).macs == skipvit_fx.inspect(fast).macs
+        assert copied.forward_features(x).shape == (3, 17, 48)
 
 
 def test_a_copy_has_weights_and_switches_of_its_own(fast: Any) -> None:
@@ -133,14 +143,14 @@ def test_an_author_s_name_that_would_be_hidden_is_refused() -> None:
 
     with pytest.raises(TraceError, match="graph_forward"):
         skipvit_fx.rewrite(
-            scramble(Adopts(Block() for _ in range(4))).eval(), PLAN, example_inputs=image()
+            scramble(Adopts(Block() for _ in range(DEPTH))).eval(), PLAN, example_inputs=image()
         )
 
 
 def test_a_class_of_no_module_that_is_imported() -> None:
     names: dict[str, Any] = {"__name__": "nowhere", "Odd": Odd}
     exec("class Made(Odd):\n    pass", names)
-    model = scramble(names["Made"](Block() for _ in range(4))).eval()
+    model = scramble(names["Made"](Block() for _ in range(DEPTH))).eval()
     fast = skipvit_fx.rewrite(model, PLAN, example_inputs=image())
     fast.of_a_tool = 1
     assert fast(image()).shape == model(image()).shape
@@ -177,7 +187,7 @@ def test_an_author_who_calls_all_children_in_turn() -> None:
 
 @pytest.mark.client("timm", "forward_features, forward_head, get_classifier")
 def test_a_method_that_runs_attention_skips(model: Any, fast: Any) -> None:
-    never = rewrite(model, "2(50%)")
+    never = rewrite(model, "1(50%)")
     x = images()
     with torch.no_grad():
         features = fast.forward_features(x)
@@ -203,15 +213,16 @@ def test_the_same_method_is_the_author_s_where_nothing_is_skipped(model: Any, fa
 @pytest.mark.client(
     "timm", "forward_intermediates", caveat="of layers under a drop: fill_taps=True"
 )
-def test_features_of_several_layers(model: Any) -> None:
-    x = images()
+@pytest.mark.slow
+def test_features_of_several_layers() -> None:
+    model, plan, x = vit(depth=3), "2(50%)+4", images()
     with pytest.raises(UnsupportedModelError) as caught:
-        rewrite(model).forward_intermediates(x, indices=[1, 2])
+        rewrite(model, plan).forward_intermediates(x, indices=[0, 1])
     assert "fill_taps" in caught.value.hint
-    fast = rewrite(model, fill_taps=True)
+    fast = rewrite(model, plan, fill_taps=True)
     with torch.no_grad():
-        last, maps = fast.forward_intermediates(x, indices=[0, 2])
-        wanted, plain = model.forward_intermediates(x, indices=[0, 2])
+        last, maps = fast.forward_intermediates(x, indices=[0, 1])
+        wanted, plain = model.forward_intermediates(x, indices=[0, 1])
     assert torch.equal(maps[0], plain[0])
     assert maps[1].shape == plain[1].shape
     assert last.shape == wanted.shape
@@ -265,9 +276,8 @@ def _note(module: nn.Module, *_: Any) -> None:
 
 
 @pytest.mark.client("PyTorch", "a hook on the model")
-def test_a_hook_on_the_model_itself_runs_whatever_graph_does() -> None:
+def test_a_hook_on_the_model_itself_runs_whatever_graph_does(fast: Any) -> None:
     RAN.clear()
-    fast = rewrite(vit())
     fast.register_forward_hook(_note)
     again = pickle.loads(pickle.dumps(fast))
     for called in (fast, again):
@@ -279,8 +289,8 @@ def test_a_hook_on_the_model_itself_runs_whatever_graph_does() -> None:
 @pytest.mark.client("PyTorch", "a hook on a layer that a graph calls")
 def test_a_hook_on_what_is_called_runs(fast: Any) -> None:
     seen: list[tuple[int, ...]] = []
-    fast.blocks[2].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    fast.blocks[3].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    fast.blocks[0].mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    fast.blocks[1].attn.qkv.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     fast(images())
     assert seen == [(2, 1 + KEPT, 48), (2, 17, 144)]
 
@@ -298,8 +308,8 @@ def assert_as_rewritten_anew(fast: Any, model: Any) -> None:
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.client("timm", "reset_classifier")
-def test_another_head(pool: str) -> None:
-    fast, model = rewrite(vit()), vit()
+def test_another_head(fast: Any, pool: str) -> None:
+    model = vit()
     for each in (fast, model):
         each.reset_classifier(7, global_pool=pool)
     assert fast(images()).shape == (2, 7)
@@ -308,9 +318,8 @@ def test_another_head(pool: str) -> None:
     assert fast(images()).shape == (2, 3)
 
 
-def test_a_flag_of_a_block(model: Any) -> None:
-    fast = rewrite(vit())
-    other = vit()
+def test_a_flag_of_a_block(fast: Any) -> None:
+    late, other = copy.deepcopy(fast), vit()
     for each in (fast, other):
         for block in each.blocks:
             block.attn.fused_attn = False
@@ -318,15 +327,16 @@ def test_a_flag_of_a_block(model: Any) -> None:
     assert not fast.graph.find_nodes(
         op="call_function", target=torch.nn.functional.scaled_dot_product_attention
     )
-    late, other = rewrite(vit()), vit()
+    other = vit()
     late.blocks[0].attn.fused_attn = other.blocks[0].attn.fused_attn = False
     assert_as_rewritten_anew(copy.deepcopy(late), other)
 
 
 @pytest.mark.client("timm", "set_grad_checkpointing")
 @pytest.mark.slow
-def test_activations_may_be_recomputed() -> None:
-    fast, plain = rewrite(vit()).train(), rewrite(vit()).train()
+def test_activations_may_be_recomputed(fast: Any) -> None:
+    plain = copy.deepcopy(fast).train()
+    fast.train()
     fast.set_grad_checkpointing(True)
     for each in (fast, plain):
         each(images()).square().sum().backward()
@@ -353,7 +363,6 @@ class Options(Odd):
 def test_every_way_to_call_it() -> None:
     model: Any = scramble(Options(Block() for _ in range(DEPTH))).eval()
     fast = skipvit_fx.rewrite(model, PLAN, example_inputs=image())
-    off = skipvit_fx.rewrite(model, "2(0%)+4", example_inputs=image())
     x, bias = image(3), torch.randn(3, 10)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((x,), {}),
@@ -367,7 +376,7 @@ def test_every_way_to_call_it() -> None:
     with torch.no_grad():
         plain = fast(x)
         for args, kwargs in calls:
-            got, wanted = fast(*args, **kwargs), off(*args, **kwargs)
+            got, wanted = fast(*args, **kwargs), model(*args, **kwargs)
             assert type(got) is type(wanted)
             scale = args[1] if len(args) > 1 else 1.0
             out = got["out"] if isinstance(got, dict) else got

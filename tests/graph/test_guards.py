@@ -20,10 +20,11 @@ from skipvit_fx.errors import (
     TraceError,
     UnsupportedModelError,
 )
-from support.branching_models import BATCH, KIND, MODES, PLACES, branching
+from support.branching_models import BATCH, DEPTH, KIND, MODES, PLACES, branching
 from support.checks import rewrite
 from support.models import scramble
 from support.odd_models import TOKENS, Block, Odd, image
+from support.once import made_once
 from support.reference import masked_reference
 
 FRONTENDS = ["symbolic", "export"]
@@ -109,6 +110,7 @@ def test_branches_on_the_batch_size_everywhere(name: str, place: str, frontend: 
     check_batch(name, place, frontend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_a_branch_on_a_fraction_of_the_batch_size(frontend: str) -> None:
     model = branching(lambda x: x.shape[0] / 2 < 2.0, "every-block")
@@ -150,7 +152,7 @@ class OfNumbers(Block):
 
 
 def test_torch_is_not_told_that_a_proxy_is_a_tensor() -> None:
-    model, x = scramble(Odd([OfNumbers() for _ in range(4)])).eval(), image(3)
+    model, x = scramble(Odd([OfNumbers() for _ in range(DEPTH)])).eval(), image(3)
     with torch.no_grad():
         wanted = masked_reference(model, x, model.layout(), **STAGES).output
         got = rewrite(model, PLAN, frontend="symbolic")(x)
@@ -228,6 +230,7 @@ def test_another_dtype(name: str, frontend: str) -> None:
 # -- what else a guard must survive ------------------------------------------------------------------------------
 
 
+@made_once
 def guarded(frontend: str = "symbolic") -> tuple[Odd, Any]:
     model = branching(BATCH["below"], "every-block")
     return model, rewrite(model, PLAN, frontend=frontend)
@@ -252,6 +255,7 @@ def test_guards_last(frontend: str) -> None:
     x = image(100)
     with torch.no_grad():
         wanted = masked_reference(model, x, model.layout(), **STAGES).output
+        fast(x)
         for module in (copy.deepcopy(fast), fast, fast.train(), fast.eval()):
             torch.testing.assert_close(module(x), wanted, rtol=1e-4, atol=1e-4)
         skipvit_fx.set_skipping(fast, False)
@@ -314,7 +318,9 @@ def test_validated_on_as_many_samples_as_the_graph_is_for(
 def test_counting_takes_one_sample_for_any() -> None:
     model = branching(BATCH["not-one"], "every-block")
     fast = rewrite(model, PLAN, frontend="symbolic")
-    plain = rewrite(scramble(Odd([Block() for _ in range(4)])).eval(), PLAN, frontend="symbolic")
+    plain = rewrite(
+        scramble(Odd([Block() for _ in range(DEPTH)])).eval(), PLAN, frontend="symbolic"
+    )
     assert skipvit_fx.inspect(fast).macs == skipvit_fx.inspect(plain).macs
 
 
@@ -357,7 +363,7 @@ class ClassTokenAtTheEnd(Odd):
 @pytest.mark.parametrize("size", [(32, 48), (24, 40), (40, 32), (64, 80)])
 def test_another_image_size(size: tuple[int, int], frontend: str) -> None:
     """A literal slice takes out what the author's does: the row that it names, or nothing that is there."""
-    model = scramble(ClassTokenAtTheEnd([Block() for _ in range(4)])).eval()
+    model = scramble(ClassTokenAtTheEnd([Block() for _ in range(DEPTH)])).eval()
     fast = rewrite(model, PLAN, frontend=frontend)
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -402,7 +408,7 @@ class AddsWhatThereIs(Block):
 
 
 def test_none_from_a_module() -> None:
-    model = scramble(Odd([AddsWhatThereIs(50) for _ in range(4)])).eval()
+    model = scramble(Odd([AddsWhatThereIs(50) for _ in range(DEPTH)])).eval()
     fast = rewrite(model, PLAN, frontend="symbolic")
     with torch.no_grad():
         for batch in (1, 5):

@@ -14,6 +14,8 @@ from support.odd_models import TOKENS, Block, Mlp, Odd, Sdpa
 
 Condition = Callable[[Tensor], Any]
 
+DEPTH = 2
+
 BATCH: dict[str, Condition] = {
     "below": lambda x: x.shape[0] < 100,
     "above": lambda x: x.shape[0] > 3,
@@ -112,7 +114,7 @@ class BranchingEnds(Odd):
     """Before the first layer, or after the last."""
 
     def __init__(self, condition: Condition, *, first: bool) -> None:
-        super().__init__([Block() for _ in range(4)])
+        super().__init__([Block() for _ in range(DEPTH)])
         self.condition, self.first = condition, first
 
     def layers(self, x: Tensor) -> Tensor:
@@ -121,17 +123,17 @@ class BranchingEnds(Odd):
         return x if self.first else _branch(self.condition, x)
 
 
-def _blocks(make: Callable[[], nn.Module], layers: tuple[int, ...]) -> Odd:
-    return Odd([make() if layer in layers else Block() for layer in range(1, 5)])
+def _blocks(make: Callable[[], nn.Module], layers: tuple[int, ...], depth: int = DEPTH) -> Odd:
+    return Odd([make() if layer in layers else Block() for layer in range(1, depth + 1)])
 
 
 PLACES: dict[str, Callable[[Condition], Odd]] = {
     "attention-that-scores": lambda c: _blocks(lambda: Block(BranchingAttention(c)), (1,)),
     "attention-under-drop": lambda c: _blocks(lambda: Block(BranchingAttention(c)), (2,)),
-    "block-under-drop": lambda c: _blocks(lambda: BranchingBlock(c), (1, 2)),
-    "every-block": lambda c: _blocks(lambda: BranchingBlock(c), (1, 2, 3, 4)),
-    "last-attention": lambda c: _blocks(lambda: Block(BranchingAttention(c)), (4,)),
-    "leaf": lambda c: _blocks(lambda: Block(mlp=BranchingMlp(c)), (1, 2, 3, 4)),
+    "block-under-drop": lambda c: _blocks(lambda: BranchingBlock(c), (1, 2), 3),
+    "every-block": lambda c: _blocks(lambda: BranchingBlock(c), (1, 2)),
+    "last-attention": lambda c: _blocks(lambda: Block(BranchingAttention(c)), (3,), 3),
+    "leaf": lambda c: _blocks(lambda: Block(mlp=BranchingMlp(c)), (1, 2)),
     "in-front": lambda c: BranchingEnds(c, first=True),
     "behind": lambda c: BranchingEnds(c, first=False),
 }

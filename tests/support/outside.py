@@ -91,7 +91,7 @@ def pixels(batch: int = 3, seed: int = 1) -> Tensor:
 
 def open_clip_tower(**options: Any) -> OpenClipTower:
     """A vision tower, scrambled, in eval mode."""
-    tower = OpenClipTower(64, 16, width=64, layers=4, heads=4, mlp_ratio=2.0, **options)
+    tower = OpenClipTower(64, 16, width=64, layers=3, heads=4, mlp_ratio=2.0, **options)
     scramble(tower)
     return tower.eval()
 
@@ -241,7 +241,7 @@ class HubStyle(Odd):
     """The calling convention of DINOv2's own code: anything positional, and all features where asked for."""
 
     def __init__(self) -> None:
-        super().__init__(TensorOrList() for _ in range(4))
+        super().__init__(TensorOrList() for _ in range(3))
         self.registers = nn.Parameter(torch.zeros(1, 4, DIM))
 
     def features(self, images: Any, masks: Any = None) -> dict[str, Any]:

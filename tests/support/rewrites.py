@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 import skipvit_fx
 from support.models import BY_NAME, TORCHVISION
+from support.once import made_once
 
 TOLERANCE = 1e-4
 CASES = {
@@ -32,13 +31,9 @@ class Rewritten(NamedTuple):
     output: Tensor
 
 
+@made_once
 def rewritten(case: str) -> Rewritten:
     """A copy of its own for every test."""
-    return copy.deepcopy(_made(case))
-
-
-@cache
-def _made(case: str) -> Rewritten:
     name, plan = CASES[case]
     family = TORCHVISION if name == "torchvision" else BY_NAME[name]
     model, x = family.build(), family.input(2)
