@@ -24,6 +24,7 @@ from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.differences import relative_error, tolerance
 from skipvit_fx.errors import GuardError, UnsupportedModelError
 from skipvit_fx.graph.kept import Contents
+from skipvit_fx.names import INSERTED
 from skipvit_fx.ops.following import in_compilation
 from skipvit_fx.torch_internals import BATCH_NORM, children_of, is_wrapped_by_functorch, pytree
 
@@ -100,10 +101,10 @@ class Use(NamedTuple):
 
 
 def uses_of(analysis: TokenAnalysis, nodes: Iterable[fx.Node]) -> dict[str, list[Use]]:
-    """How modules are called at these author's nodes, by path; only modules that take and return tokens."""
+    """How the author's modules are called at these nodes, by path; only those that take and return tokens."""
     found: dict[str, list[Use]] = {}
     for node in nodes:
-        if node.op == "call_module":
+        if node.op == "call_module" and not str(node.target).startswith(INSERTED):
             outputs = [*map(_sketch, tensors_in(analysis.value(node)))]
             given = fx.node.map_arg(
                 (node.args, node.kwargs), functools.partial(_of_author, analysis)

@@ -269,7 +269,7 @@ def test_a_guard_in_train_mode_only() -> None:
                 x = x * 2.0
             return super().forward(x)
 
-    model = scramble(Odd([Warms() for _ in range(4)])).eval()
+    model = scramble(Odd([Warms() for _ in range(3)])).eval()
     fast = rewrite(model, PLAN, frontend="symbolic")
     x = image(60)
     fast(x)
