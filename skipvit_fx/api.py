@@ -24,7 +24,7 @@ from skipvit_fx.options import Cut, Frontend, Options, Score
 from skipvit_fx.passes import passes_for
 from skipvit_fx.plan import Plan
 from skipvit_fx.reference import steps_of
-from skipvit_fx.rewriting.context import locate
+from skipvit_fx.rewriting.context import start_rewrite
 from skipvit_fx.rewriting.passes import run_passes
 from skipvit_fx.rewriting.recording import record_rewrite
 from skipvit_fx.rewriting.shapes import check_shapes
@@ -124,7 +124,7 @@ def _rewritten(
         captured = steps_of(fast.graph)
         before = graph_lines(fast.graph), numbered_lines(fast.graph)
         with naming_parts(capture.opened):
-            context = locate(capture, options)
+            context = start_rewrite(capture, options)
             edits = run_passes(passes_for(options), context)
             check_shapes(context)
         found = validate_rewrite(model, context, captured) if options.validate else NOT_ASKED
