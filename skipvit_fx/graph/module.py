@@ -106,6 +106,11 @@ class Own(Switchable):
         method: Callable[..., Any] = getattr(self.author, name)
         return self.run if name == "forward" else method
 
+    def inputs_of(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The arguments that the graph of a call takes, in its order, from those of a call like it."""
+        places = places_of(signature_of(self.method(call.method)), args, kwargs)
+        return form_of(call, places, args, kwargs).values(args, kwargs)
+
     def forward(self, x: Any) -> Any:
         """Return the input: some models call all their children in turn."""
         return x
@@ -232,13 +237,8 @@ class SkipViTModule(fx.GraphModule):
 
     def _run_traced(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first graph of a method on the proxies of whoever is tracing it."""
-        places = places_of(signature_of(self.own.method(method)), args, kwargs)
         call = next(call for call in self.own.calls if call.method == method)
-        values = [
-            args[place] if isinstance(place := places[name], int) else kwargs[place]
-            for name in call.takes
-        ]
-        return call.run(self, *values)
+        return call.run(self, *self.own.inputs_of(call, args, kwargs))
 
     def _another_form(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], refused: list[Call]

@@ -14,16 +14,12 @@ from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.capture.example import arguments_of, batch_size
 from skipvit_fx.errors import SkipViTError
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.reports.latency_model import LatencyModel
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.layers import by_region, regions_of
-from skipvit_fx.reports.macs import (
-    MacCount,
-    count_macs,
-    placeholder_values,
-    skip_as_planned,
-)
+from skipvit_fx.reports.macs import MacCount, count_macs, skip_as_planned
 from skipvit_fx.torch_internals import pytree
 
 WARM_UP = 2
@@ -55,6 +51,7 @@ def measure_latency(
         TraceError: the model's work cannot be counted on these inputs.
     """
     record = record_of(fast)
+    assert isinstance(fast, SkipViTModule)
     check_model(model)
     args, kwargs = arguments_of(example_inputs)
     batch = batch_size(args, kwargs)
@@ -71,7 +68,7 @@ def measure_latency(
         for timed in whole:
             timed.run(*args, **kwargs)
         for timer in timers:
-            timer.run(*placeholder_values(fast.graph, args, kwargs))  # type: ignore[arg-type]
+            timer.run(*fast.own.inputs_of(fast.own.calls[0], args, kwargs))
     counts = [count_macs(fast, args, kwargs, skipping=skipping) for skipping in (False, True)]
     seconds = [timer.medians() for timer in timers]
     law = _fitted(counts[0], seconds[0], batch)
@@ -90,11 +87,10 @@ def measure_latency(
     )
 
 
-def _copy(fast: nn.Module, skipping: bool) -> fx.GraphModule:
+def _copy(fast: SkipViTModule, skipping: bool) -> SkipViTModule:
     """A copy of a rewritten model in eval mode that shares its tensors, with skipping as planned or off."""
     copy = clone_structure(fast).eval()
     skip_as_planned(copy, skipping)
-    assert isinstance(copy, fx.GraphModule)
     return copy
 
 
@@ -108,11 +104,15 @@ def _fitted(count: MacCount, seconds: Mapping[str, float], batch: int) -> Latenc
 
 
 def _work_by_region(
-    fast: nn.Module, count: MacCount, seconds: Mapping[str, float], law: LatencyModel, batch: int
+    fast: SkipViTModule,
+    count: MacCount,
+    seconds: Mapping[str, float],
+    law: LatencyModel,
+    batch: int,
 ) -> list[tuple[int, int, float, float]]:
     """Multiply-adds and bytes of one image, and seconds of the batch as predicted and as measured."""
-    depth = len(record_of(fast).layers)
-    regions = regions_of(fast.graph, record_of(fast).layers)  # type: ignore[arg-type]
+    found = record_of(fast).layers
+    depth, regions = len(found), regions_of(fast.graph, found)
     macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
     measured = by_region(seconds, regions, depth)
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from skipvit_fx.capture.example import batch_size, floating_like
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import GuardError, TraceError
 from skipvit_fx.graph.attention_ops import SDPA_KERNELS
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.switch import Switchable
@@ -90,14 +91,13 @@ def _count(
         around = mode.surroundings
         with around.kept(), around.watched(), mode, torch.no_grad(), flops, traffic:
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs))
-            if not isinstance(module, fx.GraphModule):
+            if not isinstance(module, SkipViTModule):
                 with author_code():
                     faked(*fake_args, **fake_kwargs)
                 return MacCount(flops.get_total_flops() // 2, {}, {}, {})
             counter = _NodeCounter(faked, module.graph, flops, traffic)
-            values = list(placeholder_values(module.graph, fake_args, fake_kwargs))
             with author_code():
-                counter.run(*values)
+                counter.run(*module.own.inputs_of(module.own.calls[0], fake_args, fake_kwargs))
     except (AuthorError, GuardError) as error:
         raise TraceError(
             f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
@@ -188,22 +188,6 @@ def _one_sample(
 
     one: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(fake, (args, kwargs))
     return one
-
-
-def placeholder_values(
-    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[Any]:
-    """One value per placeholder, by name if it was passed by name. Arguments without tensors have no placeholder."""
-    positional = iter([a for a in args if _has_tensor(a)])
-    for node in graph.find_nodes(op="placeholder"):
-        if node.target in kwargs:
-            yield kwargs[node.target]
-        else:
-            yield next(positional, node.args[0] if node.args else None)
-
-
-def _has_tensor(value: Any) -> bool:
-    return bool(_tensors(value))
 
 
 def _tensors(value: Any) -> list[Tensor]:
