@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from skipvit_fx.author.code import is_authors
-from skipvit_fx.author.this_thread import Place, during, here, only_here
+from skipvit_fx.author.this_thread import Target, during, here, only_here
 from skipvit_fx.errors import TraceError
 from skipvit_fx.torch_internals import TorchDispatchMode, pytree
 
@@ -38,12 +38,12 @@ def _refuse(library: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def draws() -> dict[Place, Any]:
+def draws() -> dict[Target, Any]:
     """Functions that use or set a global generator: refused in a forward that is followed, made harmless elsewhere."""
     return _torch_seeds() | _python_functions() | _numpy_functions()
 
 
-def _torch_seeds() -> dict[Place, Any]:
+def _torch_seeds() -> dict[Target, Any]:
     def seed(*args: Any) -> Any:
         return torch.default_generator
 
@@ -54,7 +54,7 @@ def _torch_seeds() -> dict[Place, Any]:
     }
 
 
-def _python_functions() -> dict[Place, Any]:
+def _python_functions() -> dict[Target, Any]:
     """The functions of ``random``, and the methods beneath them, with which an author's generators draw, too."""
     shared: Any = random.random.__self__  # type: ignore[attr-defined]
 
@@ -88,7 +88,7 @@ def _asked_by_author(frame: FrameType | None) -> bool:
     return frame is not None and is_authors(frame)
 
 
-def _numpy_functions() -> dict[Place, Any]:
+def _numpy_functions() -> dict[Target, Any]:
     module: Any = sys.modules.get("numpy.random")
     if module is None:
         return {}

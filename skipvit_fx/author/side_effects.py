@@ -29,7 +29,7 @@ from skipvit_fx.author.draws import RefuseDraws, draws, generators_kept, lost, n
 from skipvit_fx.author.this_thread import (
     LOCK,
     Checkpoints,
-    Place,
+    Target,
     during,
     here,
     only_here,
@@ -111,7 +111,7 @@ def lost_context(context: str) -> TraceError:
     )
 
 
-def _replacements(model: nn.Module) -> dict[Place, Any]:
+def _replacements(model: nn.Module) -> dict[Target, Any]:
     """All replacements except those for ``torch.export``. The originals are the current functions."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     written_in = sorted({kind.__module__ for kind in kinds})
@@ -132,14 +132,14 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
     }
 
 
-def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[Place, Any]:
+def _imported_by_name(functions: dict[Target, Any], packages: set[str]) -> dict[Target, Any]:
     """The same functions where the author's code has ``from random import random``, and ``act = Act.apply``."""
     known = {
         id(vars(owner)[name]): function
         for (owner, name), function in functions.items()
         if name in vars(owner)
     }
-    found: dict[Place, Any] = {}
+    found: dict[Target, Any] = {}
     for path, module in list(sys.modules.items()):
         if path.partition(".")[0] not in packages - {"builtins", "torch"}:
             continue
@@ -154,7 +154,7 @@ def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[P
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-def _factories() -> dict[Place, Any]:
+def _factories() -> dict[Target, Any]:
     """Factories that become a node if they are called with proxies."""
 
     def record(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ def _factories() -> dict[Place, Any]:
     }
 
 
-def _lengths(written_in: list[str]) -> dict[Place, Any]:
+def _lengths(written_in: list[str]) -> dict[Target, Any]:
     """``len(x)`` in the author's code: Python needs a number, which may be the batch size of a tensor."""
 
     def length(thing: Any) -> Any:
@@ -228,7 +228,7 @@ def _nothing() -> None:
     pass
 
 
-def _gradients() -> dict[Place, Any]:
+def _gradients() -> dict[Target, Any]:
     raw = vars(torch.autograd.Function)["apply"]
 
     def apply(function: type, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +275,7 @@ def _is_apply(value: Any) -> bool:
 # -- what torch does itself -------------------------------------------------------------------------------------------
 
 
-def _fast_path() -> dict[Place, Any]:
+def _fast_path() -> dict[Target, Any]:
     def disabled() -> bool:
         return False
 
@@ -283,7 +283,7 @@ def _fast_path() -> dict[Place, Any]:
     return {(mha, name): only_here(vars(mha)[name], disabled, disabled)}
 
 
-def _quiet() -> dict[Place, Any]:
+def _quiet() -> dict[Target, Any]:
     """Suppress torch's warnings in the log: the author's code may handle the problem, and errors report it anyway."""
     call_handlers = logging.Logger.callHandlers
 
@@ -294,7 +294,7 @@ def _quiet() -> dict[Place, Any]:
     return {(logging.Logger, "callHandlers"): only_here(call_handlers, quiet, quiet)}
 
 
-def _exporting() -> dict[Place, Any]:
+def _exporting() -> dict[Target, Any]:
     """Limit what ``torch.export`` sets for the whole process to this thread, and keep it from turning off kernels."""
 
     def told(original: Callable[[], bool]) -> Callable[[], bool]:

@@ -29,7 +29,7 @@ from skipvit_fx.torch_internals import pytree
 
 _PLAIN = (bool, int, float, str)
 
-Place = tuple[str, int, str]
+SourceLine = tuple[str, int, str]
 """A line of source: file, line number, function."""
 
 
@@ -108,7 +108,7 @@ def call_alone(
 class _StaleError(Exception):
     """A tensor that an earlier call computed from its inputs is read."""
 
-    def __init__(self, tensor: Tensor, place: Place) -> None:
+    def __init__(self, tensor: Tensor, place: SourceLine) -> None:
         super().__init__()
         self.tensor = tensor
         self.place = place
@@ -132,7 +132,7 @@ class _Step(NamedTuple):
     operands: tuple[int | None, ...]
     numbers: tuple[float, ...]
     others: tuple[str, ...]
-    place: Place
+    place: SourceLine
 
 
 def _first_difference(one: list[_Step], other: list[_Step]) -> _Step | None:
@@ -306,7 +306,7 @@ def _leaves(value: Any) -> list[Any]:
     return pytree.tree_leaves(parts)
 
 
-def _author_place() -> Place:
+def _author_place() -> SourceLine:
     frame = author_frame()
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
 
