@@ -197,7 +197,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         """Placeholders for the arguments that the example passes; the others keep their defaults."""
         del root_fn, is_module, concrete_args
         root: Any = self.root
-        args, kwargs = self._inputs.placed(self._placeholder)
+        args, kwargs = self._inputs.with_stand_ins(self._placeholder)
         # not the class's forward: it may be a method of the instance
         return (lambda: root.forward(*args, **kwargs)), []
 

@@ -15,12 +15,9 @@ from torch.fx.graph import PythonCode
 
 from skipvit_fx.author.questions import Recorded
 from skipvit_fx.graph.direct import Direct
-from skipvit_fx.graph.inputs import LIVE, live
+from skipvit_fx.graph.inputs import LIVE, Place, live
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
 from skipvit_fx.torch_internals import pytree
-
-Place = int | str
-"""Where a call passes an argument: a position, or a keyword."""
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _EMPTY = inspect.Parameter.empty
@@ -207,27 +204,6 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     """The signature of a function that takes a module first, without that parameter."""
     signature = inspect.signature(function)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def places_of(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
-) -> dict[str, Place]:
-    """Where each argument is, by the name of its placeholder: that of the parameter, or a numbered one for ``*args``.
-
-    Raises:
-        TypeError: for arguments that the function itself would not take.
-    """
-    bound = signature.bind(*range(len(args)), **{name: name for name in kwargs})
-    places: dict[str, Place] = {}
-    for name, place in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            places |= {f"{name}_{i}": at for i, at in enumerate(place)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            places |= place
-        else:
-            places[name] = place
-    return places
 
 
 def kinds_of(

@@ -19,10 +19,10 @@ from skipvit_fx.graph.calls import (
     differing_numbers,
     form_of,
     kinds_of,
-    places_of,
     signature_of,
     with_live,
 )
+from skipvit_fx.graph.inputs import places_of
 from skipvit_fx.graph.traced_through import (
     AUTHOR,
     NOT_THE_AUTHORS,
