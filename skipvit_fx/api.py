@@ -15,8 +15,9 @@ from skipvit_fx.capture.capture import Capture
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.capture.opening import with_capture
 from skipvit_fx.errors import NotRewrittenError, UnsupportedModelError
-from skipvit_fx.graph.module import SkipViTModule, watch
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import naming_parts
+from skipvit_fx.graph.more_graphs import watch
 from skipvit_fx.graph.record import graph_lines, numbered_lines
 from skipvit_fx.names import RECORD
 from skipvit_fx.ops.switch import Switchable

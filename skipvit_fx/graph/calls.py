@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from skipvit_fx.author.questions import Recorded
@@ -21,6 +21,9 @@ from skipvit_fx.torch_internals import pytree
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _EMPTY = inspect.Parameter.empty
+
+_SMALL = 4096
+"""The largest number of elements of an integer tensor whose values an example keeps."""
 
 
 class Like(NamedTuple):
@@ -232,3 +235,24 @@ def _is_default(value: Any, default: Any) -> bool:
     ):  # it passes numbers as tensors
         value = quietly(value.item)
     return default is not _EMPTY and fits(default, kind_of_argument(value))
+
+
+def without_data(leaf: Any) -> Any:
+    """A tensor without its values, except for a small integer tensor."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    few = leaf.numel() <= _SMALL and not leaf.is_floating_point()
+    return leaf.detach().clone() if few else torch.empty_like(leaf, device="meta")
+
+
+def with_data(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an example whose tensors hold no values: zeros, on the device of the model's parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(filled, example)
+    return found
