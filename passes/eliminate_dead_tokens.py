@@ -70,7 +70,7 @@ class EliminateDeadTokens:
         for node in nodes:
             for edge in edges[node]:
                 editor.rewire(node, edge.argument, narrowed[edge])
-            if liveness.is_narrow(node):
+            if node in liveness.narrow:
                 follow_input(context, node, always=True)
 
 
@@ -117,9 +117,6 @@ class _Liveness:
         for node in context.editor.graph.nodes:
             if self._can_be_narrow(node):
                 self.narrow.add(node)
-
-    def is_narrow(self, node: fx.Node) -> bool:
-        return node in self.narrow
 
     def passes_through(self, node: fx.Node) -> bool:
         """Whether a node is a merge of which only prefix rows are read: these never left."""

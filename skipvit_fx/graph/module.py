@@ -68,14 +68,11 @@ class SkipViTModule(fx.GraphModule):
         """
         return self._run_graph("forward", args, kwargs)
 
-    def author_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the author's forward on this state."""
-        return self.own.run(self.__dict__[AUTHOR], *args, **kwargs)
-
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of every rewritten model."""
-        run = self.graph_forward if self.skipping else self.author_forward
-        return run(*args, **kwargs)
+        if self.skipping:
+            return self.graph_forward(*args, **kwargs)
+        return self.own.run(self.__dict__[AUTHOR], *args, **kwargs)
 
     def _call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the author's class: its own code, or a graph of it if that code would run attention."""
