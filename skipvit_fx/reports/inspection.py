@@ -7,7 +7,7 @@ from torch import fx, nn
 from skipvit_fx.graph.attention_ops import key_count
 from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
 from skipvit_fx.names import INSERTED_BY
-from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.ops.switch import switches
 from skipvit_fx.reports.diff import graph_diff
 from skipvit_fx.reports.inspection_report import (
     Inspection,
@@ -32,7 +32,6 @@ def inspect(fast: nn.Module) -> Inspection:
     record = record_of(fast)
     assert isinstance(fast, fx.GraphModule)
     looked = _Looked(fast, record)
-    switches = [m.active for m in fast.modules() if isinstance(m, Switchable)]
     return Inspection(
         model=record.model,
         plan=str(record.plan),
@@ -41,7 +40,7 @@ def inspect(fast: nn.Module) -> Inspection:
         frontend=record.frontend,
         frontend_reason=record.frontend_reason,
         eliminate_dead_tokens=record.options.eliminates,
-        skipping=all(switches),
+        skipping=all(switch.active for switch in switches(fast)),
         validated=record.validated,
         prefix=record.prefix,
         patches=record.patches,
