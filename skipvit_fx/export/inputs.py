@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.capture.example import arguments_of, batch_size, example_from_config, floating_like
+from skipvit_fx.capture.example import (
+    arguments_of,
+    batch_size,
+    example_from_config,
+    floating_like,
+    has_samples,
+)
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
 from skipvit_fx.graph.record import find_record
@@ -70,9 +76,9 @@ def _own_example(model: nn.Module) -> Arguments:
 
 def _with_batch(inputs: Arguments, own: int, batch: int) -> Arguments:
     def sized(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != own:
+        if own == batch or not has_samples(leaf, own):
             return leaf
-        return leaf[:1].expand(batch, *leaf.shape[1:]).clone() if own != batch else leaf
+        return leaf[:1].expand(batch, *leaf.shape[1:]).clone()
 
     args, kwargs = pytree.tree_map(sized, inputs)
     return args, kwargs

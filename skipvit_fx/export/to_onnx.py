@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from skipvit_fx.arguments import check_model
 from skipvit_fx.ascend.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.capture.cloning import clone_structure
-from skipvit_fx.capture.example import batch_size
+from skipvit_fx.capture.example import batch_size, has_samples
 from skipvit_fx.errors import ExportError, GuardError, SkipViTError, first_line
 from skipvit_fx.export.decompose import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
@@ -184,8 +184,7 @@ def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     form = module.prepare(*args, **kwargs) if isinstance(module, SkipViTModule) else None
 
     def first(leaf: Any) -> Any:
-        has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-        return leaf[:1] if has else leaf
+        return leaf[:1] if has_samples(leaf, size) else leaf
 
     args, kwargs = pytree.tree_map(first, (args, kwargs))
     try:

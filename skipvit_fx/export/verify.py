@@ -14,7 +14,7 @@ from skipvit_fx.errors import ExportError, first_line
 from skipvit_fx.export.inputs import Arguments
 from skipvit_fx.graph.record import find_record
 from skipvit_fx.reports.tokens import trace_tokens
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import pytree, tensor_leaves
 
 TIE = 1e-6
 """Scores closer than this, relative to the best, may swap by rounding."""
@@ -85,8 +85,8 @@ def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Argument
 
     args, kwargs = inputs
     with torch.no_grad():
-        wanted = [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+        wanted = tensor_leaves(module(*args, **kwargs))
+    tensors = tensor_leaves(inputs)
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]

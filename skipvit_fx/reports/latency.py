@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.cloning import clone_structure
@@ -20,7 +20,7 @@ from skipvit_fx.reports.latency_model import LatencyModel
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.layers import by_region, regions_of
 from skipvit_fx.reports.macs import MacCount, count_macs, skip_as_planned
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import tensor_leaves
 
 WARM_UP = 2
 """Rounds that are not counted, before the others."""
@@ -60,7 +60,7 @@ def measure_latency(
             f"{rounds!r} rounds of {batch or 0} images cannot be timed",
             hint="pass at least one round, and a batch of images as the input",
         )
-    device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    device = tensor_leaves((args, kwargs))[0].device
     wait = _waiting_for(device)
     timers = [_NodeTimer(_copy(fast, skipping), wait) for skipping in (False, True)]
     whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
