@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 from torch import Tensor, fx, nn
 
 from skipvit_fx.analysis.apart import why_not_apart
-from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
+from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, plain_token_dim, tensors_in, tokens_of
 from skipvit_fx.analysis.tokens import NodeFacts, carries_tokens
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
@@ -142,7 +142,7 @@ class _Liveness:
             if argument in self.narrow or not self._has_tokens(argument):
                 continue
             axes = self.analysis.axes(argument)
-            dim = _single_token_dim(axes)
+            dim = plain_token_dim(axes)
             if dim is not None and axes is not None:
                 edges.append(_Edge(argument, dim, _rows(axes, dim, need)))
         return edges
@@ -267,16 +267,8 @@ def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
     return facts
 
 
-def _single_token_dim(axes: Axes | None) -> int | None:
-    """The dimension that is exactly a token axis, if there is only one token axis."""
-    dims = [d for d, dim in enumerate(axes or ()) if tokens_of(dim)]
-    if axes is None or len(dims) != 1 or len(axes[dims[0]]) != 1:
-        return None
-    return dims[0]
-
-
 def _single_tokens(axes: Axes | None) -> Tokens | None:
-    dim = _single_token_dim(axes)
+    dim = plain_token_dim(axes)
     return None if dim is None or axes is None else tokens_of(axes[dim])
 
 

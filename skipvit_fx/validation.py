@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from skipvit_fx.analysis.axes import Batch, Tokens, tokens_of
+from skipvit_fx.analysis.axes import Batch, Tokens, plain_token_dim
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.generators import GeneratorStates, generators_kept
 from skipvit_fx.capture.cloning import scratch_copy
@@ -283,13 +283,13 @@ def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
         return stream.dim, 1 - stream.dim, stream.tokens
     if node.op != "call_module" or axes is None or not isinstance(value, Tensor):
         return None
-    dims = [d for d, dim in enumerate(axes) if tokens_of(dim)]
-    batches = [d for d, dim in enumerate(axes) if len(dim) == 1 and isinstance(dim[0], Batch)]
-    if len(dims) != 1 or len(batches) != 1 or len(axes[dims[0]]) != 1:
+    dim = plain_token_dim(axes)
+    batches = [d for d, own in enumerate(axes) if len(own) == 1 and isinstance(own[0], Batch)]
+    if dim is None or len(batches) != 1:
         return None
-    (tokens,) = axes[dims[0]]
+    (tokens,) = axes[dim]
     assert isinstance(tokens, Tokens)
-    return dims[0], batches[0], tokens
+    return dim, batches[0], tokens
 
 
 def _filled_at(node: fx.Node) -> fx.Node:
