@@ -21,11 +21,10 @@ from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.rules import Position
 from skipvit_fx.analysis.spans import Spans, StageSpan
 from skipvit_fx.author.code import AuthorError, author_code
-from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import ValidationError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.nodes import callee
+from skipvit_fx.graph.nodes import attribute, callee
 from skipvit_fx.graph.sizes import RESHAPES, SPLITS
 from skipvit_fx.reports.tokens import Selection
 from skipvit_fx.torch_internals import aten
