@@ -237,7 +237,7 @@ class Masked(Run):
             self.see_filled(node, state)
         if node is self._end and left is not None:
             self._short.add(node)
-            state = take_rows(state, self.stream.dim, self.stream.tokens, left.slots)
+            state = remaining_rows(state, self.stream.dim, self.stream.tokens, left.slots)
         return state
 
     def _rows(self, patches: Tensor) -> Tensor:
@@ -406,7 +406,7 @@ def _rows(tokens: Tokens, slots: Tensor) -> Tensor:
     return torch.cat([rows[:, :start], slots + start, rows[:, stop:]], 1)
 
 
-def take_rows(
+def remaining_rows(
     whole: Tensor, dim: int, tokens: Tokens, slots: Tensor, *, batch_dim: int | None = None
 ) -> Tensor:
     """The rows along ``dim`` of the remaining tokens: prefix, the patches ``slots [batch, present]``, trailing.
@@ -430,7 +430,7 @@ def _take_positions(operand: Tensor, position: Position, slots: Tensor) -> Tenso
     whole = operand.reshape(sizes)
     sizes[at] = slots.shape[0]
     dim = position.dim % position.operand.ndim + rank - position.operand.ndim
-    return take_rows(whole.expand(sizes), dim, position.tokens, slots, batch_dim=at)
+    return remaining_rows(whole.expand(sizes), dim, position.tokens, slots, batch_dim=at)
 
 
 def _spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:

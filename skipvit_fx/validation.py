@@ -33,7 +33,7 @@ from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Merge
-from skipvit_fx.reference import Masked, Run, Step, steps_of, take_rows
+from skipvit_fx.reference import Masked, Run, Step, remaining_rows, steps_of
 from skipvit_fx.reports.tokens import Selection, selection_of
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.torch_internals import pytree, tensor_leaves
@@ -261,7 +261,7 @@ class _Compared(Masked):
         error = math.inf  # if tokens and samples are not where the analysis says
         if rows is None or value.shape[dim] == tokens.prefix + tokens.patches + tokens.suffix:
             if rows is not None and value.shape[batch_dim] == rows.shape[0]:
-                value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
+                value = remaining_rows(value, dim, tokens, rows, batch_dim=batch_dim)
             # rows after the last that is read may be missing
             value = value.narrow(dim, 0, min(got.shape[dim], value.shape[dim]))
             error = _apart(got, value)

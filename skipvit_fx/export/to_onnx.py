@@ -180,8 +180,10 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run one sample through the graph for several, as ``torch.export`` assumes that both are computed alike."""
+    if not isinstance(module, SkipViTModule):
+        return
     size = batch_size(args, kwargs)
-    form = module.prepare(*args, **kwargs) if isinstance(module, SkipViTModule) else None
+    form = module.prepare(*args, **kwargs)
 
     def first(leaf: Any) -> Any:
         return leaf[:1] if has_samples(leaf, size) else leaf
@@ -189,8 +191,7 @@ def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     args, kwargs = pytree.tree_map(first, (args, kwargs))
     try:
         with torch.no_grad():
-            if form is not None:
-                form.call.run(module, *form.values(args, kwargs))
+            form.call.run(module, *form.values(args, kwargs))
     except GuardError as error:
         raise ExportError(
             f"a file of dynamic batch size would also take one sample, which this graph does not: {first_line(error)}",

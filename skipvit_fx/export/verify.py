@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.capture.cloning import clone_structure
+from skipvit_fx.differences import TOLERANCE
 from skipvit_fx.errors import ExportError, first_line
 from skipvit_fx.export.inputs import Arguments
 from skipvit_fx.graph.record import find_record
@@ -19,15 +20,12 @@ from skipvit_fx.torch_internals import pytree, tensor_leaves
 TIE = 1e-6
 """Scores closer than this, relative to the best, may swap by rounding."""
 
-TOLERANCE = 1e-4
-"""The largest difference of outputs that ``verify`` accepts, relative to the largest output."""
-
 
 def verified(file: Path, model: nn.Module, inputs: Arguments) -> float:
     """The difference between a file and the model in eval mode, on random inputs of the given shapes.
 
     Raises:
-        ExportError: it is larger than ``TOLERANCE``.
+        ExportError: it is larger than :data:`skipvit_fx.differences.TOLERANCE`.
     """
     generator = torch.Generator().manual_seed(0)
 
