@@ -74,13 +74,18 @@ class Tape(TorchDispatchMode):
         self, analysis: TokenAnalysis, values: dict[fx.Node, Any], nodes: Iterable[fx.Node]
     ) -> None:
         """Run these nodes on fake tensors. What they read comes from ``values``, or from ``analysis``."""
-        player = _Player(analysis)
+
+        def value(argument: fx.Node) -> Any:
+            return values[argument] if argument in values else analysis[argument].value
+
         with analysis.fake_mode, torch.no_grad():
             for node in nodes:
-                for argument in node.all_input_nodes:
-                    player.env[argument] = values.get(argument, analysis[argument].value)
-                with self:
-                    values[node] = player.run_node(node)
+                if node.op == "get_attr":
+                    values[node] = analysis.fake_attribute(str(node.target))
+                else:
+                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+                    with self:
+                        values[node] = analysis.callee(node)(*args, **kwargs)
                 self._used |= {id(t) for t in tensors_in(values[node])}
 
     def is_used(self, tensor: Tensor) -> bool:
@@ -131,20 +136,6 @@ class Tape(TorchDispatchMode):
                 if id(tensor) in self._data:
                     return tensor, _aligned(at, tensor)
         return made.out, None
-
-
-class _Player(fx.Interpreter):
-    """Runs single nodes on the fake tensors of an analysis."""
-
-    def __init__(self, analysis: TokenAnalysis) -> None:
-        super().__init__(analysis.module)
-        self.analysis = analysis
-
-    def fetch_attr(self, target: str) -> Any:
-        return self.analysis.fake_attribute(target)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.analysis.fake_module(target)(*args, **kwargs)
 
 
 def _tags(packet: Any) -> list[Any]:
