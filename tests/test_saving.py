@@ -87,9 +87,10 @@ def test_round_trip(name: str, plan: str, options: dict[str, Any], tmp_path: Pat
 
 
 def test_inputs_by_name_are_kept(tmp_path: Path) -> None:
-    fast = skipvit_fx.rewrite(VIT.build(), "2(55%)+4", example_inputs={"x": VIT.input()})
+    example = {"x": VIT.input()}
+    fast = skipvit_fx.rewrite(VIT.build(depth=2), "1(55%)+2", example_inputs=example)
     skipvit_fx.save(fast, tmp_path / "fast")
-    back = skipvit_fx.load(tmp_path / "fast", VIT.build())
+    back = skipvit_fx.load(tmp_path / "fast", VIT.build(depth=2))
     assert list(record_of(back).kwargs) == ["x"]
     assert record_of(back).kwargs["x"].shape == VIT.input().shape
 
@@ -124,20 +125,21 @@ class Tied(nn.Module):
 
 
 def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
-    fast = skipvit_fx.rewrite(Tied(VIT.build()), "2(55%)+4", example_inputs=VIT.input())
+    model = Tied(VIT.build(depth=2))
+    fast = skipvit_fx.rewrite(model, "1(55%)+2", example_inputs=VIT.input())
     path = tmp_path / "tied.safetensors"
     skipvit_fx.save(fast, path)
     assert stored(path)["tied"] == {
         "again.weight": "inner.head.weight",
         "again.bias": "inner.head.bias",
     }
-    back: Any = skipvit_fx.load(path, Tied(VIT.build(seed=9)))
+    back: Any = skipvit_fx.load(path, Tied(VIT.build(depth=2, seed=9)))
     assert back.again.weight is back.inner.head.weight
     with torch.no_grad():
         assert torch.equal(back(VIT.input()), fast(VIT.input()))
     assert back.front.tolist() == [0, 1, 2, 3]
     assert back.back.tolist() == [2, 3, 4, 5]
-    untied = Tied(VIT.build(), tie=False)
+    untied = Tied(VIT.build(depth=2), tie=False)
     with pytest.raises(skipvit_fx.SavedModelError, match=r"same as inner\.head\.weight"):
         skipvit_fx.load(path, untied)
 
@@ -334,8 +336,8 @@ def graph_text() -> str:
     """All that is said of two rewrites."""
     said: list[Any] = []
     for name in ("vit", "rope-mixed"):
-        family = BY_NAME[name]
-        fast = skipvit_fx.rewrite(family.build(), "1,3(30%,40%)+4", example_inputs=family.input())
+        model, example = BY_NAME[name].build(depth=2), BY_NAME[name].input()
+        fast = skipvit_fx.rewrite(model, "1,2(30%,40%)+3", example_inputs=example)
         record, lines = record_of(fast), (module_lines(fast), state_lines(fast.state_dict()))
         said += [*graph_lines(fast.graph), fast.code]
         said += [fingerprint(record.computation, *lines), *record.passes]

@@ -128,8 +128,10 @@ def test_attention_inside_multihead_attention_counts(training: bool) -> None:
 @pytest.mark.parametrize("enabled", [False, True])
 def test_nothing_is_changed(training: bool, enabled: bool) -> None:
     """Switch, mode, statistics, random state and tensors stay as they are; also on failure."""
-    family = BY_NAME["hybrid-resnet26d"]  # with batch norms
+    family = BY_NAME["vit"]
     model, example = family.build(rate=0.1, depth=2), family.input()
+    embed = model.patch_embed
+    embed.proj = nn.Sequential(embed.proj, nn.BatchNorm2d(embed.proj.out_channels))
     fast = skipvit_fx.rewrite(model, "1(50%)+2", example_inputs=example)
     fast.train(training)
     skipvit_fx.set_skipping(fast, enabled)
