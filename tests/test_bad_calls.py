@@ -35,6 +35,7 @@ from skipvit_fx.errors import (
 )
 from skipvit_fx.ops.switch import Switchable
 from skipvit_fx.plan import Plan, Stage
+from support.commands import share_rewrites
 from support.models import PlainMLP, scramble
 
 pytestmark = pytest.mark.every_case
@@ -310,7 +311,7 @@ REWRITES: list[Bad] = [
     ("model-state", lambda w: sv.rewrite(w.model.state_dict(), PLAN), TypeError, ("Dict", "torch.nn.Module")),
     ("model-twice", lambda w: sv.rewrite(w.fast, PLAN),
      UnsupportedModelError, ("already rewritten", "original")),
-    ("model-inside", on(lambda: nn.Sequential(sv.rewrite(vit(), PLAN))),
+    ("model-inside", lambda w: sv.rewrite(nn.Sequential(w.fast), PLAN, example_inputs=w.x),
      UnsupportedModelError, ("already rewritten",)),
     ("no-attention", on(PlainMLP), UnsupportedModelError, ("no attention", "find_attention")),
     ("no-parameters", on(_without_parameters), UnsupportedModelError, ("no attention", "find_attention")),
@@ -480,7 +481,7 @@ OTHERS: list[Bad] = [
      ExportError, ("only a rewritten model", "expose_kept")),
     ("onnx-random", lambda w: sv.export_onnx(_at_random(), w.path("o")),
      ExportError, ("random score", "score='auto'")),
-    ("onnx-off", lambda w: sv.export_onnx(_switched_off(), w.path("o")),
+    ("onnx-off", lambda w: sv.export_onnx(_switched_off(w), w.path("o")),
      ExportError, ("switched off", "set_skipping")),
     ("onnx-cann", lambda w: sv.export_onnx(w.fast, w.path("o"), target="ascend", cann="one"),
      ExportError, ("'one'",)),
@@ -508,9 +509,8 @@ def _at_random() -> nn.Module:
     return sv.rewrite(vit(), PLAN, score="random")
 
 
-@functools.cache
-def _switched_off() -> nn.Module:
-    fast = sv.rewrite(vit(), PLAN)
+def _switched_off(w: World) -> nn.Module:
+    fast = copy.deepcopy(w.fast)
     sv.set_skipping(fast, False)
     return fast
 
@@ -663,8 +663,13 @@ LINES: list[Line] = [
     ("arguments", "status", "words"), [line[1:] for line in LINES], ids=[line[0] for line in LINES]
 )
 def test_bad_line(
-    world: World, arguments: tuple[str, ...], status: int, words: tuple[str, ...]
+    world: World,
+    arguments: tuple[str, ...],
+    status: int,
+    words: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    share_rewrites(monkeypatch)
     given = [argument.replace("FOLDER/", f"{world.folder}{os.sep}") for argument in arguments]
     result = CliRunner(env={"COLUMNS": "300", "NO_COLOR": "1"}).invoke(app, given)
     assert result.exit_code == status, (result.exit_code, result.exception, result.output)

@@ -13,20 +13,24 @@ from skipvit_fx.cli.app import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
-SMALL = "hidden_size=48, num_attention_heads=3, intermediate_size=96, image_size=64, patch_size=16"
+SMALL = "num_hidden_layers=4, hidden_size=48, num_attention_heads=3, intermediate_size=96, image_size=64, patch_size=16"
 
 
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # PEFT asks transformers
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With smaller models and smaller images."""
+    """With smaller models of four layers, a plan for these, and smaller images."""
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     monkeypatch.chdir(tmp_path)
     for shown, used in (
-        ('"vit_small_patch16_224"', '"vit_tiny_patch16_224", img_size=64'),
+        ('"vit_small_patch16_224"', '"vit_tiny_patch16_224", img_size=64, depth=4'),
+        ("6(55%)+11", "2(55%)+4"),
         ("224, 224", "64, 64"),
-        ("Dinov2Config()", "Dinov2Config(hidden_size=48, num_attention_heads=4, mlp_ratio=2)"),
+        (
+            "Dinov2Config()",
+            "Dinov2Config(num_hidden_layers=4, hidden_size=48, num_attention_heads=4, mlp_ratio=2)",
+        ),
         ("ViTConfig(num_labels=10)", f"ViTConfig(num_labels=10, {SMALL})"),
         ("CLIPConfig()", f"CLIPConfig(vision_config=dict({SMALL}), text_config=dict({SMALL}))"),
     ):

@@ -17,7 +17,7 @@ from support.models import BY_NAME, scramble
 from support.odd_models import DIM, PATCHES, AddPosition, Block, Sdpa, SequenceFirst, image
 from support.reference import Layout, masked_reference, plan_text, relative_error
 
-LAYERS = 3
+LAYERS = 2
 PLAN: dict[str, Any] = {"stages": [(1, "0.4"), (2, "0.3")], "return_layer": 3}
 Read = Callable[[Tensor, int], Tensor]
 

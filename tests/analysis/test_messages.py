@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModel
 import skipvit_fx
 from skipvit_fx import SkipViTError, TraceError, UnsupportedModelError
 from support.models import REFUSED
-from support.odd_models import BAD, DEPTH, DIM, Block, Mlp, Odd, Sdpa, image
+from support.odd_models import BAD, DIM, Block, Mlp, Odd, Sdpa, image
 
 INTERNALS = re.compile(
     r"_Witness|Proxy|FakeTensor|FakeParameter|_LeafCall|skipvit_fixed|object at 0x"
@@ -50,6 +50,7 @@ def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=10, **options).eval()
 
 
+DEPTH = 2
 IMAGES = (2, 3, 64, 64)
 FOUR = {
     "depths": [1, 1, 1, 1],

@@ -65,7 +65,13 @@ def test_mixing_in_the_span(name: str, place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", sorted(POSITIONAL))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name.startswith("batch-norm") else [])
+        for name in sorted(POSITIONAL)
+    ],
+)
 def test_position_in_the_span_is_right_or_refused(name: str, place: str) -> None:
     model = mixing(name, place, layer=2)
     try:

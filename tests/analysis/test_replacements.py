@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import skipvit_fx
 from skipvit_fx import GuardError, UnsupportedModelError
-from support.client_models import STAGES, pixels, rewritten, vit
+from support.client_models import STAGES, fast_vit, pixels, rewritten, vit
 from support.models import layout_of, scramble
 from support.reference import masked_reference, relative_error
 
@@ -79,16 +79,11 @@ def replace(model: nn.Module, path: str, then: Callable[[Tensor], Tensor]) -> No
     setattr(owner, name, Wrapped(getattr(owner, name), then))
 
 
-@pytest.fixture(scope="module")
-def untouched() -> Any:
-    return rewritten(vit())
-
-
 @pytest.mark.every_case
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_mixer_is_refused(untouched: Any, mixer: str, place: str) -> None:
-    fast = copy.deepcopy(untouched)
+def test_a_mixer_is_refused(mixer: str, place: str) -> None:
+    fast = fast_vit()
     kind, then = MIXERS[mixer]
     replace(fast, place, then)
     with pytest.raises(UnsupportedModelError, match=f"{place}' was replaced .* mixes the {kind}"):
@@ -100,8 +95,8 @@ def test_a_mixer_is_refused(untouched: Any, mixer: str, place: str) -> None:
 @pytest.mark.every_case
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", APART)
-def test_what_keeps_tokens_apart_is_called(untouched: Any, name: str, place: str) -> None:
-    model, fast = vit(), copy.deepcopy(untouched)
+def test_what_keeps_tokens_apart_is_called(name: str, place: str) -> None:
+    model, fast = vit(), fast_vit()
     replace(model, place, APART[name])
     replace(fast, place, APART[name])
     with torch.no_grad():
@@ -110,21 +105,21 @@ def test_what_keeps_tokens_apart_is_called(untouched: Any, name: str, place: str
 
 
 def test_a_new_adapter_that_adds_nothing_yet() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     fast.blocks[2].mlp = TokenAdapter(fast.blocks[2].mlp)
     with pytest.raises(UnsupportedModelError, match="TokenAdapter, and now mixes the tokens"):
         fast(pixels())
 
 
 def test_batch_norm_is_refused_as_in_a_rewrite() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     fast.blocks[2].mlp.norm = nn.BatchNorm1d(4)
     with pytest.raises(UnsupportedModelError, match="batch norm"):
         fast(pixels())
 
 
 def test_what_does_not_run_alone_is_refused() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
 
     def tell(x: Tensor) -> Tensor:
         raise ValueError("not today")
@@ -136,7 +131,7 @@ def test_what_does_not_run_alone_is_refused() -> None:
 
 
 def test_where_all_tokens_pass_anything_goes() -> None:
-    fast, model = rewritten(vit()), vit()
+    fast, model = fast_vit(), vit()
     for each in (fast, model):
         replace(each, "blocks.0.mlp", MIXERS["mean"][1])
         each.head = nn.Identity()
@@ -145,7 +140,7 @@ def test_where_all_tokens_pass_anything_goes() -> None:
 
 
 def test_copies_are_judged_for_themselves() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     copied = copy.deepcopy(fast)
     replace(copied, "blocks.2.mlp", MIXERS["mean"][1])
     again = copy.deepcopy(copied)
@@ -156,14 +151,14 @@ def test_copies_are_judged_for_themselves() -> None:
 
 
 def test_a_pickle_holds_what_was_replaced() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     fast.blocks[2].mlp = scramble(nn.Linear(32, 32))
     with torch.no_grad():
         assert torch.allclose(pickle.loads(pickle.dumps(fast))(pixels()), fast(pixels()), atol=1e-5)
 
 
 def test_another_call_watches_its_modules_too() -> None:
-    fast = rewritten(vit(dynamic_img_size=True))
+    fast = fast_vit(dynamic_img_size=True)
     fast(pixels(size=40))
     replace(fast, "blocks.2.mlp", MIXERS["mean"][1])
     for size in (40, 32):
@@ -172,7 +167,7 @@ def test_another_call_watches_its_modules_too() -> None:
 
 
 def test_with_skipping_off_anything_goes() -> None:
-    fast, model = rewritten(vit()), vit()
+    fast, model = fast_vit(), vit()
     replace(fast, "blocks.2.mlp", MIXERS["mean"][1])
     replace(model, "blocks.2.mlp", MIXERS["mean"][1])
     skipvit_fx.set_skipping(fast, False)
@@ -181,7 +176,7 @@ def test_with_skipping_off_anything_goes() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    fast = rewritten(vit(proj_drop_rate=0.3)).train()
+    fast = fast_vit(proj_drop_rate=0.3).train()
     fast.blocks[2].mlp = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5))
     weight = fast.blocks[2].mlp[0].weight.detach().clone()
     torch.manual_seed(3)
@@ -196,7 +191,7 @@ def test_nothing_is_left_behind() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_while_torch_jit_follows() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     replace(fast, "blocks.2.mlp", APART["doubled"])
     traced = torch.jit.trace(fast, pixels())  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -222,7 +217,7 @@ def _functional(fast: Any) -> Any:
 
 @pytest.mark.parametrize("follow", [_export, _functional])
 def test_where_nothing_can_be_run_it_has_to_be_called_before(follow: Any) -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     replace(fast, "blocks.2.mlp", APART["doubled"])
     with pytest.raises(GuardError, match="was replaced by a Wrapped since") as caught:
         follow(fast)
@@ -232,14 +227,14 @@ def test_where_nothing_can_be_run_it_has_to_be_called_before(follow: Any) -> Non
 
 
 def test_what_is_on_the_meta_device_has_to_be_called_before() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     fast.blocks[2].mlp = nn.Linear(32, 32, device="meta")
     with pytest.raises(GuardError, match="cannot be run on its own"):
         fast(pixels())
 
 
 def test_a_graph_that_others_run_keeps_up() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     model = vit(num_classes=3)
     fast.reset_classifier(3)
     fast.load_state_dict(model.state_dict())
@@ -257,7 +252,7 @@ def test_a_graph_that_others_run_keeps_up() -> None:
 
 
 def test_compiled_whole_it_has_to_be_called_once_before() -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     replace(fast, "blocks.2.mlp", APART["doubled"])
     compiled: Any = torch.compile(fast, backend="eager", fullgraph=True)
     with torch.no_grad():

@@ -383,8 +383,12 @@ def trial_of(case: Case) -> Trial | None:
 def check(case: Case) -> Outcome | None:
     """Judge and execute one case; ``None`` if the operator does not take it."""
     trial = trial_of(case)
-    if trial is None:
-        return None
+    return None if trial is None else outcome_of(trial)
+
+
+def outcome_of(trial: Trial) -> Outcome:
+    """Judge what was executed."""
+    case = trial.case
     verdicts: list[Verdict] = []
     for way in WAYS:
         try:
@@ -406,13 +410,40 @@ PACKETS = [*ruled_packets(), *pointwise_packets()]
 
 
 @pytest.mark.parametrize("packet", PACKETS, ids=str)
-def test_what_is_said_to_keep_apart_does(packet: Any) -> None:
-    outcomes = [outcome for case in cases_of(packet) if (outcome := check(case))]
+def test_what_is_said_to_keep_apart_does(packet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a rule has one answer for each result."""
+    trials = [trial for case in cases_of(packet) if (trial := trial_of(case))]
+    outcomes = [outcome_of(trial) for trial in trials]
     met = {outcome.case.func for outcome in outcomes}
     assert [f for f in overloads(packet) if f not in met] == [], "say how to call it: rule_cases"
     assert met or packet not in RULES
     failures = [str(outcome) for outcome in outcomes if outcome.failure]
     assert not failures, "\n".join([f"{len(failures)} of {len(outcomes)}", *failures[:20]])
+    refused = ("refused", "needless")
+    passed = [t for t, o in zip(trials, outcomes, strict=True) if o.verdict not in refused]
+    assert_one_answer_for_each_result(passed, monkeypatch)
+
+
+def assert_one_answer_for_each_result(
+    trials: Sequence[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three calls of each overload."""
+    answered: list[Tensor] = []
+
+    def note(tensor: Tensor, axes: Axes | None) -> None:
+        answered.append(tensor)
+        set_axes(tensor, axes)
+
+    monkeypatch.setattr(tokens, "set_axes", note)
+    tried: Counter[Any] = Counter()
+    for trial in trials:
+        if tried[trial.case.func] == 3:
+            continue
+        tried[trial.case.func] += 1
+        answered.clear()
+        judge(trial.case, trial.kind, "whole")
+        # a composite has inner results, too
+        assert len(answered) >= len(trial.whole), str(trial.case)
 
 
 def test_cases_are_many_and_of_every_form() -> None:
@@ -424,30 +455,6 @@ def test_cases_are_many_and_of_every_form() -> None:
     dims = [case.given.get("dim", case.given.get("dims")) for case in cases]
     for form in (-3, -1, 0, 2, None, [], [0], [-1, 0], [0, 1]):
         assert form in dims
-
-
-@pytest.mark.parametrize("packet", PACKETS, ids=str)
-def test_a_rule_has_one_answer_for_each_result(
-    packet: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answered: list[Tensor] = []
-
-    def note(tensor: Tensor, axes: Axes | None) -> None:
-        answered.append(tensor)
-        set_axes(tensor, axes)
-
-    monkeypatch.setattr(tokens, "set_axes", note)
-    passed: Counter[Any] = Counter()
-    for case in cases_of(packet):
-        if passed[case.func] == 3 or (trial := trial_of(case)) is None:
-            continue
-        answered.clear()
-        verdict = judge(case, trial.kind, "whole")
-        if not verdict.refused:
-            passed[case.func] += 1
-            assert len(answered) >= len(trial.whole), str(
-                case
-            )  # a composite has inner results, too
 
 
 # -- the check itself ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ from skipvit_fx.ops.skip import Keep, Merge
 from skipvit_fx.plan import Plan
 from skipvit_fx.testing import Reference, check_rewrite, randomize, relative_error
 from support.models import BY_NAME, layout_of
+from support.once import made_once
 from support.reference import masked_reference
 from zoo import Row, default_plan, expand, page, parameter_bytes, read_rows, survey
 
@@ -33,6 +34,14 @@ GIB = 2**30
 
 
 # -- the checker ----------------------------------------------------------------------------------------------
+
+
+@made_once
+def rewritten() -> tuple[nn.Module, Any, torch.Tensor]:
+    """A model, its rewrite and images."""
+    family = BY_NAME["vit"]
+    model, x = family.build(), family.input()
+    return model, skipvit_fx.rewrite(model, PLAN, example_inputs=x), x
 
 
 @pytest.mark.parametrize("name", ["vit", "cait", "beit", "rope-mixed"])
@@ -85,9 +94,7 @@ def test_a_wrong_graph_is_seen(spoil: Callable[[fx.GraphModule], None]) -> None:
 
 
 def test_the_reference_is_not_the_model() -> None:
-    family = BY_NAME["vit"]
-    model, x = family.build(), family.input()
-    fast = skipvit_fx.rewrite(model, PLAN, example_inputs=x)
+    model, fast, x = rewritten()
     with torch.no_grad():
         assert relative_error(fast(x), model(x)) > 1e-3
 
@@ -105,16 +112,14 @@ def test_tokens_that_never_return_or_are_fused(plan: str) -> None:
 
 
 def test_where_it_does_not_apply() -> None:
-    family = BY_NAME["vit"]
-    model, x = family.build(), family.input()
-    fast = skipvit_fx.rewrite(model, PLAN, example_inputs=x)
+    model, fast, x = rewritten()
     skipvit_fx.set_skipping(fast, False)
     with pytest.raises(skipvit_fx.SkipViTError, match="switched off"):
         check_rewrite(model, fast, x)
     with pytest.raises(ValueError, match="eval mode"):
-        check_rewrite(model, skipvit_fx.rewrite(model, PLAN, example_inputs=x).train(), x)
+        check_rewrite(model, rewritten()[1].train(), x)
     with pytest.raises(ValueError, match="eval mode"):
-        Reference(family.build().train(), x)
+        Reference(model.train(), x)
 
 
 def test_relative_error() -> None:
@@ -334,12 +339,16 @@ def test_the_script_writes_a_page_and_goes_on_where_it_stopped(tmp_path: Path) -
     ("names", "words"),
     [([], "no models named"), (["timm:qqq*"], "no model matches"), (["hf:v*"], "no wildcards")],
 )
-def test_bad_names(names: list[str], words: str, tmp_path: Path) -> None:
-    command = [sys.executable, zoo.__file__, *names, "--out", str(tmp_path / "zoo.md")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {words}")
-    assert "hint: " in done.stderr
+def test_bad_names(
+    names: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [zoo.__file__, *names, "--out", str(tmp_path / "zoo.md")])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(zoo.__file__), run_name="__main__")
+    said = left.value.code
+    assert isinstance(said, str), "Python prints it and exits with 1"
+    assert said.startswith(f"error: {words}")
+    assert "hint: " in said
     assert not list(tmp_path.iterdir())
 
 

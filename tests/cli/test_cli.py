@@ -14,12 +14,18 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from skipvit_fx.cli.app import app
+from support.commands import share_rewrites
 
 PICTURE = str(Path(__file__).parents[2] / "examples" / "images" / "chelsea.png")
 VIT = "vit_tiny_patch16_224"
 SMALL = ["--img-size", "64", "--depth", "3"]
 PLAN = "1(30%)+3"
 BAD_INPUT, REFUSED = 2, 1
+
+
+@pytest.fixture(autouse=True)
+def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_rewrites(monkeypatch)
 
 
 def skipvit(*args: str) -> Result:

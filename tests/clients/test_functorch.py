@@ -12,12 +12,9 @@ from torch.func import functional_call, grad, vmap
 from support.models import scramble
 from support.rewrites import assert_close, gradients, rewritten
 
-pytestmark = [
-    pytest.mark.every_case,
-    pytest.mark.filterwarnings(
-        "ignore:There is a performance drop.*scaled_dot_product:UserWarning"
-    ),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:There is a performance drop.*scaled_dot_product:UserWarning"
+)
 
 
 @pytest.mark.parametrize("case", ["vit", "fused", "beit", "torchvision", "tied"])

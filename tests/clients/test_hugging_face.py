@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, ViTForImageClassification, pipeline
 
 import skipvit_fx
-from support.client_models import LABELS, STAGES, classifier, pixels, rewritten
+from support.client_models import LABELS, STAGES, classifier, fast_classifier, pixels, rewritten
 from support.outside import MIDDLES
 from support.reference import Layout, Point, masked_reference
 
@@ -29,22 +29,20 @@ def layout(model: Any) -> Layout:
     caveat="a call of another kind gets a graph of its own when it is made first",
 )
 def test_calls_with_what_the_example_had_not() -> None:
-    model = classifier()
-    fast = rewritten(model)
+    model, fast = classifier(), fast_classifier()
     x = pixels()
     with torch.no_grad():
         wanted = masked_reference(model, x, layout(model), **STAGES).output.logits
+        labelled = fast(pixel_values=x, labels=LABELS)
         got = [
             fast(x).logits,
-            fast(pixel_values=x, labels=LABELS).logits,
+            labelled.logits,
             fast(x, return_dict=False)[0],
-            fast(x, output_hidden_states=False).logits,
-            fast(x, output_attentions=False).logits,
+            fast(x, output_hidden_states=False, output_attentions=False).logits,
         ]
         for logits in got:
             torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
-        loss = fast(x, labels=LABELS).loss
-        torch.testing.assert_close(loss, nn.functional.cross_entropy(wanted, LABELS))
+        torch.testing.assert_close(labelled.loss, nn.functional.cross_entropy(wanted, LABELS))
     assert fast.device == model.device
     assert fast.dtype == model.dtype
     assert fast.num_parameters() == model.num_parameters()
@@ -71,8 +69,7 @@ def test_another_image_size() -> None:
     caveat="what is saved is the author's model; rewrite it again after loading",
 )
 def test_saved_as_the_model_itself(tmp_path: Path) -> None:
-    model = classifier()
-    fast = rewritten(model)
+    model, fast = classifier(), fast_classifier()
     fast.save_pretrained(tmp_path)
     again = ViTForImageClassification.from_pretrained(tmp_path).eval()
     assert again.config.architectures == ["ViTForImageClassification"]
@@ -85,7 +82,7 @@ def test_saved_as_the_model_itself(tmp_path: Path) -> None:
 def test_pipeline() -> None:
     from transformers import ViTImageProcessor
 
-    fast = rewritten(classifier())
+    fast = fast_classifier()
     size = {"height": 32, "width": 32}
     images = ViTImageProcessor(size=size)
     classify = pipeline("image-classification", model=fast, image_processor=images)
@@ -126,7 +123,7 @@ def step(fast: Any) -> tuple[Tensor, dict[str, Tensor], int]:
 )
 @pytest.mark.slow
 def test_gradient_checkpointing_switched_on_and_off() -> None:
-    fast = rewritten(classifier())
+    fast = fast_classifier()
     plain = step(fast)
     assert plain[2] == 1
     fast.activation_checkpointing_enable()
@@ -195,7 +192,7 @@ def test_trainer(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
 
     def fresh() -> Any:
-        fast = rewritten(classifier())
+        fast = fast_classifier()
         return WithTower(fast) if kind == "tower" else fast
 
     options = {"gradient_checkpointing": True} if kind == "recomputing" else {}
@@ -208,7 +205,7 @@ def test_trainer(kind: str, tmp_path: Path) -> None:
         resumed = trained(fresh(), tmp_path / "one", resume=True, **options)
         for name, value in first.items():
             torch.testing.assert_close(resumed[name], value)
-    off = rewritten(classifier())
+    off = fast_classifier()
     skipvit_fx.set_skipping(off, False)
     plain = trained(WithTower(off) if kind == "tower" else off, tmp_path / "off", **options)
     author = trained(

@@ -16,7 +16,6 @@ from skipvit_fx.ops.select import Select
 from support.rewrites import assert_close, rewritten
 
 pytestmark = [
-    pytest.mark.every_case,
     pytest.mark.filterwarnings("ignore:You are using the legacy:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import skipvit_fx
-from support.client_models import LABELS, PLAN, classifier, pixels, rewritten
+from support.client_models import LABELS, PLAN, classifier, fast_classifier, pixels
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -39,7 +39,7 @@ def adapted(model: Any, kind: str) -> Any:
 def test_an_adapter_on_a_rewritten_model(kind: str) -> None:
     """The same as rewriting the model with its adapter, in every way to call it; and it learns."""
     x = pixels()
-    late = adapted(rewritten(classifier()), kind)
+    late = adapted(fast_classifier(), kind)
     inside = adapted(classifier(), kind)
     inside.base_model.model = skipvit_fx.rewrite(inside.base_model.model, PLAN, example_inputs=x)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_an_adapter_on_a_rewritten_model(kind: str) -> None:
         torch.testing.assert_close(
             late(pixel_values=x).logits, inside(x).logits, rtol=1e-5, atol=1e-5
         )
-        assert not torch.allclose(late(x).logits, rewritten(classifier())(x).logits, atol=1e-3)
+        assert not torch.allclose(late(x).logits, fast_classifier()(x).logits, atol=1e-3)
     for model in (late, inside):
         model.zero_grad()
         model(pixel_values=x, labels=LABELS).loss.backward()
@@ -66,13 +66,13 @@ def test_an_adapter_on_a_rewritten_model(kind: str) -> None:
 @pytest.mark.slow
 def test_an_adapter_is_saved_loaded_and_merged(tmp_path: Path) -> None:
     x = pixels()
-    late = adapted(rewritten(classifier()), "lora")
+    late = adapted(fast_classifier(), "lora")
     with torch.no_grad():
         wanted = late(x).logits
         late.save_pretrained(tmp_path)
-        again = peft.PeftModel.from_pretrained(rewritten(classifier()), str(tmp_path)).eval()
+        again = peft.PeftModel.from_pretrained(fast_classifier(), str(tmp_path)).eval()
         torch.testing.assert_close(again(x).logits, wanted)
         with again.disable_adapter():
-            torch.testing.assert_close(again(x).logits, rewritten(classifier())(x).logits)
+            torch.testing.assert_close(again(x).logits, fast_classifier()(x).logits)
         merged = again.merge_and_unload()
         torch.testing.assert_close(merged(x).logits, wanted, rtol=1e-4, atol=1e-5)

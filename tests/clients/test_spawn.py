@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import multiprocessing, nn
 
-from support.client_models import pixels, rewritten, vit
+from support.client_models import fast_vit, pixels
 
 
 def _call(_: int, fast: nn.Module, path: str) -> None:
@@ -19,7 +19,7 @@ def _call(_: int, fast: nn.Module, path: str) -> None:
 @pytest.mark.slow  # the process imports everything again
 @pytest.mark.client("Python", "multiprocessing, spawned")
 def test_spawned(tmp_path: Path) -> None:
-    fast = rewritten(vit())
+    fast = fast_vit()
     result = tmp_path / "result.pt"
     multiprocessing.spawn(_call, args=(fast, str(result)), nprocs=1)  # type: ignore[no-untyped-call]
     with torch.no_grad():

@@ -10,7 +10,6 @@ import torch
 
 from support.rewrites import assert_close, gradients, rewritten
 
-pytestmark = pytest.mark.every_case
 BATCH = torch.export.Dim("batch", min=1)
 
 

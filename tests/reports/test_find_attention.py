@@ -118,7 +118,7 @@ class TestFound:
 
     def test_the_numbers_are_those_that_plans_use(self) -> None:
         family = BY_NAME["parallel-things"]
-        model = family.build()
+        model = family.build(depth=2)
         depth = len(find_attention(model, example_inputs=family.input()).layers)
         skipvit_fx.rewrite(model, f"{depth}(50%)+{depth + 1}", example_inputs=family.input())
         with pytest.raises(skipvit_fx.PlanError, match=f"the model has {depth} layers"):

@@ -8,26 +8,21 @@ from typing import Any
 
 import networkx as nx
 import pytest
-import timm
 import torch
 from torch import nn
 
 import skipvit_fx
 from skipvit_fx.graph.record import graph_lines, record_of
 from skipvit_fx.reports.inspection_report import Inspection
-from support.models import BY_NAME, Family
+from support.checks import fast_vit_small
+from support.models import BY_NAME
 
 GIGA = 1e9
 
 
 @pytest.fixture(scope="module")
-def vit() -> nn.Module:
-    return timm.create_model("vit_small_patch16_224").eval()
-
-
-@pytest.fixture(scope="module")
-def fast(vit: nn.Module) -> Any:
-    return skipvit_fx.rewrite(vit, "6(55%)+11")
+def fast() -> Any:
+    return fast_vit_small()
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +34,10 @@ def tokens(report: Inspection) -> list[tuple[int, int, int]]:
     return [(x.attention_tokens, x.queries, x.ffn_tokens) for x in report.layers]
 
 
-def small(family: Family, plan: str, **options: Any) -> Inspection:
-    fast = skipvit_fx.rewrite(family.build(), plan, example_inputs=family.input(), **options)
-    return skipvit_fx.inspect(fast)
+def small(plan: str, name: str = "vit", depth: int = 4, **options: Any) -> Inspection:
+    family = BY_NAME[name]
+    model, example = family.build(depth=depth), family.input()
+    return skipvit_fx.inspect(skipvit_fx.rewrite(model, plan, example_inputs=example, **options))
 
 
 def test_tokens_per_layer(report: Inspection) -> None:
@@ -70,7 +66,7 @@ def test_macs(report: Inspection) -> None:
 
 
 def test_two_stages_and_a_return_before_the_norm() -> None:
-    two = small(BY_NAME["vit"], "1,3(30%,40%)+5", eliminate_dead_tokens=False)
+    two = small("1,3(30%,40%)+5", eliminate_dead_tokens=False)
     # 24 patches: 7 leave, then 6 of 17
     assert tokens(two) == [(25, 25, 18), (18, 18, 18), (18, 18, 12), (12, 12, 12)]
     assert [layer.dropped for layer in two.layers] == [7, 0, 6, 0]
@@ -79,17 +75,17 @@ def test_two_stages_and_a_return_before_the_norm() -> None:
 
 
 def test_what_nobody_reads_does_not_return() -> None:
-    assert small(BY_NAME["vit"], "1(50%)+5").head.returned == 0
+    assert small("1(50%)+3", depth=2).head.returned == 0
 
 
 def test_block_cut() -> None:
-    block = small(BY_NAME["vit"], "2(50%)+4", cut="block", eliminate_dead_tokens=False)
+    block = small("2(50%)+4", cut="block", eliminate_dead_tokens=False)
     assert tokens(block) == [(25, 25, 25), (25, 25, 25), (13, 13, 13), (25, 25, 25)]
     assert [layer.dropped for layer in block.layers] == [0, 12, 0, 0]
 
 
 def test_fused_token_is_a_row() -> None:
-    fused = small(BY_NAME["vit"], "1,2(50%,50%)+4+fused", eliminate_dead_tokens=False)
+    fused = small("1,2(50%,50%)+4+fused", eliminate_dead_tokens=False)
     # 24 patches: 12 stay and one stands in, of these 13 again 7 and one
     assert tokens(fused) == [(25, 25, 14), (14, 14, 9), (9, 9, 9), (25, 25, 25)]
     assert fused.layers[3].returned == 25 - 9
@@ -99,8 +95,7 @@ def test_fused_token_is_a_row() -> None:
     "name", ["vit-unfused", "parallel-scaling", "beit-unfused", "relpos-unfused", "cait", "eva-gqa"]
 )
 def test_other_attentions(name: str) -> None:
-    family = BY_NAME[name]
-    other = small(family, "2(50%)+4", eliminate_dead_tokens=False)
+    other = small("2(50%)+4", name, eliminate_dead_tokens=False)
     full = other.prefix + other.patches
     short = other.prefix + other.patches // 2
     parallel = name.startswith("parallel")  # the cut comes after the FFN
@@ -113,14 +108,14 @@ def test_other_attentions(name: str) -> None:
 
 
 def test_nothing_dropped() -> None:
-    none = small(BY_NAME["vit"], "2(0%)+4")
-    assert tokens(none) == [(25, 25, 25)] * 4
+    none = small("1(0%)+2", depth=2)
+    assert tokens(none) == [(25, 25, 25)] * 2
     assert none.macs - none.baseline_macs == 25 * 64  # the score alone
     assert all(layer.dropped == layer.returned == 0 for layer in none.layers)
 
 
 def test_empty_plan() -> None:
-    report = small(BY_NAME["vit"], "", eliminate_dead_tokens=False)
+    report = small("", depth=2, eliminate_dead_tokens=False)
     assert report.macs == report.baseline_macs
     assert report.inserted == ()
     assert report.diff() == ""
@@ -161,7 +156,7 @@ def test_switched_off_is_said_and_counted_as_on(fast: Any, report: Inspection) -
     assert (off.layers, off.macs) == (report.layers, report.macs)
 
 
-def test_dict_is_plain_and_stable(vit: nn.Module, report: Inspection) -> None:
+def test_dict_is_plain(report: Inspection) -> None:
     plain = report.to_dict()
     assert json.loads(json.dumps(plain)) == plain
     assert list(plain) == [
@@ -192,9 +187,12 @@ def test_dict_is_plain_and_stable(vit: nn.Module, report: Inspection) -> None:
         "bytes": report.layers[5].bytes,
         "baseline_bytes": report.layers[5].baseline_bytes,
     }
-    again = skipvit_fx.inspect(skipvit_fx.rewrite(vit, "6(55%)+11"))
-    assert again.to_dict() == plain
-    assert again == report
+
+
+def test_the_same_rewrite_has_the_same_report() -> None:
+    one, other = small("1(50%)+2", depth=2), small("1(50%)+2", depth=2)
+    assert one == other
+    assert one.to_dict() == other.to_dict()
 
 
 def test_diff(fast: Any, report: Inspection) -> None:
@@ -259,9 +257,9 @@ def test_a_copy_can_be_inspected(fast: Any, report: Inspection) -> None:
 
 
 @pytest.mark.parametrize("other", ["model", "graph", "no module"])
-def test_what_was_not_rewritten_is_refused(vit: nn.Module, other: str) -> None:
+def test_what_was_not_rewritten_is_refused(other: str) -> None:
     given: Any = {
-        "model": vit,
+        "model": BY_NAME["vit"].build(),
         "graph": torch.fx.symbolic_trace(nn.Linear(2, 2)),
         "no module": None,
     }[other]

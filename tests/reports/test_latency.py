@@ -21,6 +21,7 @@ from skipvit_fx.reports.latency import measure_latency
 from skipvit_fx.reports.latency_model import LatencyModel
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.macs import count_macs
+from support.commands import share_rewrites
 
 PLAN = "1(50%)+3"
 SMALL = ["vit_tiny_patch16_224", PLAN, "--img-size", "64", "--depth", "3"]
@@ -181,7 +182,8 @@ def test_bad_input(vit: nn.Module, fast: Any) -> None:
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_bench_json() -> None:
+def test_bench_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_rewrites(monkeypatch)
     result = CliRunner().invoke(app, ["bench", *SMALL, "--batch", "1", "--rounds", "1", "--json"])
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
@@ -193,7 +195,8 @@ def test_bench_json() -> None:
     assert "random weights" in result.stderr
 
 
-def test_bench_table() -> None:
+def test_bench_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_rewrites(monkeypatch)
     result = CliRunner().invoke(app, ["bench", *SMALL, "--batch", "1", "--rounds", "1"])
     assert result.exit_code == 0, result.output
     assert "by multiply-adds alone" in result.stdout

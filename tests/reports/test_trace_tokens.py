@@ -11,15 +11,17 @@ from torch import Tensor, nn
 import skipvit_fx
 from skipvit_fx.graph.traced_through import StayAway
 from support.models import BY_NAME, TORCHVISION, layout_of
+from support.once import made_once
 from support.reference import assert_same_tokens, masked_reference, physical_reference
 
 PATCHES = 24
 
 
-def rewritten(plan: str, name: str = "vit", **options: Any) -> tuple[nn.Module, Any, Tensor]:
+@made_once
+def rewritten(plan: str, name: str = "vit", seed: int = 0) -> tuple[nn.Module, Any, Tensor]:
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
-    return model, skipvit_fx.rewrite(model, plan, example_inputs=x[:2], **options), x
+    model, x = family.build(seed=seed), family.input()
+    return model, skipvit_fx.rewrite(model, plan, example_inputs=x[:2]), x
 
 
 def assert_partition(kept: Tensor, dropped: Tensor, whole: Tensor) -> None:
@@ -81,9 +83,8 @@ FUSED = [(1, "0.5"), (2, "0.5"), (3, "0.5")]
 @pytest.mark.parametrize("seed", range(3))
 def test_fused_tokens_are_no_patches(seed: int) -> None:
     """Against the reference, which names fused tokens PATCHES, PATCHES + 1, ... after the patches."""
-    family = BY_NAME["vit"]
-    model, x = family.build(seed=seed), family.input(batch=8)
-    fast = skipvit_fx.rewrite(model, "1,2,3(50%,50%,50%)+4+fused", example_inputs=x)
+    model, fast, _ = rewritten("1,2,3(50%,50%,50%)+4+fused", seed=seed)
+    x = BY_NAME["vit"].input(batch=8)
     traces = skipvit_fx.trace_tokens(fast, x)
     with torch.no_grad():
         wanted = physical_reference(model, x, stages=FUSED, return_layer=4, fused=True).stages
@@ -113,12 +114,8 @@ def test_some_fused_tokens_are_dropped_and_some_not() -> None:
     """The test above would prove little if all samples did the same."""
     seen = set()
     for seed in range(3):
-        family = BY_NAME["vit"]
-        x = family.input(batch=8)
-        fast = skipvit_fx.rewrite(
-            family.build(seed=seed), "1,2,3(50%,50%,50%)+4+fused", example_inputs=x
-        )
-        for trace in skipvit_fx.trace_tokens(fast, x):
+        _, fast, _ = rewritten("1,2,3(50%,50%,50%)+4+fused", seed=seed)
+        for trace in skipvit_fx.trace_tokens(fast, BY_NAME["vit"].input(batch=8)):
             assert trace.fused_kept is not None
             seen |= set(trace.fused_kept.flatten().tolist())
     assert seen == {True, False}

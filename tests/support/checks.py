@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import skipvit_fx
 from support.odd_models import image
+from support.once import made_once
 from support.reference import (
     ReferenceResult,
     assert_same_tokens,
@@ -40,6 +42,12 @@ def rewrite(
         plan = plan_text(plan["stages"], plan.get("return_layer"), fused)
     example = image() if x is ... else x
     return skipvit_fx.rewrite(model, plan, example_inputs=example, **options)
+
+
+@made_once
+def fast_vit_small() -> Any:
+    """With the plan of the README."""
+    return skipvit_fx.rewrite(timm.create_model("vit_small_patch16_224").eval(), "6(55%)+11")
 
 
 def assert_exact(fast: Any, model: nn.Module, x: Any, layout: Any, plan: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import skipvit_fx
 from support.models import scramble
+from support.once import made_once
 
 PLAN = "2(50%)+4"
 STAGES: Any = {"stages": [(2, "0.5")], "return_layer": 4}
@@ -48,3 +49,15 @@ def vit(**options: Any) -> Any:
 
 def rewritten(model: Any, **options: Any) -> Any:
     return skipvit_fx.rewrite(model, PLAN, example_inputs=pixels(), **options)
+
+
+@made_once
+def fast_vit(**options: Any) -> Any:
+    """timm's, rewritten."""
+    return rewritten(vit(**options))
+
+
+@made_once
+def fast_classifier(**options: Any) -> Any:
+    """Hugging Face's, rewritten."""
+    return rewritten(classifier(**options))
