@@ -127,9 +127,9 @@ class Call:
         return self.direct.run(model, at_hand[1], *values)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Call:
-        known = {id(self.at_hand): None, id(self.code): self.code, id(self.direct): self.direct}
-        fields = copy.deepcopy(vars(self), memo | known)
-        return Call(**fields)
+        # into the same memo: the module's own graph is that of its first call, also in a copy
+        memo |= {id(self.at_hand): None, id(self.code): self.code, id(self.direct): self.direct}
+        return Call(**copy.deepcopy(vars(self), memo))
 
     @property
     def numbers(self) -> set[str]:

@@ -55,6 +55,9 @@ class SkipViTModule(fx.GraphModule):
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
+        for call in self.own.calls:
+            if call.graph is graph_of(self):
+                call.graph = graph
         fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
 
     # -- calls ------------------------------------------------------------------------------------------------

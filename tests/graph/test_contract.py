@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import skipvit_fx
@@ -109,6 +110,34 @@ def test_a_deep_copy_is_its_own(images: Tensor) -> None:
             parameter.zero_()
         skipvit_fx.set_skipping(twin, False)
         assert torch.equal(fast(images), wanted)
+
+
+def _swap_query_and_key(graph: fx.Graph) -> None:
+    node = next(n for n in graph.nodes if n.target is F.scaled_dot_product_attention)
+    query, key, *others = node.args
+    node.args = (key, query, *others)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_edit_of_the_graph_is_what_runs(copied: bool, replaced: bool, images: Tensor) -> None:
+    """As in any graph module: edited in place and compiled again, or assigned."""
+    _, fast = pair()
+    edited = copy.deepcopy(fast) if copied else fast
+    with torch.no_grad():
+        before = fast(images)
+        if replaced:
+            graph = copy.deepcopy(edited.graph)
+            _swap_query_and_key(graph)
+            edited.graph = graph
+        else:
+            _swap_query_and_key(edited.graph)
+            edited.recompile()
+        assert not torch.allclose(edited(images), before)
+        assert torch.equal(edited.graph_forward(images), edited(images))
+        assert torch.equal(copy.deepcopy(edited)(images), edited(images))
+        if copied:
+            assert torch.equal(fast(images), before)
 
 
 def test_dtypes(images: Tensor) -> None:
