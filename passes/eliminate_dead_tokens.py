@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, fx, nn
 
 from skipvit_fx.analysis.apart import why_not_apart
-from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, tensors_in, tokens_of
+from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, plain_token_dim, tensors_in, tokens_of
 from skipvit_fx.analysis.tokens import NodeFacts, carries_tokens
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
@@ -41,9 +42,9 @@ class EliminateDeadTokens:
 
     After::
 
-        stage_1_returned_read = skipvit.dead_tokens.narrow_2(stage_1_returned)
+        stage_1_returned_read = skipvit.dead_tokens.narrow_1(stage_1_returned)
         blocks_2_norm1 = blocks.2.norm1(stage_1_returned)
-        blocks_2_norm1_read = skipvit.dead_tokens.narrow_1(blocks_2_norm1)
+        blocks_2_norm1_read = skipvit.dead_tokens.narrow_2(blocks_2_norm1)
         blocks_2_q = blocks.2.q(blocks_2_norm1_read)
         blocks_2_k = blocks.2.k(blocks_2_norm1)
         add_4 = stage_1_returned_read + squeeze_2
@@ -60,25 +61,46 @@ class EliminateDeadTokens:
         liveness = _Liveness(context)
         context.narrow |= liveness.narrow
         editor = context.editor
-        narrowed: dict[tuple[fx.Node, int, int], fx.Node] = {}
-        for node in list(editor.graph.nodes):
+        nodes = list(editor.graph.nodes)
+        for node in nodes:
             if liveness.passes_through(node):
                 editor.rewire_all(node.users, node, node.all_input_nodes[0])
-                continue
-            edges = liveness.edges_to_narrow(node)
-            for key in edges:
-                argument, dim, rows = key
-                if key not in narrowed:
-                    path = f"dead_tokens.narrow_{len(narrowed) + 1}"
-                    name = f"{argument.name}_read"
-                    narrowed[key] = editor.insert_module(
-                        path, Narrow(dim, rows), (argument,), after=argument, name=name
-                    )
-                    if argument in context.analysis.facts:
-                        context.analysis.facts[narrowed[key]] = context.analysis[argument]
-                editor.rewire(node, argument, narrowed[key])
-            if liveness.is_narrow(node):
+        edges = {node: liveness.edges_to_narrow(node) for node in nodes}
+        narrowed = _insert_narrow(context, [edge for of_node in edges.values() for edge in of_node])
+        for node in nodes:
+            for edge in edges[node]:
+                editor.rewire(node, edge.argument, narrowed[edge])
+            if node in liveness.narrow:
                 follow_input(context, node, always=True)
+
+
+class _Edge(NamedTuple):
+    """What a node reads of an argument that is computed in full: the first ``rows`` along ``dim``."""
+
+    argument: fx.Node
+    dim: int
+    rows: int
+
+
+def _insert_narrow(context: Context, edges: Iterable[_Edge]) -> dict[_Edge, fx.Node]:
+    """The rows that are read, one node for all edges that are alike; numbered in graph order."""
+    facts = context.analysis.facts
+    narrowed: dict[_Edge, fx.Node] = {}
+    last: dict[fx.Node, fx.Node] = {}
+    for edge in sorted(dict.fromkeys(edges)):
+        argument, dim, rows = edge
+        path = f"dead_tokens.narrow_{len(narrowed) + 1}"
+        node = context.editor.insert_module(
+            path,
+            Narrow(dim, rows),
+            (argument,),
+            after=last.get(argument, argument),
+            name=f"{argument.name}_read",
+        )
+        narrowed[edge] = last[argument] = node
+        if argument in facts:
+            facts[node] = facts[argument]
+    return narrowed
 
 
 class _Liveness:
@@ -96,15 +118,12 @@ class _Liveness:
             if self._can_be_narrow(node):
                 self.narrow.add(node)
 
-    def is_narrow(self, node: fx.Node) -> bool:
-        return node in self.narrow
-
     def passes_through(self, node: fx.Node) -> bool:
         """Whether a node is a merge of which only prefix rows are read: these never left."""
         return isinstance(self._op(node), Merge) and self.need.get(node, NONE) <= 0
 
-    def edges_to_narrow(self, node: fx.Node) -> list[tuple[fx.Node, int, int]]:
-        """Arguments that are computed in full, with the dimension and the number of rows that are read here."""
+    def edges_to_narrow(self, node: fx.Node) -> list[_Edge]:
+        """The arguments of a node that are computed in full and read in part."""
         if node not in self.narrow:
             return []
         need = self.need[node]
@@ -118,14 +137,14 @@ class _Liveness:
             ):
                 axes = self.analysis.axes(node)
                 assert axes is not None
-                edges.append((mask, -2, _rows(axes, len(axes) - 2, need)))
+                edges.append(_Edge(mask, -2, _rows(axes, len(axes) - 2, need)))
         for argument in arguments:
             if argument in self.narrow or not self._has_tokens(argument):
                 continue
             axes = self.analysis.axes(argument)
-            dim = _single_token_dim(axes)
+            dim = plain_token_dim(axes)
             if dim is not None and axes is not None:
-                edges.append((argument, dim, _rows(axes, dim, need)))
+                edges.append(_Edge(argument, dim, _rows(axes, dim, need)))
         return edges
 
     def _op(self, node: fx.Node) -> nn.Module | None:
@@ -248,16 +267,8 @@ def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
     return facts
 
 
-def _single_token_dim(axes: Axes | None) -> int | None:
-    """The dimension that is exactly a token axis, if there is only one token axis."""
-    dims = [d for d, dim in enumerate(axes or ()) if tokens_of(dim)]
-    if axes is None or len(dims) != 1 or len(axes[dims[0]]) != 1:
-        return None
-    return dims[0]
-
-
 def _single_tokens(axes: Axes | None) -> Tokens | None:
-    dim = _single_token_dim(axes)
+    dim = plain_token_dim(axes)
     return None if dim is None or axes is None else tokens_of(axes[dim])
 
 

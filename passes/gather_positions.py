@@ -45,6 +45,7 @@ class GatherPositionOperands:
             UnsupportedModelError: an operand cannot be gathered per sample.
         """
         gathered: dict[Any, fx.Node] = {}
+        last: dict[int, fx.Node] = {}  # by stage, so that they are numbered in graph order
         for node in context.spans.nodes():
             positions = context.analysis[node].positions
             if not positions:
@@ -55,11 +56,11 @@ class GatherPositionOperands:
                 op = _gather(node, meets)
                 key = (stage.index, operand, op.place)
                 if key not in gathered:
-                    gathered[key] = context.editor.insert_module(
+                    gathered[key] = last[stage.index] = context.editor.insert_module(
                         f"{stage.name}.gather_{len(gathered) + 1}",
                         op,
                         (operand, skip.positions),
-                        after=skip.kept_tokens,
+                        after=last.get(stage.index, skip.kept_tokens),
                         name=f"{stage.name}_{operand.name}",
                     )
                 readers = [node, *_scores_at(context, node)]

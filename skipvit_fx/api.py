@@ -15,16 +15,17 @@ from skipvit_fx.capture.capture import Capture
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.capture.opening import with_capture
 from skipvit_fx.errors import NotRewrittenError, UnsupportedModelError
-from skipvit_fx.graph.module import SkipViTModule, watch
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import naming_parts
+from skipvit_fx.graph.more_graphs import watch
 from skipvit_fx.graph.record import graph_lines, numbered_lines
 from skipvit_fx.names import RECORD
-from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.ops.switch import switches
 from skipvit_fx.options import Cut, Frontend, Options, Score
 from skipvit_fx.passes import passes_for
 from skipvit_fx.plan import Plan
 from skipvit_fx.reference import steps_of
-from skipvit_fx.rewriting.context import locate
+from skipvit_fx.rewriting.context import start_rewrite
 from skipvit_fx.rewriting.passes import run_passes
 from skipvit_fx.rewriting.recording import record_rewrite
 from skipvit_fx.rewriting.shapes import check_shapes
@@ -124,7 +125,7 @@ def _rewritten(
         captured = steps_of(fast.graph)
         before = graph_lines(fast.graph), numbered_lines(fast.graph)
         with naming_parts(capture.opened):
-            context = locate(capture, options)
+            context = start_rewrite(capture, options)
             edits = run_passes(passes_for(options), context)
             check_shapes(context)
         found = validate_rewrite(model, context, captured) if options.validate else NOT_ASKED
@@ -151,9 +152,8 @@ def set_skipping(fast: nn.Module, on: bool) -> None:
     """
     check_rewritten(fast)
     check_flag("on", on)
-    for module in fast.modules():
-        if isinstance(module, Switchable):
-            module.enabled = on
+    for switch in switches(fast):
+        switch.enabled = on
 
 
 @contextlib.contextmanager
@@ -164,20 +164,19 @@ def skipping(fast: nn.Module, on: bool) -> Iterator[None]:
         NotRewrittenError, PlanError: as :func:`set_skipping` does.
     """
     check_rewritten(fast)
-    before = {m: m.enabled for m in fast.modules() if isinstance(m, Switchable)}
+    before = {switch: switch.enabled for switch in switches(fast)}
     set_skipping(fast, on)
     try:
         yield
     finally:
-        for module, enabled in before.items():
-            module.enabled = enabled
+        for switch, enabled in before.items():
+            switch.enabled = enabled
 
 
 def set_train_only(fast: nn.Module, train_only: bool) -> None:
     """Set whether skipping is off in eval mode: ``train_only`` of :func:`rewrite`."""
-    for module in fast.modules():
-        if isinstance(module, Switchable):
-            module.train_only = train_only
+    for switch in switches(fast):
+        switch.train_only = train_only
 
 
 def check_rewritten(fast: nn.Module) -> None:

@@ -21,11 +21,10 @@ from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.rules import Position
 from skipvit_fx.analysis.spans import Spans, StageSpan
 from skipvit_fx.author.code import AuthorError, author_code
-from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import ValidationError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.nodes import callee
+from skipvit_fx.graph.nodes import attribute, callee
 from skipvit_fx.graph.sizes import RESHAPES, SPLITS
 from skipvit_fx.reports.tokens import Selection
 from skipvit_fx.torch_internals import aten
@@ -238,7 +237,7 @@ class Masked(Run):
             self.see_filled(node, state)
         if node is self._end and left is not None:
             self._short.add(node)
-            state = take_rows(state, self.stream.dim, self.stream.tokens, left.slots)
+            state = remaining_rows(state, self.stream.dim, self.stream.tokens, left.slots)
         return state
 
     def _rows(self, patches: Tensor) -> Tensor:
@@ -407,7 +406,7 @@ def _rows(tokens: Tokens, slots: Tensor) -> Tensor:
     return torch.cat([rows[:, :start], slots + start, rows[:, stop:]], 1)
 
 
-def take_rows(
+def remaining_rows(
     whole: Tensor, dim: int, tokens: Tokens, slots: Tensor, *, batch_dim: int | None = None
 ) -> Tensor:
     """The rows along ``dim`` of the remaining tokens: prefix, the patches ``slots [batch, present]``, trailing.
@@ -431,7 +430,7 @@ def _take_positions(operand: Tensor, position: Position, slots: Tensor) -> Tenso
     whole = operand.reshape(sizes)
     sizes[at] = slots.shape[0]
     dim = position.dim % position.operand.ndim + rank - position.operand.ndim
-    return take_rows(whole.expand(sizes), dim, position.tokens, slots, batch_dim=at)
+    return remaining_rows(whole.expand(sizes), dim, position.tokens, slots, batch_dim=at)
 
 
 def _spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.names import RECORD
 from skipvit_fx.ops.score import ScoreByFunction
-from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.ops.switch import switches
 
 _FORMAT = 3
 
@@ -76,7 +76,7 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
     record = record_of(fast)
     state = fast.state_dict()
     _check_savable(fast, record, state)
-    train_only = any(m.train_only for m in fast.modules() if isinstance(m, Switchable))
+    train_only = any(switch.train_only for switch in switches(fast))
     modules, lines = module_lines(fast), state_lines(state)
     tied = tied_names(state)
     header = _Header(

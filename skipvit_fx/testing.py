@@ -24,7 +24,7 @@ from skipvit_fx.differences import relative_error as relative_error
 from skipvit_fx.graph.inputs import Inputs
 from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.reference import Masked, steps_of
-from skipvit_fx.reports.attention import locate
+from skipvit_fx.reports.attention import find_layers
 from skipvit_fx.reports.tokens import (
     Selection,
     TokenTrace,
@@ -75,23 +75,23 @@ class Reference:
         if model.training:
             raise ValueError("the model must be in eval mode: there is no reference for dropout")
         self._forward = model.forward
-        self._located = locate(model, *example_of(model, example_inputs), prefix_tokens)
-        self._steps = steps_of(self._located.capture.module.graph)
+        self._findings = find_layers(model, *example_of(model, example_inputs), prefix_tokens)
+        self._steps = steps_of(self._findings.capture.module.graph)
 
     @property
     def depth(self) -> int:
         """The number of layers found."""
-        return len(self._located.stream.layers)
+        return len(self._findings.stream.layers)
 
     @property
     def prefix_tokens(self) -> int:
         """The number of rows before the patches."""
-        return self._located.stream.tokens.prefix
+        return self._findings.stream.tokens.prefix
 
     @property
     def patches(self) -> int:
         """The number of patches in the full sequence."""
-        return self._located.stream.tokens.patches
+        return self._findings.stream.tokens.patches
 
     def run(
         self, record: RewriteRecord, selections: Sequence[Selection], *args: Any, **kwargs: Any
@@ -101,9 +101,9 @@ class Reference:
         Returns:
             The model's output, and the residual stream where the tokens return; ``None`` if they never do.
         """
-        located = self._located
-        spans = lay_plan(located.analysis, located.stream, record.options)
-        module = located.capture.module.eval()
+        findings = self._findings
+        spans = lay_plan(findings.analysis, findings.stream, record.options)
+        module = findings.capture.module.eval()
         parts = dict(module.named_modules(remove_duplicate=False))
         masked = Masked(self._steps, module, parts, spans, selections)
         with torch.no_grad():

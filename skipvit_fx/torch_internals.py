@@ -85,6 +85,7 @@ __all__ = [
     "symbol_of",
     "symbolic_trace_module",
     "sympy_interp",
+    "tensor_leaves",
 ]
 
 
@@ -254,6 +255,11 @@ found by it."""
 
 symbolic_trace_module = _symbolic_trace
 """Where ``torch.fx`` keeps the functions that it replaces while it traces. Since 1.8; hidden from other threads."""
+
+
+def tensor_leaves(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists, dicts and registered classes, in order. Since 2.0."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def graph_of(module: fx.GraphModule) -> fx.Graph:

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from skipvit_fx.analysis.axes import Batch, Tokens, tokens_of
+from skipvit_fx.analysis.axes import Batch, Tokens, plain_token_dim
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.generators import GeneratorStates, generators_kept
 from skipvit_fx.capture.cloning import scratch_copy
+from skipvit_fx.capture.example import has_samples, image_of
 from skipvit_fx.differences import badness, relative_error, short, tolerance
 from skipvit_fx.errors import GuardError, ValidationError
 from skipvit_fx.graph.inputs import Inputs
@@ -32,10 +33,10 @@ from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import Merge
-from skipvit_fx.reference import Masked, Run, Step, steps_of, take_rows
+from skipvit_fx.reference import Masked, Run, Step, remaining_rows, steps_of
 from skipvit_fx.reports.tokens import Selection, selection_of
 from skipvit_fx.rewriting.context import Context
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import pytree, tensor_leaves
 
 IMAGES = 2
 NOT_ASKED = "not validated (validate=False)"
@@ -58,7 +59,7 @@ def validate(model: nn.Module, context: Context, captured: tuple[Step, ...]) -> 
     """
     capture = context.capture
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [t for t in pytree.tree_leaves((capture.args, capture.kwargs)) if is_tensor(t)]
+    tensors += tensor_leaves((capture.args, capture.kwargs))
     if any(tensor.is_meta for tensor in tensors):
         return NO_VALUES
     devices = sorted({tensor.device for tensor in tensors}, key=str)
@@ -95,11 +96,6 @@ def _alone(devices: Iterable[torch.device]) -> Iterator[GeneratorStates]:
         yield stack.enter_context(generators_kept(devices))
 
 
-def is_tensor(leaf: Any) -> bool:
-    """Whether a leaf of the arguments is a tensor."""
-    return isinstance(leaf, Tensor)
-
-
 # -- images -----------------------------------------------------------------------------------------------------------
 
 
@@ -111,20 +107,17 @@ def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
     numbers replace constant tensors, except those of fewer axes than a picture: masks, or scales.
     """
     example = (args, kwargs)
-    tensors = [t for t in pytree.tree_leaves(example) if is_tensor(t) and t.ndim]
-    largest = max((t for t in tensors if t.is_floating_point()), key=Tensor.numel)
-    samples = largest.shape[0]
-    second = next((i for i in range(1, samples) if _differ(largest, i)), min(1, samples - 1))
+    image = image_of(args, kwargs)
+    assert image is not None
+    samples = image.shape[0]
+    second = next((i for i in range(1, samples) if _differ(image, i)), min(1, samples - 1))
     generator = torch.Generator().manual_seed(0)
 
-    def has_samples(leaf: Any) -> bool:
-        return is_tensor(leaf) and leaf.ndim > 0 and leaf.shape[0] == samples
-
     def pair(leaf: Any) -> Any:
-        if not has_samples(leaf):
+        if not has_samples(leaf, samples):
             return leaf
         two: Tensor = leaf.detach()[[0, second]]
-        if not two.is_floating_point() or (two.ndim < 3 and leaf is not largest):
+        if not two.is_floating_point() or (two.ndim < 3 and leaf is not image):
             return two
         if _is_constant(two):
             return torch.randn(two.shape, generator=generator, device="cpu").to(two)
@@ -134,10 +127,12 @@ def sets_of_images(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, 
         return torch.stack([two[0], mirrored])
 
     def alone(leaf: Any, two: Any) -> Any:
-        return two[:1] if has_samples(leaf) else two
+        return two[:1] if has_samples(leaf, samples) else two
 
     def in_turns(leaf: Any, two: Any) -> Any:
-        return two[torch.arange(samples, device=two.device) % 2] if has_samples(leaf) else two
+        return (
+            two[torch.arange(samples, device=two.device) % 2] if has_samples(leaf, samples) else two
+        )
 
     both = pytree.tree_map(pair, example)
     return (
@@ -268,7 +263,7 @@ class _Compared(Masked):
         error = math.inf  # if tokens and samples are not where the analysis says
         if rows is None or value.shape[dim] == tokens.prefix + tokens.patches + tokens.suffix:
             if rows is not None and value.shape[batch_dim] == rows.shape[0]:
-                value = take_rows(value, dim, tokens, rows, batch_dim=batch_dim)
+                value = remaining_rows(value, dim, tokens, rows, batch_dim=batch_dim)
             # rows after the last that is read may be missing
             value = value.narrow(dim, 0, min(got.shape[dim], value.shape[dim]))
             error = _apart(got, value)
@@ -290,13 +285,13 @@ def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
         return stream.dim, 1 - stream.dim, stream.tokens
     if node.op != "call_module" or axes is None or not isinstance(value, Tensor):
         return None
-    dims = [d for d, dim in enumerate(axes) if tokens_of(dim)]
-    batches = [d for d, dim in enumerate(axes) if len(dim) == 1 and isinstance(dim[0], Batch)]
-    if len(dims) != 1 or len(batches) != 1 or len(axes[dims[0]]) != 1:
+    dim = plain_token_dim(axes)
+    batches = [d for d, own in enumerate(axes) if len(own) == 1 and isinstance(own[0], Batch)]
+    if dim is None or len(batches) != 1:
         return None
-    (tokens,) = axes[dims[0]]
+    (tokens,) = axes[dim]
     assert isinstance(tokens, Tokens)
-    return dims[0], batches[0], tokens
+    return dim, batches[0], tokens
 
 
 def _filled_at(node: fx.Node) -> fx.Node:
@@ -460,7 +455,7 @@ def _returned(author: nn.Module, captured: Iterable[Step]) -> Iterator[dict[str,
     def leave(module: nn.Module, given: Any, value: Any) -> None:
         inside.pop()
         if not inside:  # an in-place operator may change it later
-            copied = pytree.tree_map(lambda t: t.clone() if is_tensor(t) else t, value)
+            copied = pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, value)
             calls[module].append(copied)
 
     handles: list[Any] = []

@@ -86,6 +86,12 @@ def token_dim(axes: Axes) -> int:
     return dims[0]
 
 
+def plain_token_dim(axes: Axes | None) -> int | None:
+    """The dimension that is a token axis and nothing else, if it is the only one with tokens."""
+    dims = [d for d, dim in enumerate(axes or ()) if tokens_of(dim)]
+    return dims[0] if axes and len(dims) == 1 and len(axes[dims[0]]) == 1 else None
+
+
 def plain(shape: Sequence[int]) -> Axes:
     """The axes of a tensor without tokens."""
     return tuple((s,) if s != 1 else () for s in shape)

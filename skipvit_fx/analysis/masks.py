@@ -9,8 +9,7 @@ from torch import Tensor, fx
 
 from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
-from skipvit_fx.capture.symbolic import attribute
-from skipvit_fx.graph.nodes import callee
+from skipvit_fx.graph.nodes import attribute, callee
 
 
 def is_causal(analysis: TokenAnalysis, mask: fx.Node) -> bool:

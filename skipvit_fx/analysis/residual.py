@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from skipvit_fx.analysis.axes import is_data, tensors_in
 from skipvit_fx.analysis.tokens import TokenAnalysis
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.graph.attention_ops import SDPA, SOFTMAX
+from skipvit_fx.graph.attention_ops import SDPA, SOFTMAX, key_count
 from skipvit_fx.graph.module_paths import module_calls, module_path
 
 
@@ -223,13 +223,4 @@ def is_softmax(analysis: TokenAnalysis, node: fx.Node) -> bool:
 
 def keys_of(analysis: TokenAnalysis, node: fx.Node) -> int:
     """The number of keys of an attention, or of values that a softmax runs over."""
-    if node.target in SDPA:
-        key = node.args[1] if len(node.args) > 1 else node.kwargs["key"]
-        assert isinstance(key, fx.Node)
-        return int(analysis[key].value.shape[-2])
-    value: Tensor = analysis[node].value
-    if node.op == "call_module":
-        dim: object = analysis.module.get_submodule(str(node.target)).dim
-    else:
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return int(value.shape[dim if isinstance(dim, int) else -1])
+    return key_count(node, analysis.module, lambda read: analysis[read].value.shape)

@@ -32,12 +32,11 @@ from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.capture.capture import Capture
 from skipvit_fx.capture.cloning import fake_structure
 from skipvit_fx.capture.fakes import fake_inputs
-from skipvit_fx.capture.symbolic import attribute
 from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.nodes import callee
+from skipvit_fx.graph.nodes import attribute, callee
 from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.torch_internals import TorchDispatchMode, aten, is_writing, pytree
 

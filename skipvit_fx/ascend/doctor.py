@@ -6,13 +6,12 @@ Everything that could bring the process down is tried in a separate one.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -167,19 +166,3 @@ def _cann() -> list[Line]:
         advice = "" if path else f"comes with CANN or its driver, to {use}"
         lines.append(Line(tool, "info" if path else "missing", path or "not on the path", advice))
     return lines
-
-
-def as_text(lines: list[Line]) -> str:
-    """A table, with advice below the lines that have some."""
-    width = max(len(line.what) for line in lines)
-    text = []
-    for line in lines:
-        text.append(f"{line.what:<{width}}  {line.state:<7}  {line.detail}")
-        if line.advice:
-            text.append(f"{'':<{width}}           {line.advice}")
-    return "\n".join(text)
-
-
-def as_json(lines: list[Line]) -> str:
-    """A list of objects."""
-    return json.dumps([asdict(line) for line in lines], indent=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -112,13 +112,9 @@ def _look_up(name: str, inserted: bool) -> NpuOperator:
     )
 
 
-def find_device(probe: Callable[[], bool] | None = None) -> torch.device:
-    """``npu:0`` if torch-npu and a device are available, else the CPU.
-
-    Args:
-        probe: tells whether an NPU can be used; by default :func:`npu_is_available`.
-    """
-    return torch.device("npu:0") if (probe or npu_is_available)() else torch.device("cpu")
+def find_device() -> torch.device:
+    """``npu:0`` if torch-npu and a device are available, else the CPU."""
+    return torch.device("npu:0" if npu_is_available() else "cpu")
 
 
 def npu_is_available() -> bool:

@@ -18,11 +18,11 @@ CONSTANT = "_tensor_constant"
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 _COMPARED = (bool, int, float, str)
 
-Place = tuple[str, str]
+Attribute = tuple[str, str]
 """The path of a module and the name of an attribute."""
 
 
-def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]:
+def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Attribute, Any]:
     """Replace the forward of ``root``. Each call fills the returned dict.
 
     Args:
@@ -35,7 +35,7 @@ def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]
     Raises:
         TraceError: in the call, if it assigns another tensor to a parameter or buffer.
     """
-    changes: dict[Place, Any] = {}
+    changes: dict[Attribute, Any] = {}
     forward = root.forward
 
     @functools.wraps(forward)
@@ -60,20 +60,20 @@ def watch_attributes(root: nn.Module, paths: frozenset[str]) -> dict[Place, Any]
     return changes
 
 
-def _attributes(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
+def _attributes(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Attribute, Any]]:
     for path in sorted(paths):
         for name, value in vars(root.get_submodule(path)).items():
             if name not in _OF_EVERY_MODULE and not name.startswith(CONSTANT):
                 yield (path, name), value
 
 
-def _leaves(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
+def _leaves(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Attribute, Any]]:
     """The attributes as leaves, so that a list that grows counts as changed."""
     for place, value in _attributes(root, paths):
         yield place, pytree.tree_flatten(value)
 
 
-def _state(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Place, Any]]:
+def _state(root: nn.Module, paths: frozenset[str]) -> Iterator[tuple[Attribute, Any]]:
     for path in sorted(paths):
         module = root.get_submodule(path)
         for name, tensor in {**parameters_of(module), **buffers_of(module)}.items():
@@ -89,14 +89,14 @@ def _same(before: Any, now: Any) -> bool:
     )
 
 
-def kept_of_a_call(changes: Mapping[Place, Any]) -> list[Place]:
+def kept_of_a_call(changes: Mapping[Attribute, Any]) -> list[Attribute]:
     """Where modules keep tensors of the call that was just traced."""
     return [
         place for place, now in changes.items() if any(map(_is_activation, pytree.tree_leaves(now)))
     ]
 
 
-def warn_of_kept(places: list[Place]) -> None:
+def warn_of_kept(places: list[Attribute]) -> None:
     """Warn that modules keep tensors of every call."""
     if places:
         warnings.warn(
@@ -112,5 +112,5 @@ def _is_activation(leaf: Any) -> bool:
     return isinstance(tracer.example(leaf.node), FakeTensor)
 
 
-def _spelled(places: list[Place]) -> str:
+def _spelled(places: list[Attribute]) -> str:
     return ", ".join(f"{path}.{name}".removeprefix(".") for path, name in places)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 
 from skipvit_fx.author.code import is_authors
-from skipvit_fx.author.this_thread import Place, during, here, only_here
+from skipvit_fx.author.this_thread import Replaceable, during, here, only_here
 from skipvit_fx.errors import TraceError
 from skipvit_fx.torch_internals import TorchDispatchMode, pytree
 
@@ -38,12 +38,12 @@ def _refuse(library: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def draws() -> dict[Place, Any]:
+def draws() -> dict[Replaceable, Any]:
     """Functions that use or set a global generator: refused in a forward that is followed, made harmless elsewhere."""
     return _torch_seeds() | _python_functions() | _numpy_functions()
 
 
-def _torch_seeds() -> dict[Place, Any]:
+def _torch_seeds() -> dict[Replaceable, Any]:
     def seed(*args: Any) -> Any:
         return torch.default_generator
 
@@ -54,7 +54,7 @@ def _torch_seeds() -> dict[Place, Any]:
     }
 
 
-def _python_functions() -> dict[Place, Any]:
+def _python_functions() -> dict[Replaceable, Any]:
     """The functions of ``random``, and the methods beneath them, with which an author's generators draw, too."""
     shared: Any = random.random.__self__  # type: ignore[attr-defined]
 
@@ -88,7 +88,7 @@ def _asked_by_author(frame: FrameType | None) -> bool:
     return frame is not None and is_authors(frame)
 
 
-def _numpy_functions() -> dict[Place, Any]:
+def _numpy_functions() -> dict[Replaceable, Any]:
     module: Any = sys.modules.get("numpy.random")
     if module is None:
         return {}
@@ -132,7 +132,7 @@ class RefuseDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def generators_kept() -> Iterator[list[str]]:
+def draws_undone() -> Iterator[list[str]]:
     """Undo draws that bypassed all replacements, through a function kept elsewhere; the generator states show them.
 
     This is done only without other threads, which could have drawn as well.
@@ -159,7 +159,7 @@ def nothing_drawn() -> Iterator[None]:
     Raises:
         TraceError: something was drawn.
     """
-    with generators_kept() as drawn:
+    with draws_undone() as drawn:
         yield
     if drawn:
         raise _drawn(" and ".join(drawn))

@@ -25,11 +25,11 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from skipvit_fx.author.draws import RefuseDraws, draws, generators_kept, lost, nothing_drawn
+from skipvit_fx.author.draws import RefuseDraws, draws, draws_undone, lost, nothing_drawn
 from skipvit_fx.author.this_thread import (
     LOCK,
     Checkpoints,
-    Place,
+    Replaceable,
     during,
     here,
     only_here,
@@ -63,13 +63,13 @@ def contained(model: nn.Module) -> Iterator[None]:
     which hides the attention in one operator.
     """
     if here.phase:
-        with generators_kept():
+        with draws_undone():
             yield
         return
     with (
         LOCK,  # first: the originals must not be another thread's replacements
         replaced(_replacements(model)),
-        generators_kept(),
+        draws_undone(),
         _no_autocast_cache(),
         during("stay"),
     ):
@@ -111,7 +111,7 @@ def lost_context(context: str) -> TraceError:
     )
 
 
-def _replacements(model: nn.Module) -> dict[Place, Any]:
+def _replacements(model: nn.Module) -> dict[Replaceable, Any]:
     """All replacements except those for ``torch.export``. The originals are the current functions."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     written_in = sorted({kind.__module__ for kind in kinds})
@@ -132,14 +132,16 @@ def _replacements(model: nn.Module) -> dict[Place, Any]:
     }
 
 
-def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[Place, Any]:
+def _imported_by_name(
+    functions: dict[Replaceable, Any], packages: set[str]
+) -> dict[Replaceable, Any]:
     """The same functions where the author's code has ``from random import random``, and ``act = Act.apply``."""
     known = {
         id(vars(owner)[name]): function
         for (owner, name), function in functions.items()
         if name in vars(owner)
     }
-    found: dict[Place, Any] = {}
+    found: dict[Replaceable, Any] = {}
     for path, module in list(sys.modules.items()):
         if path.partition(".")[0] not in packages - {"builtins", "torch"}:
             continue
@@ -154,7 +156,7 @@ def _imported_by_name(functions: dict[Place, Any], packages: set[str]) -> dict[P
 # -- values -----------------------------------------------------------------------------------------------------------
 
 
-def _factories() -> dict[Place, Any]:
+def _factories() -> dict[Replaceable, Any]:
     """Factories that become a node if they are called with proxies."""
 
     def record(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +172,7 @@ def _factories() -> dict[Place, Any]:
     }
 
 
-def _lengths(written_in: list[str]) -> dict[Place, Any]:
+def _lengths(written_in: list[str]) -> dict[Replaceable, Any]:
     """``len(x)`` in the author's code: Python needs a number, which may be the batch size of a tensor."""
 
     def length(thing: Any) -> Any:
@@ -228,7 +230,7 @@ def _nothing() -> None:
     pass
 
 
-def _gradients() -> dict[Place, Any]:
+def _gradients() -> dict[Replaceable, Any]:
     raw = vars(torch.autograd.Function)["apply"]
 
     def apply(function: type, *args: Any, **kwargs: Any) -> Any:
@@ -275,7 +277,7 @@ def _is_apply(value: Any) -> bool:
 # -- what torch does itself -------------------------------------------------------------------------------------------
 
 
-def _fast_path() -> dict[Place, Any]:
+def _fast_path() -> dict[Replaceable, Any]:
     def disabled() -> bool:
         return False
 
@@ -283,7 +285,7 @@ def _fast_path() -> dict[Place, Any]:
     return {(mha, name): only_here(vars(mha)[name], disabled, disabled)}
 
 
-def _quiet() -> dict[Place, Any]:
+def _quiet() -> dict[Replaceable, Any]:
     """Suppress torch's warnings in the log: the author's code may handle the problem, and errors report it anyway."""
     call_handlers = logging.Logger.callHandlers
 
@@ -294,7 +296,7 @@ def _quiet() -> dict[Place, Any]:
     return {(logging.Logger, "callHandlers"): only_here(call_handlers, quiet, quiet)}
 
 
-def _exporting() -> dict[Place, Any]:
+def _exporting() -> dict[Replaceable, Any]:
     """Limit what ``torch.export`` sets for the whole process to this thread, and keep it from turning off kernels."""
 
     def told(original: Callable[[], bool]) -> Callable[[], bool]:

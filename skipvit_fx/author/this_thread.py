@@ -15,7 +15,7 @@ Phase = Literal["", "stay", "followed"]
 LOCK = threading.RLock()
 """Held by the thread that has replaced something."""
 
-Place = tuple[Any, str]
+Replaceable = tuple[Any, str]
 """A module or class, and the name of what is replaced in it."""
 
 _ABSENT = object()
@@ -93,7 +93,7 @@ def during(phase: Phase) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replaced(replacements: dict[Place, Any]) -> Iterator[None]:
+def replaced(replacements: dict[Replaceable, Any]) -> Iterator[None]:
     """Put functions of :func:`only_here` in their places, and remove them again."""
     before = {place: vars(place[0]).get(place[1], _ABSENT) for place in replacements}
     try:

@@ -28,13 +28,14 @@ from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.capture.live_numbers import refuse_other_uses
 from skipvit_fx.capture.modes import keep_both_modes
 from skipvit_fx.capture.repeated import Alone, call_alone, refuse_calls_that_remember
-from skipvit_fx.capture.symbolic import SymbolicTracer, attribute
+from skipvit_fx.capture.symbolic import SymbolicTracer
 from skipvit_fx.capture.watch import watch_calls
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.author_class import own, refuse_taken_names
 from skipvit_fx.graph.inputs import LIVE, Inputs
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import naming_parts
+from skipvit_fx.graph.nodes import attribute
 from skipvit_fx.names import CONSTANT_BUFFER, OWN_CHILD
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import FixedSize

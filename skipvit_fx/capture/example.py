@@ -10,7 +10,7 @@ from torch import nn
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.errors import TraceError
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import tensor_leaves
 
 BATCH = 2
 """Images in an example batch: more than one, so that a batch axis is never mistaken for a broadcast one."""
@@ -75,9 +75,7 @@ def example_of(model: nn.Module, example_inputs: Any) -> tuple[tuple[Any, ...], 
     if example_inputs is None:
         return example_from_config(model), {}
     args, kwargs = arguments_of(example_inputs)
-    tensors = [
-        leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-    ]
+    tensors = tensor_leaves((args, kwargs))
     if not tensors:
         raise TypeError(
             f"example_inputs holds no tensor: {example_inputs!r:.60}; pass a batch of images"
@@ -113,11 +111,21 @@ def arguments_of(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def image_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The image of a call: its largest floating-point tensor; ``None`` if there is none."""
+    floating = [t for t in tensor_leaves((args, dict(kwargs))) if t.is_floating_point()]
+    return max(floating, key=torch.numel, default=None)
+
+
 def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Samples in a call: the first axis of its largest floating-point tensor, the image; ``None`` if there is none."""
-    tensors = [t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, torch.Tensor)]
-    image = max((t for t in tensors if t.is_floating_point()), key=torch.numel, default=None)
+    """Samples in a call: the first axis of its image; ``None`` if there is none."""
+    image = image_of(args, kwargs)
     return image.shape[0] if image is not None and image.ndim else None
+
+
+def has_samples(leaf: Any, samples: int | None) -> bool:
+    """Whether an argument has one entry per sample: a tensor whose first axis has that length."""
+    return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == samples
 
 
 def floating_like(model: nn.Module) -> torch.Tensor:

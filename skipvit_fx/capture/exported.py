@@ -233,7 +233,7 @@ class _Translation:
 
     def _place_inputs(self, inputs: Inputs) -> None:
         names = {node.name: node for node in self._program.graph.nodes if node.op == "placeholder"}
-        leaves = iter(pytree.tree_leaves(inputs.placed(self._placeholder)))
+        leaves = iter(pytree.tree_leaves(inputs.with_stand_ins(self._placeholder)))
         for spec in self._program.graph_signature.input_specs:
             if spec.kind is InputKind.USER_INPUT:
                 leaf = next(leaves)

@@ -18,9 +18,9 @@ from skipvit_fx.torch_internals import (
     hint_of,
     is_operator,
     is_writing,
-    pytree,
     schema_arguments,
     storage_of,
+    tensor_leaves,
 )
 
 AUGMENTED = (
@@ -122,8 +122,7 @@ class WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _memory(tensors: Any) -> set[int]:
-    leaves = (leaf for leaf in pytree.tree_leaves(tensors) if isinstance(leaf, Tensor))
-    return {storage_of(leaf) for leaf in leaves}
+    return {storage_of(tensor) for tensor in tensor_leaves(tensors)}
 
 
 def _places(operator: Any, args: Any, kwargs: Any) -> list[Any]:

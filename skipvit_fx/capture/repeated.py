@@ -25,11 +25,11 @@ from skipvit_fx.capture.cloning import fake_structure
 from skipvit_fx.capture.fakes import TracelessFakeMode, fake_inputs
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import pytree, tensor_leaves
 
 _PLAIN = (bool, int, float, str)
 
-Place = tuple[str, int, str]
+SourceLine = tuple[str, int, str]
 """A line of source: file, line number, function."""
 
 
@@ -108,7 +108,7 @@ def call_alone(
 class _StaleError(Exception):
     """A tensor that an earlier call computed from its inputs is read."""
 
-    def __init__(self, tensor: Tensor, place: Place) -> None:
+    def __init__(self, tensor: Tensor, place: SourceLine) -> None:
         super().__init__()
         self.tensor = tensor
         self.place = place
@@ -132,7 +132,7 @@ class _Step(NamedTuple):
     operands: tuple[int | None, ...]
     numbers: tuple[float, ...]
     others: tuple[str, ...]
-    place: Place
+    place: SourceLine
 
 
 def _first_difference(one: list[_Step], other: list[_Step]) -> _Step | None:
@@ -173,7 +173,7 @@ class _Recorder(TorchFunctionMode):
         """Note that another call begins."""
         self.call += 1
         self.steps = []
-        self._made(_tensors(inputs), 0)
+        self._made(tensor_leaves(inputs), 0)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -191,8 +191,8 @@ class _Recorder(TorchFunctionMode):
 
     def note(self, function: str, given: Any, out: Any) -> None:
         """Note that something was computed."""
-        outs, leaves = _tensors(out), _leaves(given)
-        tensors = _tensors(leaves)
+        outs, leaves = tensor_leaves(out), _leaves(given)
+        tensors = tensor_leaves(leaves)
         if not outs:
             return
         if not any(self._of_inputs(tensor) for tensor in tensors):
@@ -212,7 +212,7 @@ class _Recorder(TorchFunctionMode):
         Raises:
             _StaleError: an earlier call made one of them.
         """
-        for tensor in _tensors(given):
+        for tensor in tensor_leaves(given):
             if self._of_inputs(tensor) and self._origins[id(tensor)].call != self.call:
                 raise _StaleError(tensor, _author_place())
 
@@ -243,7 +243,7 @@ class _Calls:
         self.recorder = _Recorder()
         self.model = fake_structure(model, mode).eval()
         self.batch = max(
-            (t.shape[0] for t in _tensors(inputs.by_parameter(_same)) if t.ndim), default=1
+            (t.shape[0] for t in tensor_leaves(inputs.by_parameter(_same)) if t.ndim), default=1
         )
         self.surroundings = mode.surroundings
         self._mode = mode
@@ -294,10 +294,6 @@ def _first_sample(leaf: Any) -> Any:
     return leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _leaves(value: Any) -> list[Any]:
     """The leaves of arguments, including those of slices."""
     parts = pytree.tree_map(
@@ -306,7 +302,7 @@ def _leaves(value: Any) -> list[Any]:
     return pytree.tree_leaves(parts)
 
 
-def _author_place() -> Place:
+def _author_place() -> SourceLine:
     frame = author_frame()
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname
 

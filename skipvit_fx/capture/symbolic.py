@@ -33,7 +33,7 @@ from skipvit_fx.capture.mutations import AUGMENTED, WatchWrites, augmented, refu
 from skipvit_fx.capture.outputs import KeepsOutputClass
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
-from skipvit_fx.graph.nodes import callee
+from skipvit_fx.graph.nodes import attribute, callee
 from skipvit_fx.graph.sizes import dimension_of, sizes_of
 from skipvit_fx.names import CHECKPOINT
 from skipvit_fx.ops.guard import READS, guard, kind_of
@@ -197,7 +197,7 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         """Placeholders for the arguments that the example passes; the others keep their defaults."""
         del root_fn, is_module, concrete_args
         root: Any = self.root
-        args, kwargs = self._inputs.placed(self._placeholder)
+        args, kwargs = self._inputs.with_stand_ins(self._placeholder)
         # not the class's forward: it may be a method of the instance
         return (lambda: root.forward(*args, **kwargs)), []
 
@@ -424,11 +424,3 @@ def _forget(tensor: FakeTensor) -> FakeTensor:
     """The tensor, with its value no longer known."""
     tensor.constant = None
     return tensor
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """What ``root`` holds at a dotted path: a parameter, a buffer, or any other attribute."""
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,10 +27,12 @@ from skipvit_fx.cli.options import (
     Validate,
     build,
     rewritten,
+    show,
 )
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.to_onnx import export_onnx
 from skipvit_fx.plan import Plan
+from skipvit_fx.reports.table import columns
 
 
 class TargetName(StrEnum):
@@ -149,4 +152,9 @@ def doctor(
 ) -> None:
     """Show what is installed, what works, and what to do about the rest."""
     lines = doctor_.examine()
-    typer.echo(doctor_.as_json(lines) if as_json else doctor_.as_text(lines))
+    rows: list[tuple[str, ...]] = []
+    for line in lines:
+        rows.append((line.what, line.state, line.detail))
+        if line.advice:
+            rows.append(("", "", line.advice))
+    show([asdict(line) for line in lines], "\n".join(columns(rows, to_the_left=range(3))), as_json)

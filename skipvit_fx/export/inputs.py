@@ -7,20 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.capture.example import arguments_of, batch_size, example_from_config, floating_like
+from skipvit_fx.capture.example import (
+    arguments_of,
+    batch_size,
+    example_from_config,
+    floating_like,
+    has_samples,
+)
 from skipvit_fx.errors import ExportError
 from skipvit_fx.export.profiles import Profile
-from skipvit_fx.graph.record import RewriteRecord
-from skipvit_fx.names import RECORD
+from skipvit_fx.graph.record import find_record
 from skipvit_fx.torch_internals import pytree
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments."""
 
 
 def inputs_of(
     model: nn.Module, example: Any, batch: int | str | None, profile: Profile
-) -> tuple[Inputs, int | None]:
+) -> tuple[Arguments, int | None]:
     """Example inputs of the batch size to export, and that size; ``None`` if it is dynamic.
 
     Raises:
@@ -56,9 +61,9 @@ def inputs_of(
     return _with_batch(given, own, size), size
 
 
-def _own_example(model: nn.Module) -> Inputs:
-    record = getattr(model, "meta", {}).get(RECORD)
-    if not isinstance(record, RewriteRecord):
+def _own_example(model: nn.Module) -> Arguments:
+    record = find_record(model)
+    if record is None:
         return example_from_config(model), {}
     like = floating_like(model)
 
@@ -69,11 +74,11 @@ def _own_example(model: nn.Module) -> Inputs:
     return tuple(args), dict(kwargs)
 
 
-def _with_batch(inputs: Inputs, own: int, batch: int) -> Inputs:
+def _with_batch(inputs: Arguments, own: int, batch: int) -> Arguments:
     def sized(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0 or leaf.shape[0] != own:
+        if own == batch or not has_samples(leaf, own):
             return leaf
-        return leaf[:1].expand(batch, *leaf.shape[1:]).clone() if own != batch else leaf
+        return leaf[:1].expand(batch, *leaf.shape[1:]).clone()
 
     args, kwargs = pytree.tree_map(sized, inputs)
     return args, kwargs

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from skipvit_fx.errors import ExportError
-from skipvit_fx.graph.record import RewriteRecord
-from skipvit_fx.names import INSERTED, RECORD
+from skipvit_fx.graph.record import find_record
+from skipvit_fx.names import INSERTED
 from skipvit_fx.ops.rows import rows_of, same_rows
 
 _KEPT = f"{INSERTED}kept_positions"
@@ -19,8 +19,8 @@ def add_kept(module: nn.Module) -> None:
     Raises:
         ExportError: the module does not come from :func:`skipvit_fx.rewrite`.
     """
-    record = getattr(module, "meta", {}).get(RECORD)
-    if not isinstance(record, RewriteRecord) or not isinstance(module, fx.GraphModule):
+    record = find_record(module)
+    if record is None or not isinstance(module, fx.GraphModule):
         raise ExportError(
             "only a rewritten model keeps tokens",
             hint="leave expose_kept out for the original model",

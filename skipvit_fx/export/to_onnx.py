@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from skipvit_fx.arguments import check_model
 from skipvit_fx.ascend.atc import CANN, SOC, AtcReport, atc_check, check_target
 from skipvit_fx.capture.cloning import clone_structure
-from skipvit_fx.capture.example import batch_size
+from skipvit_fx.capture.example import batch_size, has_samples
 from skipvit_fx.errors import ExportError, GuardError, SkipViTError, first_line
 from skipvit_fx.export.decompose import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
@@ -180,18 +180,18 @@ def _try(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 
 def _try_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Run one sample through the graph for several, as ``torch.export`` assumes that both are computed alike."""
+    if not isinstance(module, SkipViTModule):
+        return
     size = batch_size(args, kwargs)
-    form = module.prepare(*args, **kwargs) if isinstance(module, SkipViTModule) else None
+    form = module.prepare(*args, **kwargs)
 
     def first(leaf: Any) -> Any:
-        has = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-        return leaf[:1] if has else leaf
+        return leaf[:1] if has_samples(leaf, size) else leaf
 
     args, kwargs = pytree.tree_map(first, (args, kwargs))
     try:
         with torch.no_grad():
-            if form is not None:
-                form.call.run(module, *form.values(args, kwargs))
+            form.call.run(module, *form.values(args, kwargs))
     except GuardError as error:
         raise ExportError(
             f"a file of dynamic batch size would also take one sample, which this graph does not: {first_line(error)}",

@@ -10,25 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.capture.cloning import clone_structure
+from skipvit_fx.differences import TOLERANCE
 from skipvit_fx.errors import ExportError, first_line
-from skipvit_fx.export.inputs import Inputs
-from skipvit_fx.graph.record import RewriteRecord
-from skipvit_fx.names import RECORD
+from skipvit_fx.export.inputs import Arguments
+from skipvit_fx.graph.record import find_record
 from skipvit_fx.reports.tokens import trace_tokens
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import pytree, tensor_leaves
 
 TIE = 1e-6
 """Scores closer than this, relative to the best, may swap by rounding."""
 
-TOLERANCE = 1e-4
-"""The largest difference of outputs that ``verify`` accepts, relative to the largest output."""
 
-
-def verified(file: Path, model: nn.Module, inputs: Inputs) -> float:
+def verified(file: Path, model: nn.Module, inputs: Arguments) -> float:
     """The difference between a file and the model in eval mode, on random inputs of the given shapes.
 
     Raises:
-        ExportError: it is larger than ``TOLERANCE``.
+        ExportError: it is larger than :data:`skipvit_fx.differences.TOLERANCE`.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -49,13 +46,13 @@ def verified(file: Path, model: nn.Module, inputs: Inputs) -> float:
     return difference
 
 
-def _check_ties(model: nn.Module, inputs: Inputs) -> None:
+def _check_ties(model: nn.Module, inputs: Arguments) -> None:
     """Tell a wrong file from one that keeps other patches because scores are equal except for rounding.
 
     Raises:
         ExportError: they are.
     """
-    if not isinstance(getattr(model, "meta", {}).get(RECORD), RewriteRecord):
+    if find_record(model) is None:
         return
     args, kwargs = inputs
     for stage in trace_tokens(model, *args, **kwargs):
@@ -74,7 +71,7 @@ def _check_ties(model: nn.Module, inputs: Inputs) -> None:
             )
 
 
-def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, /) -> float:
+def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Arguments, /) -> float:
     """The largest difference of the file's outputs in onnxruntime from the module's, relative to the largest output.
 
     Outputs after those of the module, such as kept positions, are not compared.
@@ -86,8 +83,8 @@ def difference_to(path: str | PathLike[str], module: nn.Module, inputs: Inputs, 
 
     args, kwargs = inputs
     with torch.no_grad():
-        wanted = [t for t in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(t, Tensor)]
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+        wanted = tensor_leaves(module(*args, **kwargs))
+    tensors = tensor_leaves(inputs)
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         names = [value.name for value in session.get_inputs()]

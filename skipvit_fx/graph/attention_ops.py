@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.nn import functional as F
 
 from skipvit_fx.errors import UnsupportedModelError
@@ -70,3 +71,19 @@ class AttentionArguments(NamedTuple):
                 hint="use score='random' or a score function, which do not need it",
             )
         return given
+
+
+def key_count(node: fx.Node, owner: nn.Module, shape_of: Callable[[fx.Node], Sequence[int]]) -> int:
+    """The number of keys of an attention, or of values that a softmax runs over.
+
+    Args:
+        node: a fused attention, or a softmax: a module of ``owner``, a function or a method.
+        shape_of: the shape of a node's value.
+    """
+    if node.target in SDPA:
+        return int(shape_of(AttentionArguments(*node.args, **node.kwargs).key)[-2])
+    if node.op == "call_module":
+        dim: object = owner.get_submodule(str(node.target)).dim
+    else:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    return int(shape_of(node)[dim if isinstance(dim, int) else -1])

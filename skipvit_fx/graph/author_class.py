@@ -12,9 +12,10 @@ from torch import fx, nn
 
 from skipvit_fx.author.questions import Recorded
 from skipvit_fx.errors import TraceError
-from skipvit_fx.graph.calls import Call, form_of, kinds_of, places_of, signature_of
-from skipvit_fx.graph.inputs import Inputs
-from skipvit_fx.graph.module import Own, SkipViTModule, without_data
+from skipvit_fx.graph.calls import Call, form_of, kinds_of, signature_of, without_data
+from skipvit_fx.graph.inputs import Inputs, places_of
+from skipvit_fx.graph.module import SkipViTModule
+from skipvit_fx.graph.own import Own
 from skipvit_fx.graph.traced_through import AUTHOR, NOT_THE_AUTHORS, names_in
 from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.torch_internals import buffers_of, children_of, parameters_of, pytree

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from skipvit_fx.author.questions import Recorded
 from skipvit_fx.graph.direct import Direct
-from skipvit_fx.graph.inputs import LIVE, live
+from skipvit_fx.graph.inputs import LIVE, Place, live
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
 from skipvit_fx.torch_internals import pytree
 
-Place = int | str
-"""Where a call passes an argument: a position, or a keyword."""
-
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _EMPTY = inspect.Parameter.empty
+
+_SMALL = 4096
+"""The largest number of elements of an integer tensor whose values an example keeps."""
 
 
 class Like(NamedTuple):
@@ -209,27 +209,6 @@ def signature_of(function: Callable[..., Any]) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-def places_of(
-    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
-) -> dict[str, Place]:
-    """Where each argument is, by the name of its placeholder: that of the parameter, or a numbered one for ``*args``.
-
-    Raises:
-        TypeError: for arguments that the function itself would not take.
-    """
-    bound = signature.bind(*range(len(args)), **{name: name for name in kwargs})
-    places: dict[str, Place] = {}
-    for name, place in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            places |= {f"{name}_{i}": at for i, at in enumerate(place)}
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            places |= place
-        else:
-            places[name] = place
-    return places
-
-
 def kinds_of(
     signature: inspect.Signature,
     places: Mapping[str, Place],
@@ -256,3 +235,24 @@ def _is_default(value: Any, default: Any) -> bool:
     ):  # it passes numbers as tensors
         value = quietly(value.item)
     return default is not _EMPTY and fits(default, kind_of_argument(value))
+
+
+def without_data(leaf: Any) -> Any:
+    """A tensor without its values, except for a small integer tensor."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    few = leaf.numel() <= _SMALL and not leaf.is_floating_point()
+    return leaf.detach().clone() if few else torch.empty_like(leaf, device="meta")
+
+
+def with_data(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an example whose tensors hold no values: zeros, on the device of the model's parameters."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def filled(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(filled, example)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from torch.fx import Proxy
 
 from skipvit_fx.torch_internals import pytree
 
-Place = Callable[[str, Any], Any]
+Place = int | str
+"""Where a call passes an argument: a position, or a keyword."""
+
+StandIn = Callable[[str, Any], Any]
 """Maps the name of a placeholder and an example value to what stands for it in a graph."""
 
 
@@ -63,34 +66,22 @@ class Inputs:
         """What must be passed by keyword, in the order of the signature."""
         return self._bound.kwargs
 
-    def placed(self, place: Place) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, with those that hold tensors or live numbers replaced by what ``place`` returns for them.
+    def with_stand_ins(self, stand_in: StandIn) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments, with what ``stand_in`` returns in place of those that hold tensors or live numbers.
 
         Returns:
             Positional and keyword arguments.
         """
-        parameters = self._bound.signature.parameters.values()
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        count = len(self.args)
-        for parameter in parameters:
-            if parameter.name not in self._bound.arguments:
-                continue
-            value = self._bound.arguments[parameter.name]
-            if parameter.kind is parameter.VAR_POSITIONAL:
-                args += [_place(place, f"{parameter.name}_{i}", v) for i, v in enumerate(value)]
-            elif parameter.kind is parameter.VAR_KEYWORD:
-                kwargs |= {name: _place(place, name, v) for name, v in value.items()}
-            elif len(args) < count and parameter.kind is not parameter.KEYWORD_ONLY:
-                args.append(_place(place, parameter.name, value))
-            else:
-                kwargs[parameter.name] = _place(place, parameter.name, value)
-        return tuple(args), kwargs
+        values: dict[Any, Any] = {**dict(enumerate(self.args)), **self.kwargs}
+        for name, place in places_of(self._bound.signature, self.args, self.kwargs).items():
+            if any(map(_is_taken, pytree.tree_leaves(values[place]))):
+                values[place] = stand_in(name, values[place])
+        return tuple(values[i] for i in range(len(self.args))), {k: values[k] for k in self.kwargs}
 
     def taken(self) -> dict[str, Any]:
         """Every argument that a graph takes as input, by the name of its placeholder, in the order of the signature."""
         found: dict[str, Any] = {}
-        self.placed(found.__setitem__)
+        self.with_stand_ins(found.__setitem__)
         return found
 
     @property
@@ -121,8 +112,25 @@ class Inputs:
         return args, kwargs
 
 
-def _place(place: Place, name: str, value: Any) -> Any:
-    return place(name, value) if any(map(_is_taken, pytree.tree_leaves(value))) else value
+def places_of(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Iterable[str]
+) -> dict[str, Place]:
+    """Where each argument is, by the name of its placeholder: that of the parameter, or a numbered one for ``*args``.
+
+    Raises:
+        TypeError: for arguments that the function itself would not take.
+    """
+    bound = signature.bind(*range(len(args)), **{name: name for name in kwargs})
+    places: dict[str, Place] = {}
+    for name, place in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            places |= {f"{name}_{i}": at for i, at in enumerate(place)}
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            places |= place
+        else:
+            places[name] = place
+    return places
 
 
 def _several(leaf: Any) -> Any:

@@ -3,112 +3,21 @@
 from __future__ import annotations
 
 import copy
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator
-from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from skipvit_fx.errors import GuardError, SavedModelError, TraceError, UnsupportedModelError
+from skipvit_fx.errors import GuardError, SavedModelError
 from skipvit_fx.graph import recompute
-from skipvit_fx.graph.calls import (
-    Call,
-    Form,
-    differing_numbers,
-    form_of,
-    kinds_of,
-    places_of,
-    signature_of,
-    with_live,
-)
-from skipvit_fx.graph.traced_through import (
-    AUTHOR,
-    NOT_THE_AUTHORS,
-    PastTheGraphError,
-    StayAway,
-    Traced,
-)
-from skipvit_fx.names import CONSTANT_BUFFER, OWN_CHILD
-from skipvit_fx.ops.following import in_compilation, in_jit_trace
-from skipvit_fx.ops.select import Select
-from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.torch_internals import (
-    HOOKS,
-    buffers_of,
-    children_of,
-    graph_of,
-    hooks_before,
-    pytree,
-)
-
-MOST_CALLS = 16
-"""The largest number of graphs of one rewritten model."""
-
-_SMALL = 4096
-"""The largest number of elements of an integer tensor whose values an example keeps."""
-
-Rewrite = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], "SkipViTModule"]
-
-
-class Replacements(Protocol):
-    """Judges the modules that were replaced since a graph was made; ``uses`` says how the graph calls them."""
-
-    uses: dict[str, Any]
-
-    def check(self) -> None:
-        """Raise if one of them would give wrong results."""
-
-    def of_copy(self, root: nn.Module) -> Replacements:
-        """The same for a copy of the model."""
-
-    def with_more(self, uses: Any) -> Replacements:
-        """The same for one more graph."""
-
-
-class Own(Switchable):
-    """The only child that the compiler adds: the inserted modules, and the state of the rewritten model as a whole.
-
-    It is not kept on the module itself, because the author's attributes there may have any name.
-
-    Attributes:
-        author: the class of the model.
-        run: its forward, or the method set on the model instance in its place; takes the model as its first argument.
-        calls: the graphs; the one for the example call comes first.
-        forms: the ways in which their arguments were passed so far.
-        drops: whether the plan drops anything at all.
-        rewrite: rewrites the author's model for another call.
-        traced: the modules that the graphs were traced through; ``None`` until the first graph is complete.
-        replacements: the modules that they call on fewer tokens.
-        built_in: names of number arguments that a graph cannot take as inputs, so that each value needs its own graph.
-    """
-
-    def __init__(self, author: type[nn.Module], run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.author = author
-        self.run = run
-        self.calls: list[Call] = []
-        self.forms: list[Form] = []
-        self.drops = True
-        self.rewrite: Rewrite | None = None
-        self.traced: Traced | None = None
-        self.replacements: Replacements | None = None
-        self.built_in: set[str] = set()
-
-    @property
-    def skipping(self) -> bool:
-        """Whether the graph runs, rather than the author's code."""
-        return self.drops and self.active
-
-    def method(self, name: str) -> Callable[..., Any]:
-        """A method of the author's class; takes the model as its first argument."""
-        method: Callable[..., Any] = getattr(self.author, name)
-        return self.run if name == "forward" else method
-
-    def forward(self, x: Any) -> Any:
-        """Return the input: some models call all their children in turn."""
-        return x
+from skipvit_fx.graph.calls import Call, Form, with_data
+from skipvit_fx.graph.more_graphs import another_form, author_of, capture_call, not_now, start_anew
+from skipvit_fx.graph.own import Own, Rewrite, Settings, set_settings, settings_of
+from skipvit_fx.graph.traced_through import AUTHOR, NOT_THE_AUTHORS, PastTheGraphError
+from skipvit_fx.names import OWN_CHILD
+from skipvit_fx.ops.following import in_compilation
+from skipvit_fx.torch_internals import HOOKS, children_of, graph_of, pytree
 
 
 class SkipViTModule(fx.GraphModule):
@@ -159,14 +68,11 @@ class SkipViTModule(fx.GraphModule):
         """
         return self._run_graph("forward", args, kwargs)
 
-    def author_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the author's forward on this state."""
-        return self.own.run(self.__dict__[AUTHOR], *args, **kwargs)
-
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """The forward of every rewritten model."""
-        run = self.graph_forward if self.skipping else self.author_forward
-        return run(*args, **kwargs)
+        if self.skipping:
+            return self.graph_forward(*args, **kwargs)
+        return self.own.run(self.__dict__[AUTHOR], *args, **kwargs)
 
     def _call_method(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the author's class: its own code, or a graph of it if that code would run attention."""
@@ -188,7 +94,7 @@ class SkipViTModule(fx.GraphModule):
         """
         self._keep_up("forward", args, kwargs)
         there = next(self._forms_for("forward", args, kwargs), None)
-        return there or self._another_form("forward", args, kwargs, [])
+        return there or another_form(self, "forward", args, kwargs, [])
 
     def _forms_for(
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -205,8 +111,8 @@ class SkipViTModule(fx.GraphModule):
             traced.refuse_hooks()
             if traced.changed():
                 if in_compilation():
-                    raise _not_now("compiled", "a module was changed since the last call")
-                self._start_anew(method, args, kwargs)
+                    raise not_now("compiled", "a module was changed since the last call")
+                start_anew(self, method, args, kwargs)
             if traced.moved:
                 traced.moved = False
                 for call in self.own.calls:
@@ -224,133 +130,16 @@ class SkipViTModule(fx.GraphModule):
             except GuardError:
                 refused.append(form.call)
         if in_compilation():
-            raise _not_now("compiled")
+            raise not_now("compiled")
         if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
             return self._run_traced(method, args, kwargs)
-        form = self._another_form(method, args, kwargs, refused)
+        form = another_form(self, method, args, kwargs, refused)
         return form.call.compute(self, form.values(args, kwargs))
 
     def _run_traced(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first graph of a method on the proxies of whoever is tracing it."""
-        places = places_of(signature_of(self.own.method(method)), args, kwargs)
         call = next(call for call in self.own.calls if call.method == method)
-        values = [
-            args[place] if isinstance(place := places[name], int) else kwargs[place]
-            for name in call.takes
-        ]
-        return call.run(self, *values)
-
-    def _another_form(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], refused: list[Call]
-    ) -> Form:
-        """A form for a call that has none yet, for an existing graph or a new one."""
-        own = self.own
-        signature = signature_of(own.method(method))
-        places = places_of(signature, args, kwargs)
-        kinds = kinds_of(signature, places, args, kwargs)
-        alike = [
-            c
-            for c in own.calls
-            if c.method == method and differing_numbers(kinds, c.kinds) == c.numbers
-        ]
-        fitting = (c for c in alike if c.recorded.is_so(training=self.training))
-        call = next((c for c in fitting if c not in refused), None)
-        if call is None:
-            call = self._capture(method, args, kwargs, self._numbers(method, kinds))
-        args, kwargs = with_live(call.numbers, places, args, kwargs)
-        form = form_of(call, places, args, kwargs)
-        own.forms.append(form)
-        return form
-
-    def _numbers(self, method: str, kinds: dict[str, Any]) -> set[str]:
-        """The numbers that differ from another call like this one, so that not every value gets a graph of its own."""
-        others = (c for c in self.own.calls if c.method == method)
-        found = (differing_numbers(kinds, other.kinds) for other in others)
-        return next((names for names in found if names), set()) - self.own.built_in
-
-    def _capture(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        numbers: Collection[str] = (),
-    ) -> Call:
-        own = self.own
-        if numbers:
-            places = places_of(signature_of(own.method(method)), args, kwargs)
-            try:
-                return self._capture(method, *with_live(numbers, places, args, kwargs))
-            except (TraceError, UnsupportedModelError):  # they are used as more than factors
-                own.built_in |= set(numbers)
-        if in_jit_trace():
-            raise _not_now("traced")
-        if len(own.calls) >= MOST_CALLS:
-            raise GuardError(
-                f"the model was called in {MOST_CALLS} ways, each with its own graph, and this is another one",
-                hint="pass the argument that changes from call to call as a tensor",
-            )
-        assert own.rewrite is not None
-        author = author_of(self)
-        if method != "forward":
-            author.__dict__["forward"] = types.MethodType(own.method(method), author)
-        made = own.rewrite(author, args, kwargs)
-        call = self._take_over(made)
-        call.method = method
-        return call
-
-    def _take_over(self, made: SkipViTModule) -> Call:
-        """Run the graph of another rewritten model, made from the same author's model, on the modules of this one."""
-        own = self.own
-        (call,) = made.own.calls
-        group = f"call_{len(own.calls) + 1}"
-        inserted = nn.Module()
-        for name, child in made.own.named_children():
-            inserted.add_module(name, child)
-        _set(inserted, _settings(own))
-        own.add_module(group, inserted.train(own.training))
-        for node in made.graph.nodes:
-            target = str(node.target)
-            if node.op == "call_module" and target.startswith(f"{OWN_CHILD}."):
-                node.target = f"{OWN_CHILD}.{group}{target.removeprefix(OWN_CHILD)}"
-            elif node.op == "get_attr" and target.startswith(CONSTANT_BUFFER):
-                node.target = f"{target}_{group}"
-                if node.target not in buffers_of(self):
-                    self.register_buffer(node.target, getattr(made, target), persistent=False)
-        made.recompile()
-        call.record = call.record.within(group)
-        own.calls.append(call)
-        assert own.traced is not None
-        assert made.own.traced is not None
-        watch(self, {*own.traced.modules, *made.own.traced.modules}, made.own.traced.attention)
-        if own.replacements is not None and made.own.replacements is not None:
-            own.replacements = own.replacements.with_more(made.own.replacements.uses)
-        return call
-
-    def _start_anew(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Replace all graphs, because a module that they were traced through has changed."""
-        own = self.own
-        if method != "forward":
-            args, kwargs = with_data(own.calls[0].example, self)
-        assert own.rewrite is not None
-        made = own.rewrite(author_of(self), args, kwargs)
-        settings = _settings(own)
-        for name in [name for name in buffers_of(self) if name.startswith(CONSTANT_BUFFER)]:
-            del buffers_of(self)[name]
-        for name, constant in made.named_buffers(recurse=False):
-            if name.startswith(CONSTANT_BUFFER):
-                self.register_buffer(name, constant, persistent=False)
-        kept = children_of(own)
-        kept.clear()
-        kept.update(children_of(made.own.train(own.training)))
-        own.calls, own.forms = made.own.calls, made.own.forms
-        _set(own, settings)
-        self.meta = made.meta
-        self.graph = made.graph
-        traced = made.own.traced
-        assert traced is not None
-        watch(self, traced.modules, traced.attention)
-        if made.own.replacements is not None:
-            own.replacements = made.own.replacements.of_copy(self)
+        return call.run(self, *self.own.inputs_of(call, args, kwargs))
 
     def _get_name(self) -> str:
         return f"SkipViT{type(self).__name__}"
@@ -406,42 +195,7 @@ class SkipViTModule(fx.GraphModule):
         own = self.own
         calls = [(c.method, c.example, c.recorded.told, c.record.before) for c in own.calls]
         hooks = {name: self.__dict__[name] for name in HOOKS}
-        return _rebuild, (author_of(self), own.rewrite, calls, own.drops, _settings(own), hooks)
-
-
-def _not_now(
-    followed: str, why: str = "the model is called in a way that no graph was made for yet"
-) -> GuardError:
-    return GuardError(
-        f"{why}, and the model is being {followed}",
-        hint=f"call the rewritten model once like this before it is {followed}",
-    )
-
-
-class _Settings(NamedTuple):
-    """The settings that change while a model is trained.
-
-    Attributes:
-        enabled, train_only: of every inserted module.
-        ratios: the ratios that apply now, by the path of the selecting module.
-    """
-
-    enabled: bool
-    train_only: bool
-    ratios: dict[str, Fraction]
-
-
-def _settings(own: Own) -> _Settings:
-    ratios = {path: m.current for path, m in own.named_modules() if isinstance(m, Select)}
-    return _Settings(own.enabled, own.train_only, ratios)
-
-
-def _set(inserted: nn.Module, settings: _Settings) -> None:
-    for path, module in inserted.named_modules():
-        if isinstance(module, Switchable):
-            module.enabled, module.train_only = settings.enabled, settings.train_only
-        if isinstance(module, Select):
-            module.current = settings.ratios.get(path, module.current)
+        return _rebuild, (author_of(self), own.rewrite, calls, own.drops, settings_of(own), hooks)
 
 
 def _rebuild(
@@ -449,7 +203,7 @@ def _rebuild(
     rewrite: Rewrite,
     calls: list[tuple[str, Any, bool, tuple[str, ...]]],
     drops: bool,
-    settings: _Settings,
+    settings: Settings,
     hooks: dict[str, Any],
 ) -> SkipViTModule:
     """A rewritten model from a pickle: rewritten again, with the calls that it had.
@@ -465,84 +219,13 @@ def _rebuild(
     for method, example, recorded, _ in others:
         args, kwargs = with_data(example, author)
         with torch.set_grad_enabled(recorded):
-            fast._capture(method, args, kwargs)
+            capture_call(fast, method, args, kwargs)
     for call, (_, _, _, lines) in zip(fast.own.calls, calls, strict=True):
         if call.record.before != lines:
             raise SavedModelError(
                 f"{type(author).__name__} does not compute what it did when it was pickled",
                 hint="unpickle it with the library versions that it was pickled with, or rewrite the model again",
             )
-    _set(fast.own, settings)
+    set_settings(fast.own, settings)
     fast.__dict__.update(hooks)
     return fast
-
-
-# -- the author's model -----------------------------------------------------------------------------------------------
-
-
-def without_data(leaf: Any) -> Any:
-    """A tensor without its values, except for a small integer tensor."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    few = leaf.numel() <= _SMALL and not leaf.is_floating_point()
-    return leaf.detach().clone() if few else torch.empty_like(leaf, device="meta")
-
-
-def with_data(example: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of an example whose tensors hold no values: zeros, on the device of the model's parameters."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def filled(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return torch.zeros_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
-
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(filled, example)
-    return found
-
-
-def author_of(fast: SkipViTModule) -> nn.Module:
-    """The model that was rewritten: a copy of its structure, of the author's class, that shares all tensors."""
-    own = fast.own
-    every = vars(nn.Module())
-    bare: nn.Module = object.__new__(own.author)
-    bare.__dict__.update(
-        {n: v for n, v in vars(fast).items() if n not in NOT_THE_AUTHORS or n in every}
-    )
-    for name in HOOKS:  # they run around any forward
-        bare.__dict__[name] = every[name]
-    bare.__dict__["_modules"] = {n: m for n, m in children_of(fast).items() if n != OWN_CHILD}
-    bare.__dict__["_buffers"] = {
-        n: b for n, b in buffers_of(fast).items() if not n.startswith(CONSTANT_BUFFER)
-    }
-    known: dict[int, Any] = {id(t): t for t in [*bare.parameters(), *bare.buffers()]}
-    copied = copy.deepcopy(bare, {**known, id(own): None})
-    for module in copied.modules():
-        hooks = hooks_before(module)
-        for key in [key for key, hook in hooks.items() if isinstance(hook, StayAway)]:
-            del hooks[key]
-    if own.run is not own.author.forward:
-        copied.__dict__["forward"] = types.MethodType(own.run, copied)
-    return copied
-
-
-def watch(fast: SkipViTModule, traced: Iterable[str], attention: Iterable[str]) -> None:
-    """Keep the graph and the modules that it was traced through in step.
-
-    Args:
-        fast: complete.
-        traced: paths of these modules.
-        attention: the paths of those that hold the attention of a layer.
-    """
-    attention = frozenset(attention)
-    for path in sorted(attention):
-        hooks = hooks_before(fast.get_submodule(path))
-        if not any(isinstance(hook, StayAway) for hook in hooks.values()):
-            fast.get_submodule(path).register_forward_pre_hook(StayAway(fast.own, path))
-    called = {
-        str(node.target)
-        for call in fast.own.calls
-        for node in call.graph.find_nodes(op="call_module")
-        if not str(node.target).startswith(f"{OWN_CHILD}.")
-    }
-    fast.own.traced = Traced(fast, traced, attention, called)

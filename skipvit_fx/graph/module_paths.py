@@ -46,7 +46,7 @@ def module_after(node: fx.Node, way: Collection[fx.Node]) -> str:
 
 
 def module_before(
-    node: fx.Node, way: Collection[fx.Node], since: fx.Node, sources: Iterable[fx.Node] = ()
+    node: fx.Node, way: Collection[fx.Node], since: fx.Node, sources: Iterable[fx.Node]
 ) -> str:
     """The module that ends where ``node`` is made: the one that holds the ``sources``, or else the last one before it.
 

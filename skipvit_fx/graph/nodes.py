@@ -1,4 +1,4 @@
-"""What a node calls."""
+"""What a node reads or calls."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import fx, nn
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """What ``root`` holds at a dotted path: a parameter, a buffer, or any other attribute."""
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
 
 
 def callee(node: fx.Node, part: Callable[[str], nn.Module]) -> Callable[..., Any]:

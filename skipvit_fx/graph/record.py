@@ -109,14 +109,20 @@ class RewriteRecord:
         return replace(self, stages=tuple(stages))
 
 
+def find_record(module: nn.Module) -> RewriteRecord | None:
+    """The record of a rewritten module; ``None`` for any other."""
+    record = module.meta.get(RECORD) if isinstance(module, fx.GraphModule) else None
+    return record if isinstance(record, RewriteRecord) else None
+
+
 def record_of(fast: nn.Module) -> RewriteRecord:
     """The record of a rewritten module.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
     """
-    record = fast.meta.get(RECORD) if isinstance(fast, fx.GraphModule) else None
-    if not isinstance(record, RewriteRecord):
+    record = find_record(fast)
+    if record is None:
         raise NotRewrittenError(
             f"this {type(fast).__name__} was not made by skipvit_fx.rewrite",
             hint="pass what rewrite(model, plan) returned; unwrap it first if it was compiled or made parallel",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from skipvit_fx.errors import GuardError
 from skipvit_fx.ops.following import kept_whole, sizes
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.torch_internals import tensor_leaves
 
 Constant: TypeAlias = bool | int | float
 
@@ -64,7 +64,7 @@ class FixedSize(nn.Module):
 
     @kept_whole
     def forward(self, given):  # type: ignore[no-untyped-def]
-        tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+        tensors = tensor_leaves(given)
         for tensor, shape in zip(tensors, self.shapes, strict=True):
             if tuple(sizes(tensor)[1:]) != shape:
                 raise GuardError(

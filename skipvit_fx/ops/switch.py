@@ -23,3 +23,8 @@ class Switchable(nn.Module):
     def active(self) -> bool:
         """Whether it is on in the current mode."""
         return self.enabled and (self.training or not self.train_only)
+
+
+def switches(module: nn.Module) -> list[Switchable]:
+    """The switchable modules in ``module``."""
+    return [part for part in module.modules() if isinstance(part, Switchable)]

@@ -73,7 +73,7 @@ class FoundLayer:
 
 
 @dataclass(frozen=True)
-class Located:
+class Findings:
     """A captured model, and what every rewrite of it starts from."""
 
     capture: Capture
@@ -118,12 +118,12 @@ def find_attention(
     return AttentionReport(model, calls, _find(model, args, kwargs, prefix_tokens))
 
 
-def locate(
+def find_layers(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     prefix_tokens: int | None = None,
-) -> Located:
+) -> Findings:
     """Capture ``model`` and find its layers.
 
     Raises:
@@ -135,7 +135,7 @@ def locate(
     assert found.capture is not None
     assert found.analysis is not None
     assert found.stream is not None
-    return Located(found.capture, found.analysis, found.stream)
+    return Findings(found.capture, found.analysis, found.stream)
 
 
 def _find(

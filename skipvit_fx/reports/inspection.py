@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import fx, nn
 
-from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
+from skipvit_fx.graph.attention_ops import key_count
 from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
 from skipvit_fx.names import INSERTED_BY
-from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.ops.switch import switches
 from skipvit_fx.reports.diff import graph_diff
 from skipvit_fx.reports.inspection_report import (
     Inspection,
@@ -35,7 +32,6 @@ def inspect(fast: nn.Module) -> Inspection:
     record = record_of(fast)
     assert isinstance(fast, fx.GraphModule)
     looked = _Looked(fast, record)
-    switches = [m.active for m in fast.modules() if isinstance(m, Switchable)]
     return Inspection(
         model=record.model,
         plan=str(record.plan),
@@ -44,7 +40,7 @@ def inspect(fast: nn.Module) -> Inspection:
         frontend=record.frontend,
         frontend_reason=record.frontend_reason,
         eliminate_dead_tokens=record.options.eliminates,
-        skipping=all(switches),
+        skipping=all(switch.active for switch in switches(fast)),
         validated=record.validated,
         prefix=record.prefix,
         patches=record.patches,
@@ -79,12 +75,14 @@ class _Looked:
         self.returned = sum(self._gained(f"{stage.path}.merge") for stage in record.stages)
 
     def layer(self, layer: LayerRecord) -> LayerReport:
-        rows = [self.now.shapes[name][self.record.token_dim] for name in (layer.cut, layer.end)]
+        shapes = self.now.shapes
+        rows = [shapes[name][self.record.token_dim] for name in (layer.cut, layer.end)]
+        attention = self.nodes[layer.attention]
         leaving = [s for s in self.record.stages if s.layer == layer.index]
         return LayerReport(
             layer.index,
             layer.module_path,
-            attention_tokens=_keys(self.nodes[layer.attention], self.now.shapes, self.fast),
+            attention_tokens=key_count(attention, self.fast, lambda node: shapes[node.name]),
             queries=rows[0],
             ffn_tokens=rows[1],
             dropped=-sum(self._gained(f"{stage.path}.keep") for stage in leaving),
@@ -121,17 +119,3 @@ class _Looked:
         for node in self.fast.graph.find_nodes(op="call_module", target=target):
             return int(shapes[node.name][dim] - shapes[node.all_input_nodes[0].name][dim])
         return 0
-
-
-def _keys(site: fx.Node, shapes: Mapping[str, Any], owner: nn.Module) -> int:
-    """The length of the axis that an attention's softmax runs over."""
-    if site.target in SDPA:
-        key: fx.Node = AttentionArguments(*site.args, **site.kwargs).key
-        return int(shapes[key.name][-2])
-    dim: Any
-    if site.op == "call_module":
-        dim = owner.get_submodule(str(site.target)).dim
-    else:
-        dim = site.args[1] if len(site.args) > 1 else site.kwargs["dim"]
-    length: int = shapes[site.name][dim]
-    return length

@@ -8,23 +8,19 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.capture.example import arguments_of, batch_size
 from skipvit_fx.errors import SkipViTError
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.reports.latency_model import LatencyModel
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.layers import by_region, regions_of
-from skipvit_fx.reports.macs import (
-    MacCount,
-    count_macs,
-    placeholder_values,
-    skip_as_planned,
-)
-from skipvit_fx.torch_internals import pytree
+from skipvit_fx.reports.macs import MacCount, count_macs, skip_as_planned
+from skipvit_fx.torch_internals import tensor_leaves
 
 WARM_UP = 2
 """Rounds that are not counted, before the others."""
@@ -55,6 +51,7 @@ def measure_latency(
         TraceError: the model's work cannot be counted on these inputs.
     """
     record = record_of(fast)
+    assert isinstance(fast, SkipViTModule)
     check_model(model)
     args, kwargs = arguments_of(example_inputs)
     batch = batch_size(args, kwargs)
@@ -63,7 +60,7 @@ def measure_latency(
             f"{rounds!r} rounds of {batch or 0} images cannot be timed",
             hint="pass at least one round, and a batch of images as the input",
         )
-    device = next(t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    device = tensor_leaves((args, kwargs))[0].device
     wait = _waiting_for(device)
     timers = [_NodeTimer(_copy(fast, skipping), wait) for skipping in (False, True)]
     whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
@@ -71,7 +68,7 @@ def measure_latency(
         for timed in whole:
             timed.run(*args, **kwargs)
         for timer in timers:
-            timer.run(*placeholder_values(fast.graph, args, kwargs))  # type: ignore[arg-type]
+            timer.run(*fast.own.inputs_of(fast.own.calls[0], args, kwargs))
     counts = [count_macs(fast, args, kwargs, skipping=skipping) for skipping in (False, True)]
     seconds = [timer.medians() for timer in timers]
     law = _fitted(counts[0], seconds[0], batch)
@@ -90,11 +87,10 @@ def measure_latency(
     )
 
 
-def _copy(fast: nn.Module, skipping: bool) -> fx.GraphModule:
+def _copy(fast: SkipViTModule, skipping: bool) -> SkipViTModule:
     """A copy of a rewritten model in eval mode that shares its tensors, with skipping as planned or off."""
     copy = clone_structure(fast).eval()
     skip_as_planned(copy, skipping)
-    assert isinstance(copy, fx.GraphModule)
     return copy
 
 
@@ -108,11 +104,15 @@ def _fitted(count: MacCount, seconds: Mapping[str, float], batch: int) -> Latenc
 
 
 def _work_by_region(
-    fast: nn.Module, count: MacCount, seconds: Mapping[str, float], law: LatencyModel, batch: int
+    fast: SkipViTModule,
+    count: MacCount,
+    seconds: Mapping[str, float],
+    law: LatencyModel,
+    batch: int,
 ) -> list[tuple[int, int, float, float]]:
     """Multiply-adds and bytes of one image, and seconds of the batch as predicted and as measured."""
-    depth = len(record_of(fast).layers)
-    regions = regions_of(fast.graph, record_of(fast).layers)  # type: ignore[arg-type]
+    found = record_of(fast).layers
+    depth, regions = len(found), regions_of(fast.graph, found)
     macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
     measured = by_region(seconds, regions, depth)
     return [

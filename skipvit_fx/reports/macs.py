@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.side_effects import contained
 from skipvit_fx.capture.cloning import fake_structure
-from skipvit_fx.capture.example import batch_size, floating_like
+from skipvit_fx.capture.example import batch_size, floating_like, has_samples
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import GuardError, TraceError
 from skipvit_fx.graph.attention_ops import SDPA_KERNELS
+from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.select import Select
-from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.torch_internals import TorchDispatchMode, is_writing, pytree, storage_of
+from skipvit_fx.ops.switch import switches
+from skipvit_fx.torch_internals import (
+    TorchDispatchMode,
+    is_writing,
+    pytree,
+    storage_of,
+    tensor_leaves,
+)
 
 
 def _attention_flops(
@@ -90,14 +97,13 @@ def _count(
         around = mode.surroundings
         with around.kept(), around.watched(), mode, torch.no_grad(), flops, traffic:
             fake_args, fake_kwargs = _one_sample(module, args, dict(kwargs))
-            if not isinstance(module, fx.GraphModule):
+            if not isinstance(module, SkipViTModule):
                 with author_code():
                     faked(*fake_args, **fake_kwargs)
                 return MacCount(flops.get_total_flops() // 2, {}, {}, {})
             counter = _NodeCounter(faked, module.graph, flops, traffic)
-            values = list(placeholder_values(module.graph, fake_args, fake_kwargs))
             with author_code():
-                counter.run(*values)
+                counter.run(*module.own.inputs_of(module.own.calls[0], fake_args, fake_kwargs))
     except (AuthorError, GuardError) as error:
         raise TraceError(
             f"{type(module).__name__} cannot be counted on inputs of this shape without computing: "
@@ -109,11 +115,11 @@ def _count(
 
 def skip_as_planned(copy: nn.Module, on: bool) -> None:
     """Switch a copy's skipping off, or on as its plan says, whatever its switch, mode and schedule say."""
-    for child in copy.modules():
-        if isinstance(child, Switchable):
-            child.enabled, child.train_only = on, False
-        if isinstance(child, Select):
-            child.current = child.ratio
+    for switch in switches(copy):
+        switch.enabled, switch.train_only = on, False
+    for module in copy.modules():
+        if isinstance(module, Select):
+            module.current = module.ratio
 
 
 class _Traffic(TorchDispatchMode):
@@ -129,7 +135,7 @@ class _Traffic(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket not in self.products:
-            read, written = _tensors((args, kwargs)), _tensors(out)
+            read, written = tensor_leaves((args, kwargs)), tensor_leaves(out)
             known = {_storage(tensor) for tensor in read}
             if is_writing(func) or any(_storage(t) not in known for t in written):
                 self.bytes += sum(_size(tensor) for tensor in [*read, *written]) if read else 0
@@ -167,7 +173,7 @@ class _NodeCounter(fx.Interpreter):
         )  # one sample stands for any number
         self.macs[n.name] = (self.flops.get_total_flops() - macs) // 2
         self.bytes[n.name] = self.traffic.bytes - bytes_
-        shapes = tuple(tuple(tensor.shape) for tensor in _tensors(value))
+        shapes = tuple(tuple(tensor.shape) for tensor in tensor_leaves(value))
         self.shapes[n.name] = shapes[0] if isinstance(value, Tensor) else shapes
         return value
 
@@ -183,28 +189,8 @@ def _one_sample(
         if not isinstance(leaf, Tensor):
             return leaf
         dtype = like.dtype if leaf.is_floating_point() else leaf.dtype
-        shape = (1, *leaf.shape[1:]) if leaf.ndim and leaf.shape[0] == batch else leaf.shape
+        shape = (1, *leaf.shape[1:]) if has_samples(leaf, batch) else leaf.shape
         return torch.empty(shape, dtype=dtype, device=like.device)
 
     one: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(fake, (args, kwargs))
     return one
-
-
-def placeholder_values(
-    graph: fx.Graph, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[Any]:
-    """One value per placeholder, by name if it was passed by name. Arguments without tensors have no placeholder."""
-    positional = iter([a for a in args if _has_tensor(a)])
-    for node in graph.find_nodes(op="placeholder"):
-        if node.target in kwargs:
-            yield kwargs[node.target]
-        else:
-            yield next(positional, node.args[0] if node.args else None)
-
-
-def _has_tensor(value: Any) -> bool:
-    return bool(_tensors(value))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -15,7 +15,7 @@ from skipvit_fx.capture.example import arguments_of
 from skipvit_fx.errors import SkipViTError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
-from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.ops.switch import switches
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def check_skips(fast: nn.Module) -> SkipViTModule:
         SkipViTError: skipping is off.
     """
     parts = [fast.get_submodule(stage.path) for stage in record_of(fast).stages]
-    if any(isinstance(m, Switchable) and not m.active for part in parts for m in part.modules()):
+    if not all(switch.active for part in parts for switch in switches(part)):
         raise _switched_off()
     return cast(SkipViTModule, fast)
 

@@ -100,8 +100,8 @@ class Context:
         return [n for n in self.editor.graph.nodes if n in under and n in self.analysis.facts]
 
 
-def locate(capture: Capture, options: Options) -> Context:
-    """Find the layers of a captured model, apply the plan to them, and refuse it if it would be wrong.
+def start_rewrite(capture: Capture, options: Options) -> Context:
+    """Find the layers of a captured model, lay the plan over them, and refuse it if it would be wrong.
 
     Raises:
         OpenModules: leaf modules are not sound as a whole, and must be traced through.

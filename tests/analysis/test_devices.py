@@ -16,7 +16,7 @@ from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import axes_of, tensors_in
 from skipvit_fx.capture.fakes import TracelessFakeMode
 from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.reports.attention import locate
+from skipvit_fx.reports.attention import find_layers
 from support.models import FAMILIES, Family
 from support.odd_models import MIXERS, Block, MixingMlp, Odd, image
 
@@ -56,12 +56,12 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def findings(model: nn.Module, x: Tensor) -> dict[str, Any]:
     """What the analysis says of every node."""
-    located = locate(model, (x,), {})
+    layers = find_layers(model, (x,), {})
     found: dict[str, Any] = {}
-    for node in located.capture.module.graph.nodes:
-        facts = located.analysis[node]
+    for node in layers.capture.module.graph.nodes:
+        facts = layers.analysis[node]
         axes = [axes_of(t) for t in tensors_in(facts.value)]
-        reason = why_not_apart(located.analysis, node) if _calls(node) else ""
+        reason = why_not_apart(layers.analysis, node) if _calls(node) else ""
         found[node.name] = (axes, facts.mixing, reason, len(facts.positions), facts.softmax_over)
     return found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.errors import GuardError
-from skipvit_fx.graph.module import MOST_CALLS
+from skipvit_fx.graph.more_graphs import MOST_CALLS
 from support.client_models import STAGES, pixels, rewritten, vit
 from support.models import layout_of
 from support.reference import masked_reference, relative_error

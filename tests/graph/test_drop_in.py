@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import skipvit_fx
 from skipvit_fx.errors import GuardError, TraceError, UnsupportedModelError
-from skipvit_fx.graph.module import MOST_CALLS
+from skipvit_fx.graph.more_graphs import MOST_CALLS
 from support.models import scramble
 from support.odd_models import Block, Odd, image
 from support.reference import relative_error

@@ -17,7 +17,7 @@ from skipvit_fx.passes.insert_skip import InsertSkip
 from skipvit_fx.plan import Plan
 from skipvit_fx.rewriting import conditions
 from skipvit_fx.rewriting.conditions import SKIPPING
-from skipvit_fx.rewriting.context import Context, locate
+from skipvit_fx.rewriting.context import Context, start_rewrite
 from skipvit_fx.rewriting.passes import Condition, Pass, PassError, run_passes
 from support.tiny import Tiny
 
@@ -28,7 +28,7 @@ def run(*steps: Pass, model: Any = None, options: Options = BOTH) -> Any:
     import torch
 
     def work(capture: Any) -> Any:
-        context = locate(capture, options)
+        context = start_rewrite(capture, options)
         return context, run_passes(steps, context)
 
     return with_capture(model or Tiny().eval(), (torch.zeros(2, 3, 16, 16),), {}, work)

@@ -15,7 +15,7 @@ from skipvit_fx.capture.opening import with_capture
 from skipvit_fx.options import Options
 from skipvit_fx.passes import passes_for
 from skipvit_fx.plan import Plan
-from skipvit_fx.rewriting.context import Context, locate
+from skipvit_fx.rewriting.context import Context, start_rewrite
 from skipvit_fx.rewriting.passes import Pass, run_passes
 
 DIM = 8
@@ -95,7 +95,7 @@ def run_up_to(kind: type[Any], model: nn.Module, plan: str = "1(50%)+3", **optio
     example = (torch.zeros(2, 3, 16, 16),)
 
     def work(capture: Any) -> Ran:
-        context = locate(capture, Options(Plan.parse(plan), **options))
+        context = start_rewrite(capture, Options(Plan.parse(plan), **options))
         steps = passes_for(context.options)
         at = next(i for i, step in enumerate(steps) if isinstance(step, kind))
         run_passes(steps[:at], context)
