@@ -63,14 +63,14 @@ class Stage:
 
         ``n`` may be a torch.SymInt.
         """
-        return dropped(self.amount, n)
+        return leaving(self.amount, n)
 
     def kept(self, n: int) -> int:
         """How many of ``n`` patch tokens stay. See :meth:`dropped`."""
         return n - self.dropped(n)
 
 
-def dropped(amount: Fraction | int, n: int) -> int:
+def leaving(amount: Fraction | int, n: int) -> int:
     """How many of ``n`` tokens an amount takes. See :meth:`Stage.dropped`."""
     if isinstance(amount, Fraction):
         return amount.numerator * n // amount.denominator
@@ -213,7 +213,8 @@ class _Reader:
         self.at = 0
 
     def plan(self) -> Plan:
-        starts, spans = [], []
+        starts: list[int] = []
+        spans: list[Span] = []
         while not spans or self.accept(";"):
             self.skip_spaces()
             starts.append(self.at)
@@ -362,10 +363,10 @@ def _amount(value: Fraction | float | str) -> Fraction | int:
         raise PlanError(f"amount {value!r} is not a number", hint=hint)
     if isinstance(value, str) and _LAYER.fullmatch(value.strip()):
         value = int(value)
-    if _is_int(value):
+    if isinstance(value, int):
         if value < 0:
             raise PlanError(f"amount {value} is negative", hint=hint)
-        return int(value)
+        return value
     try:
         if isinstance(value, str):
             ratio = _fraction(value)
