@@ -34,7 +34,7 @@ from skipvit_fx.errors import (
     UnsupportedModelError,
 )
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.plan import Plan, Stage
+from skipvit_fx.plan import Plan, Span, Stage
 from support.models import PlainMLP, scramble
 
 pytestmark = pytest.mark.every_case
@@ -158,14 +158,14 @@ NOTATION: list[tuple[Any, tuple[str, ...]]] = [
     ("6(55)", ("'55' is not a percentage", "percent sign")),
     ("6()", ("'' is not a percentage", "percent sign")),
     ("6(%)", ("'%'", "at least 0 and below 1")),
-    ("6(-5%)", ("-5%", "below 1")),
-    ("6(100%)", ("outside [0, 1)", "below 1")),
-    ("6(1e3%)", ("1e3%", "below 1")),
-    ("6(nan%)", ("nan%", "below 1")),
-    ("6(inf%)", ("inf%", "below 1")),
-    ("6(1/0%)", ("1/0%", "below 1")),
-    ("6(\uff15\uff15%)", ("\uff15\uff15%", "below 1")),
-    ("6(55%%)", ("55%%", "below 1")),
+    ("6(-5%)", ("-5%", "less than 1")),
+    ("6(100%)", ("outside [0, 1)", "less than 1")),
+    ("6(1e3%)", ("1e3%", "less than 1")),
+    ("6(nan%)", ("nan%", "less than 1")),
+    ("6(inf%)", ("inf%", "less than 1")),
+    ("6(1/0%)", ("1/0%", "less than 1")),
+    ("6(\uff15\uff15%)", ("\uff15\uff15%", "less than 1")),
+    ("6(55%%)", ("55%%", "less than 1")),
     ("(55%)", ("'' is not a layer number", "write it like")),
     ("x(55%)", ("'x' is not a layer number", "write it like")),
     ("\uff16(55%)", ("'\uff16' is not a layer number", "write it like")),
@@ -179,12 +179,12 @@ NOTATION: list[tuple[Any, tuple[str, ...]]] = [
     ("7,4(5%,5%)", ("layer 4 comes after layer 7", "ascending order")),
     ("4,4(5%,5%)", ("layer 4 is repeated", "once")),
     ("6(55%)+6", ("return at layer 6", "return at layer 7 or later")),
-    ("6(55%)+", ("'' is not a layer number", "write it like")),
-    ("6(55%)+x", ("'x' is not a layer number", "write it like")),
-    ("6(55%)11", ("cannot read '11' after the ratios", "+LAYER")),
-    ("6(55%)+fused+11", ("after the ratios", "+LAYER+fused")),
-    ("6(55%)+8+11", ("after the ratios", "+LAYER")),
-    ("6(55%)+melted", ("'melted' is not a layer number", "write it like")),
+    ("6(55%)+", ("expected fused", "+LAYER")),
+    ("6(55%)+x", ("expected fused", "+LAYER")),
+    ("6(55%)11", ("character 7", "write it like")),
+    ("6(55%)+fused+11", ("character 13", "write it like")),
+    ("6(55%)+8+11", ("expected fused", "+LAYER")),
+    ("6(55%)+melted", ("expected fused", "+LAYER")),
 ]
 # fmt: on
 
@@ -193,21 +193,22 @@ STAGES: list[Bad] = [
     ("stage-text", lambda w: Stage("6", 0.5), PlanError, ("layer '6' is not an integer", "1, 2, 3")),
     ("stage-bool", lambda w: Stage(True, 0.5), PlanError, ("layer True is not an integer",)),
     ("stage-float", lambda w: Stage(6.0, 0.5), PlanError, ("layer 6.0 is not an integer",)),
-    ("stage-zero", lambda w: Stage(0, 0.5), PlanError, ("layer 0 is out of range", "count from 1")),
-    ("ratio-none", lambda w: Stage(6, None), PlanError, ("ratio None", "below 1")),
-    ("ratio-nan", lambda w: Stage(6, float("nan")), PlanError, ("nan", "below 1")),
-    ("ratio-inf", lambda w: Stage(6, float("inf")), PlanError, ("inf", "below 1")),
-    ("ratio-one", lambda w: Stage(6, 1), PlanError, ("outside [0, 1)", "below 1")),
-    ("ratio-over", lambda w: Stage(6, Fraction(7, 3)), PlanError, ("7/3", "below 1")),
-    ("ratio-bool", lambda w: Stage(6, True), PlanError, ("ratio True", "below 1")),
-    ("ratio-list", lambda w: Stage(6, [0.5]), PlanError, ("ratio [0.5]", "below 1")),
-    ("ratio-tensor", lambda w: Stage(6, torch.tensor(0.5)), PlanError, ("ratio", "below 1")),
-    ("ratio-complex", lambda w: Stage(6, 0.5j), PlanError, ("ratio", "below 1")),
-    ("plan-list", lambda w: Plan([Stage(6, 0.5)]), PlanError, ("stages must be a tuple", "Plan.parse")),
-    ("plan-numbers", lambda w: Plan((6, 7)), PlanError, ("stages must be a tuple of Stage",)),
-    ("plan-fused", lambda w: Plan((Stage(6, 0.5),), None, 1), PlanError, ("fused must be True or False",)),
-    ("plan-back", lambda w: Plan((Stage(6, 0.5),), "7"), PlanError, ("return layer '7' is not an integer",)),
-    ("plan-empty", lambda w: Plan((), 7), PlanError, ("nothing to return", "add a stage")),
+    ("stage-below", lambda w: Stage(-1, 0.5), PlanError, ("layer -1 is out of range", "count from 1")),
+    ("ratio-none", lambda w: Stage(6, None), PlanError, ("amount None", "less than 1")),
+    ("ratio-nan", lambda w: Stage(6, float("nan")), PlanError, ("nan", "less than 1")),
+    ("ratio-inf", lambda w: Stage(6, float("inf")), PlanError, ("inf", "less than 1")),
+    ("ratio-one", lambda w: Stage(6, 1.0), PlanError, ("outside [0, 1)", "less than 1")),
+    ("ratio-over", lambda w: Stage(6, Fraction(7, 3)), PlanError, ("7/3", "less than 1")),
+    ("ratio-bool", lambda w: Stage(6, True), PlanError, ("amount True", "less than 1")),
+    ("ratio-list", lambda w: Stage(6, [0.5]), PlanError, ("amount [0.5]", "less than 1")),
+    ("ratio-tensor", lambda w: Stage(6, torch.tensor(0.5)), PlanError, ("amount", "less than 1")),
+    ("ratio-complex", lambda w: Stage(6, 0.5j), PlanError, ("amount", "less than 1")),
+    ("span-list", lambda w: Span([Stage(6, 0.5)]), PlanError, ("stages of a span", "Plan.parse")),
+    ("span-numbers", lambda w: Span((6, 7)), PlanError, ("tuple of one or more Stage",)),
+    ("span-empty", lambda w: Span(()), PlanError, ("tuple of one or more Stage",)),
+    ("span-fused", lambda w: Span((Stage(6, 0.5),), None, 1), PlanError, ("fused must be True or False",)),
+    ("span-back", lambda w: Span((Stage(6, 0.5),), "7"), PlanError, ("return layer '7' is not an integer",)),
+    ("plan-stages", lambda w: Plan((Stage(6, 0.5),)), PlanError, ("spans of a plan", "Span((Stage")),
 ]
 # fmt: on
 
