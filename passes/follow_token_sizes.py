@@ -13,8 +13,8 @@ from skipvit_fx.analysis.axes import Axes, Batch, Dim, size, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.graph.sizes import RESHAPES, SIZE_FREE, dimension_of, sizes_of
+from skipvit_fx.ops.following import as_shape
 from skipvit_fx.ops.guard import OF_KIND, guard
-from skipvit_fx.ops.shape import as_shape
 from skipvit_fx.rewriting.conditions import SIZES_FOLLOW
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition

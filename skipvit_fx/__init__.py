@@ -18,7 +18,8 @@ from skipvit_fx.errors import (
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan, Span, Stage
-from skipvit_fx.reports.attention import AttentionReport, FoundLayer, Site, find_attention
+from skipvit_fx.reports.attention import find_attention
+from skipvit_fx.reports.attention_report import AttentionReport, FoundLayer, Site
 from skipvit_fx.reports.inspection import inspect
 from skipvit_fx.reports.inspection_report import (
     Inspection,

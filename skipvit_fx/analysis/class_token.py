@@ -11,6 +11,7 @@ from torch import fx
 from skipvit_fx.analysis.axes import Tokens, tensors_in
 from skipvit_fx.analysis.tape import Tape
 from skipvit_fx.analysis.tokens import TokenAnalysis
+from skipvit_fx.graph.nodes import leading_to
 
 REGISTERS = frozenset(
     {"reg", "regs", "register", "registers", "storage", "memory", "mem", "memories"}
@@ -132,10 +133,7 @@ def _sources(
     analysis: TokenAnalysis, first: fx.Node, dim: int, rows: Iterable[int]
 ) -> list[tuple[str, ...]]:
     """For each of these rows, the names of the parameters and buffers that it is made of; empty if unknown."""
-    needed = {first}
-    for node in reversed(analysis.module.graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
+    needed = leading_to([first], lambda argument: True)
     nodes = [node for node in analysis.module.graph.nodes if node in needed]
     values = {node: analysis[node].value for node in nodes if node.op == "placeholder"}
     fake = analysis.fake_module("")

@@ -37,6 +37,7 @@ from skipvit_fx.analysis.tokens import TokenAnalysis, stream_axes
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.nodes import leading_to
 
 
 @dataclass(frozen=True)
@@ -383,13 +384,7 @@ def _why_opaque(analysis: TokenAnalysis, segment: Segment, node: fx.Node) -> str
         reached = _reached(analysis, segment, node, value.numel() // keys) if square else set()
         if segment.end not in reached and not any(analysis[n].sums_weights for n in reached):
             return ""
-    leads = {node}
-    waiting = [node]
-    while waiting:
-        for argument in waiting.pop().all_input_nodes:
-            if segment.start < argument and argument not in leads:
-                leads.add(argument)
-                waiting.append(argument)
+    leads = leading_to([node], lambda argument: segment.start < argument)
     lost = any(is_lost(t) for a in node.all_input_nodes for t in tensors_in(analysis[a].value))
     return next(
         (mixing for n in sorted(leads) if (mixing := analysis[n].mixing)),
@@ -427,13 +422,8 @@ def _values_of(analysis: TokenAnalysis, segment: Segment, softmax: fx.Node) -> t
     samples = next((batch.samples for dim in axes if (batch := batch_of(dim))), 1)
     reached = _reached(analysis, segment, softmax, samples * keys_of(analysis, softmax))
     ends = [node for node in sorted(reached) if analysis[node].sums_weights]
-    before_values: set[fx.Node] = set()
-    waiting = list(ends)
-    while waiting:
-        for argument in waiting.pop().all_input_nodes:
-            if argument in reached and argument not in before_values:
-                before_values.add(argument)
-                waiting.append(argument)
+    weights = (n for end in ends for n in end.all_input_nodes if n in reached)
+    before_values = leading_to(weights, reached.__contains__)
     suspects = before_values if ends else {n for n in reached if n < segment.end}
     mixing = next((m for n in sorted(suspects) if (m := analysis[n].mixing)), "")
     return bool(ends or mixing), mixing

@@ -36,7 +36,7 @@ from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.nodes import attribute, callee
+from skipvit_fx.graph.nodes import attribute, callee, leading_to
 from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.torch_internals import TorchDispatchMode, aten, is_writing, pytree
 
@@ -287,12 +287,7 @@ class TokenAnalysis:
 
     def _with_more_samples(self, node: fx.Node) -> Any:
         values = self._more_samples
-        needed, waiting = {node}, [node]
-        while waiting:
-            for argument in waiting.pop().all_input_nodes:
-                if argument not in needed and argument not in values:
-                    needed.add(argument)
-                    waiting.append(argument)
+        needed = leading_to([node], lambda argument: argument not in values)
         with self.fake_mode, torch.no_grad():
             for pending in self.module.graph.nodes:
                 if pending in needed and pending not in values:

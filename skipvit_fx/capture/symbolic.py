@@ -33,7 +33,7 @@ from skipvit_fx.capture.mutations import AUGMENTED, WatchWrites, augmented, refu
 from skipvit_fx.capture.outputs import KeepsOutputClass
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
-from skipvit_fx.graph.nodes import attribute, callee
+from skipvit_fx.graph.nodes import attribute, callee, leading_to
 from skipvit_fx.graph.sizes import dimension_of, sizes_of
 from skipvit_fx.names import CHECKPOINT
 from skipvit_fx.ops.guard import READS, guard, kind_of
@@ -354,13 +354,8 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
     def _compute(self, nodes: Iterable[fx.Node], witness: _Witness) -> None:
         """Fill in values on a witness; missing values that they need are computed first, in graph order."""
         values = witness.values
-        waiting = [node for node in nodes if node not in values]
-        needed = set(waiting)
-        while waiting:
-            for argument in waiting.pop().all_input_nodes:
-                if argument not in values and argument not in needed:
-                    needed.add(argument)
-                    waiting.append(argument)
+        missing = (node for node in nodes if node not in values)
+        needed = leading_to(missing, lambda argument: argument not in values)
         if not needed:
             return
         self._evaluating = True

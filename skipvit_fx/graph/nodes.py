@@ -1,8 +1,8 @@
-"""What a node reads or calls."""
+"""What a node reads or calls, and what it is computed from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import fx, nn
@@ -32,3 +32,15 @@ def callee(node: fx.Node, part: Callable[[str], nn.Module]) -> Callable[..., Any
 
 def _method(name: str) -> Callable[..., Any]:
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
+def leading_to(nodes: Iterable[fx.Node], follow: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """These nodes and those that they are computed from, back to where ``follow`` is false."""
+    found = set(nodes)
+    waiting = [*found]
+    while waiting:
+        for argument in waiting.pop().all_input_nodes:
+            if argument not in found and follow(argument):
+                found.add(argument)
+                waiting.append(argument)
+    return found

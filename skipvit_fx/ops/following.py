@@ -46,6 +46,12 @@ def recorded(function: Function) -> Function:
     return called  # type: ignore[return-value]
 
 
+@recorded
+def as_shape(*sizes: int) -> tuple[int, ...]:
+    """All sizes as one value for a Python operator, for which a plain tuple would need concrete values in tracing."""
+    return sizes
+
+
 def _tracer_of(args: tuple[Any, ...]) -> Any:
     """The tracer, if any of the arguments is a proxy."""
     for arg in args:
