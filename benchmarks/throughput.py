@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
 from statistics import median
@@ -133,7 +133,10 @@ def variants(model: nn.Module, text: str) -> tuple[dict[str, nn.Module], dict[st
     """The model and its rewrites, which share its weights, and by which factor each has fewer multiply-adds."""
     plan = sv.Plan.parse(text)
     nothing = sv.Plan(
-        tuple(sv.Stage(stage.layer, 0) for stage in plan.stages), plan.return_layer, plan.fused
+        tuple(
+            replace(span, stages=tuple(sv.Stage(stage.layer, 0) for stage in span.stages))
+            for span in plan.spans
+        )
     )
     rewrites: dict[str, Any] = {
         "plan": sv.rewrite(model, plan, eliminate_dead_tokens=False),

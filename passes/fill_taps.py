@@ -41,7 +41,7 @@ class FillTaps:
                 skip = context.skips[stage.index]
                 current = context.editor.insert_module(
                     f"{stage.name}.tap_{count}",
-                    Merge(*context.place, fused=context.plan.fused),
+                    Merge(*context.place, fused=stage.returns.span.fused),
                     (current, skip.bypassed, skip.kept, skip.dropped),
                     after=current,
                     name=f"{stage.name}_tap_{count}",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
+
+from skipvit_fx.analysis.spans import Return
 from skipvit_fx.ops.skip import Merge
 from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
 from skipvit_fx.rewriting.context import Context
@@ -34,20 +37,24 @@ class InsertMerge:
     ensures: ClassVar[tuple[Condition, ...]] = (RETURNED,)
 
     def run(self, context: Context) -> None:
-        """Insert one merge per stage after the return node, if the plan returns."""
-        returns, stages = context.spans.return_node, context.stages()
-        if returns is None or not stages:
-            return
-        last, skip = stages[-1]
-        # cut and return may be the same node: then the sequence was shortened right there
-        current = start = skip.kept_tokens if last.cut is returns else returns
-        readers = list(start.users)
-        for stage, skip in reversed(stages):
-            current = context.editor.insert_module(
-                f"{stage.name}.merge",
-                Merge(*context.place, fused=context.plan.fused),
-                (current, skip.bypassed, skip.kept, skip.dropped),
-                after=current,
-                name=f"{stage.name}_returned",
-            )
-        context.editor.rewire_all(readers, start, current)
+        """Insert one merge per stage after the node where its span returns."""
+        for returns in context.spans.returns:
+            if returns.node is not None:
+                _close(context, returns, returns.node)
+
+
+def _close(context: Context, returns: Return, node: fx.Node) -> None:
+    stages = [(stage, skip) for stage, skip in context.stages() if stage.returns is returns]
+    last, skip = stages[-1]
+    # cut and return may be the same node: then the sequence was shortened right there
+    current = start = skip.kept_tokens if last.cut is node else node
+    readers = list(start.users)
+    for stage, skip in reversed(stages):
+        current = context.editor.insert_module(
+            f"{stage.name}.merge",
+            Merge(*context.place, fused=returns.span.fused),
+            (current, skip.bypassed, skip.kept, skip.dropped),
+            after=current,
+            name=f"{stage.name}_returned",
+        )
+    context.editor.rewire_all(readers, start, current)

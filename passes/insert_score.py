@@ -53,6 +53,13 @@ class InsertScore:
             if callable(context.options.score) or context.options.score == "random":
                 scores[None] = _score_stream(context, stage)
                 continue
+            if not stage.layer.sites:
+                raise UnsupportedModelError(
+                    f"score={context.options.score!r} needs an attention, and none has run in front of layer 1",
+                    node=stage.cut.name,
+                    module_path=module_path(stage.cut),
+                    hint="pass score='random' or a score function, or drop at layer 1 or later",
+                )
             if stage.layer.unclear:
                 raise UnsupportedModelError(
                     f"the attention of layer {stage.layer.index} cannot score: {stage.layer.unclear}",

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from skipvit_fx.analysis.spans import StageSpan
+from skipvit_fx.analysis.spans import Return, StageSpan
 from skipvit_fx.ops.select import Select, Survivors
 from skipvit_fx.ops.skip import Fuse, Keep, PassAround
 from skipvit_fx.rewriting.conditions import SCORED, SKIPPING
@@ -50,20 +50,20 @@ class InsertSkip:
 
     def run(self, context: Context) -> None:
         """Insert the selection of every stage after its cut, and what takes tokens out."""
-        before = None
+        before: dict[Return, fx.Node] = {}
         for stage in context.spans.stages:
             full = context.full_stream_readers(stage.cut)
             readers = [user for user in stage.cut.users if user not in full]
-            skip = context.skips[stage.index] = _skip(context, stage, before)
+            skip = context.skips[stage.index] = _skip(context, stage, before.get(stage.returns))
             context.editor.rewire_all(readers, stage.cut, skip.kept_tokens)
-            before = skip.positions
+            before[stage.returns] = skip.positions
 
 
 def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
-    """Insert one stage; ``before`` is the positions of the patches that the previous stage kept."""
-    editor, plan, tokens = context.editor, context.plan, context.stream.tokens
-    others = tokens.prefix + tokens.suffix + int(plan.fused)
-    selector = Select(stage.stage.ratio, context.options.multiple_of, others)
+    """Insert one stage; ``before`` is the positions of the patches that the previous stage of its span kept."""
+    editor, span, tokens = context.editor, stage.returns.span, context.stream.tokens
+    others = tokens.prefix + tokens.suffix + int(span.fused)
+    selector = Select(stage.stage.amount, context.options.multiple_of, others)
     scores = tuple(context.scores[stage.index].values())
     choice = editor.insert_module(
         f"{stage.name}.select", selector, scores, after=stage.cut, name=f"{stage.name}_choice"
@@ -75,7 +75,7 @@ def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
         operator.getitem, (choice, 1), before=kept.next, name=f"{stage.name}_dropped"
     )
     positions = kept
-    if before is not None and not plan.fused:
+    if before is not None and not span.fused:
         positions = editor.insert_module(
             f"{stage.name}.positions",
             Survivors(),
@@ -90,7 +90,7 @@ def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
         after=dropped,
         name=f"{stage.name}_kept_tokens",
     )
-    if context.spans.return_node is None and not plan.fused and not context.spans.taps:
+    if stage.returns.node is None and not span.fused and not context.spans.taps:
         return Skip(selector, kept, dropped, positions, kept_tokens, None)
     bypassed = editor.insert_module(
         f"{stage.name}.around",
@@ -99,7 +99,7 @@ def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
         after=kept_tokens,
         name=f"{stage.name}_bypassed",
     )
-    if plan.fused:
+    if span.fused:
         kept_tokens = editor.insert_module(
             f"{stage.name}.fuse",
             Fuse(*context.place),

@@ -17,7 +17,7 @@ from skipvit_fx.errors import (
 )
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.graph.module import SkipViTModule
-from skipvit_fx.plan import Plan, Stage
+from skipvit_fx.plan import Plan, Span, Stage
 from skipvit_fx.reports.attention import find_attention
 from skipvit_fx.reports.attention_report import AttentionReport, FoundLayer, Site
 from skipvit_fx.reports.inspection import inspect
@@ -62,6 +62,7 @@ __all__ = [
     "SkipSchedule",
     "SkipViTError",
     "SkipViTModule",
+    "Span",
     "Stage",
     "StageReport",
     "TokenTrace",

@@ -55,7 +55,7 @@ class Options:
     @property
     def drops(self) -> bool:
         """Whether anything may be left out: tokens, or, in a plan without stages, rows that nothing reads."""
-        return any(stage.ratio for stage in self.plan.stages) or not self.plan.stages
+        return any(stage.amount for stage in self.plan.stages) or not self.plan.stages
 
     @property
     def eliminates(self) -> bool:

@@ -1,80 +1,101 @@
-"""Which layers drop how many tokens, and where these return: the paper's notation as a value.
+"""Which layers drop how many tokens, and where these return: a small language, and its value.
 
-``6(55%)+11`` drops 55 % of the patch tokens at layer 6 and returns them at the input of layer 11.
+``6(55%)+11`` drops 55 % of the patch tokens at layer 6 and returns them at the input of layer 11, in the paper's
+notation. ``1-12(8)`` drops 8 tokens in each of twelve layers. Spans that follow each other are joined by semicolons:
+``4(30%)+5;5(30%)+6``. The grammar, in which spaces do not matter::
+
+    plan    = [span (";" span)*]
+    span    = layers "(" amounts ")" ["+" LAYER] ["+fused"]
+    layers  = (LAYER | LAYER "-" LAYER) ("," ...)*
+    amounts = one for all layers, or one per layer: a percentage, or a number of tokens
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
+from typing import NoReturn, TypeVar
 
 from skipvit_fx.errors import PlanError
 
-_EXAMPLES = "write it like 6(55%)+11, 4,7(30%,30%)+10 or 6(45%)+fused"
-_NOTATION = re.compile(r"(?P<layers>[^()]*)\((?P<ratios>[^()]*)\)(?P<suffix>[^()]*)")
-_INTEGER = re.compile(r"-?[0-9]{1,9}")
+T = TypeVar("T")
+
+_EXAMPLES = "write it like 6(55%)+11, 4,7(30%,30%)+10, 1-12(8) or 4(30%)+5;5(30%)+6"
+_LAYER = re.compile(r"[0-9]{1,9}")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
+_AMOUNT = re.compile(rf"{_NUMBER.pattern}\s*%?")
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, init=False)
 class Stage:
-    """One drop: at ``layer`` (counted from 1), ``ratio`` of the patch tokens still present.
+    """One drop: at ``layer``, some of the patch tokens still present.
 
     Attributes:
-        layer: the layer whose attention scores the tokens, and in which they leave.
-        ratio: the dropped share, exact, in [0, 1). The constructor also takes a float, read in decimal (0.29 is
-            29/100), an int, or a string such as "29%", "0.29" or "2/7".
+        layer: the layer whose attention scores the tokens, and in which they leave, counted from 1; 0 is the embedding,
+            in front of layer 1, where no attention has run.
+        amount: the dropped ratio, exact, in [0, 1), as a ``Fraction``; or the number of tokens that leave, as an
+            ``int``. The constructor also takes a float, read in decimal (0.29 is 29/100), or a string such as "29%",
+            "0.29", "2/7" or "8".
     """
 
     layer: int
-    ratio: Fraction
+    amount: Fraction | int
 
-    def __init__(self, layer: int, ratio: Fraction | float | str) -> None:
+    def __init__(self, layer: int, amount: Fraction | float | str) -> None:
         if not _is_int(layer):
             raise PlanError(
-                f"layer {layer!r} is not an integer", hint="layers are counted 1, 2, 3, ..."
+                f"layer {layer!r} is not an integer",
+                hint="layers are counted 1, 2, 3, ...; 0 is the embedding",
             )
-        if layer < 1:
+        if layer < 0:
             raise PlanError(
-                f"layer {layer} is out of range", hint="layers count from 1, not from 0"
+                f"layer {layer} is out of range", hint="layers count from 1; 0 is the embedding"
             )
         object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "ratio", _ratio(ratio))
+        object.__setattr__(self, "amount", _amount(amount))
 
     def dropped(self, n: int) -> int:
-        """How many of ``n`` patch tokens leave: floor(ratio * n). ``n`` may be a torch.SymInt."""
-        return self.ratio.numerator * n // self.ratio.denominator
+        """How many of ``n`` patch tokens leave: floor(ratio * n), or the number, but not the last one of them.
+
+        ``n`` may be a torch.SymInt.
+        """
+        return leaving(self.amount, n)
 
     def kept(self, n: int) -> int:
-        """How many of ``n`` patch tokens stay: ceil((1 - ratio) * n). See :meth:`dropped`."""
+        """How many of ``n`` patch tokens stay. See :meth:`dropped`."""
         return n - self.dropped(n)
 
 
-@dataclass(frozen=True, repr=False)
-class Plan:
-    """All drops, ascending by layer, and the layer at whose input every dropped token returns.
+def leaving(amount: Fraction | int, n: int) -> int:
+    """How many of ``n`` tokens an amount takes. See :meth:`Stage.dropped`."""
+    if isinstance(amount, Fraction):
+        return amount.numerator * n // amount.denominator
+    return max(0, min(amount, n - 1))
 
-    A plan without stages drops nothing. ``str(plan)`` is its canonical notation.
+
+@dataclass(frozen=True, repr=False)
+class Span:
+    """Drops in ascending layers, and the layer at whose input all that they dropped returns.
 
     Attributes:
-        stages: the drops.
-        return_layer: may be depth + 1 (before the final norm); None if they never return.
+        stages: the drops, at least one.
+        return_layer: may be depth + 1 (before the final norm); ``None`` if they never return.
         fused: whether an extra token, the score-weighted sum of the dropped ones, stands in for them.
     """
 
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...]
     return_layer: int | None = None
     fused: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.stages, tuple) or not all(
-            isinstance(stage, Stage) for stage in self.stages
-        ):
+        if not _are(self.stages, Stage) or not self.stages:
             raise PlanError(
-                f"stages must be a tuple of Stage, got {self.stages!r}",
-                hint="write Plan((Stage(6, 0.55),), return_layer=11) or Plan.parse('6(55%)+11')",
+                f"the stages of a span must be a tuple of one or more Stage, got {self.stages!r}",
+                hint="write Span((Stage(6, 0.55),), return_layer=11) or Plan.parse('6(55%)+11')",
             )
         if not isinstance(self.fused, bool):
             raise PlanError(
@@ -88,80 +109,264 @@ class Plan:
         for before, after in pairwise(stage.layer for stage in self.stages):
             if before == after:
                 raise PlanError(
-                    f"layer {after} is repeated", hint="name each layer once, with a larger ratio"
+                    f"layer {after} is repeated", hint="name each layer once, with a larger amount"
                 )
             if before > after:
                 raise PlanError(
                     f"layer {after} comes after layer {before}",
                     hint="put the layers in ascending order",
                 )
-        if not self.stages and (self.return_layer is not None or self.fused):
-            raise PlanError(
-                "a plan without stages has nothing to return or fuse",
-                hint="add a stage, or leave out the return layer and the fused token",
-            )
-        if self.return_layer is not None and self.return_layer <= self.stages[-1].layer:
-            last = self.stages[-1].layer
+        last = self.stages[-1].layer
+        if self.return_layer is not None and self.return_layer <= last:
             raise PlanError(
                 f"return at layer {self.return_layer}, but layer {last} still drops tokens",
                 hint=f"return at layer {last + 1} or later",
             )
 
     def __repr__(self) -> str:
+        return f"Span({str(self)!r})"
+
+    def __str__(self) -> str:
+        layers = [str(stage.layer) for stage in self.stages]
+        amounts = [_spelled(stage.amount) for stage in self.stages]
+        ranges = list(_ranges([stage.layer for stage in self.stages]))
+        if len(set(amounts)) == 1 and len(ranges) < len(layers):
+            layers, amounts = ranges, amounts[:1]
+        returned = "" if self.return_layer is None else f"+{self.return_layer}"
+        return f"{','.join(layers)}({','.join(amounts)}){returned}{'+fused' if self.fused else ''}"
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """Spans that follow each other. One without spans drops nothing. ``str(plan)`` is its canonical notation.
+
+    Attributes:
+        spans: each returns what it dropped before the next one begins, at the same layer at the earliest; only the
+            last may return nothing.
+    """
+
+    spans: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _are(self.spans, Span):
+            raise PlanError(
+                f"the spans of a plan must be a tuple of Span, got {self.spans!r}",
+                hint="write Plan((Span((Stage(6, 0.55),), return_layer=11),)) or Plan.parse('6(55%)+11')",
+            )
+        for before, after in pairwise(self.spans):
+            first = after.stages[0].layer
+            if before.return_layer is None:
+                raise PlanError(
+                    f"the span {before} never returns, and {after} follows it",
+                    hint=f"let it return at layer {first} at the latest, or join the two: they then drop one "
+                    "after another",
+                )
+            if first < before.return_layer:
+                raise PlanError(
+                    f"layer {first} drops tokens before those of {before} return",
+                    hint=f"begin at layer {before.return_layer} or later, or join the two spans",
+                )
+
+    def __repr__(self) -> str:
         return f"Plan({str(self)!r})"
 
     def __str__(self) -> str:
-        if not self.stages:
-            return ""
-        layers = ",".join(str(stage.layer) for stage in self.stages)
-        ratios = ",".join(_percent(stage.ratio) for stage in self.stages)
-        returned = "" if self.return_layer is None else f"+{self.return_layer}"
-        return f"{layers}({ratios}){returned}{'+fused' if self.fused else ''}"
+        return ";".join(map(str, self.spans))
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of all spans, in the order of their layers."""
+        return tuple(stage for span in self.spans for stage in span.stages)
 
     def check(self, depth: int) -> None:
         """Raise PlanError unless the plan fits a model of ``depth`` layers."""
-        for stage in self.stages:
-            if stage.layer > depth:
+        for span in self.spans:
+            for stage in span.stages:
+                if stage.layer > depth:
+                    raise PlanError(
+                        f"layer {stage.layer} is out of range: the model has {depth} layers",
+                        hint=f"drop at one of the layers 1 to {depth}",
+                    )
+            if span.return_layer is not None and span.return_layer > depth + 1:
                 raise PlanError(
-                    f"layer {stage.layer} is out of range: the model has {depth} layers",
-                    hint=f"drop at one of the layers 1 to {depth}",
+                    f"return layer {span.return_layer} is out of range: the model has {depth} layers",
+                    hint=f"return at layer {depth + 1} (before the final norm) at the latest",
                 )
-        if self.return_layer is not None and self.return_layer > depth + 1:
-            raise PlanError(
-                f"return layer {self.return_layer} is out of range: the model has {depth} layers",
-                hint=f"return at layer {depth + 1} (before the final norm) at the latest",
-            )
 
     @classmethod
     def parse(cls, text: str) -> Plan:
-        """Read the paper's notation, such as ``4,7(30%,30%)+10``; spaces do not matter."""
+        """Read the notation, such as ``4,7(30%,30%)+10``; spaces do not matter.
+
+        Raises:
+            PlanError: it cannot be read; the message points at the character.
+        """
         if not isinstance(text, str):
             raise PlanError(f"a plan's notation must be a string, got {text!r}", hint=_EXAMPLES)
-        if not text.strip():
-            return cls()
-        match = _NOTATION.fullmatch(text)
-        if match is None:
-            raise PlanError(f"cannot read the plan {text!r}", hint=_EXAMPLES)
-        layers = [_parse_layer(item) for item in match["layers"].split(",")]
-        ratios = [_parse_percent(item) for item in match["ratios"].split(",")]
-        if len(layers) != len(ratios):
-            raise PlanError(
-                f"{len(layers)} layer(s) but {len(ratios)} ratio(s) in the plan {text!r}",
-                hint="give each layer its own ratio, as in 4,7(30%,30%)",
+        return _Reader(text).plan() if text.strip() else cls()
+
+
+class _Reader:
+    """Reads a text from left to right."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+
+    def plan(self) -> Plan:
+        starts: list[int] = []
+        spans: list[Span] = []
+        while not spans or self.accept(";"):
+            self.skip_spaces()
+            starts.append(self.at)
+            spans.append(self.span())
+        if not self.is_done():
+            self.fail("expected +LAYER, +fused, a semicolon or the end")
+        for i in range(2, len(spans) + 1):  # the first pair that contradicts each other
+            self.valid(lambda i=i: Plan(tuple(spans[:i])), starts[i - 1])  # type: ignore[misc]
+        return Plan(tuple(spans))
+
+    def span(self) -> Span:
+        start = self.at
+        layers = list(self.layers())
+        self.expect("(")
+        amounts_at = self.at
+        amounts = [self.amount()]
+        while self.accept(","):
+            amounts.append(self.amount())
+        if len(amounts) not in (1, len(layers)):
+            self.fail(
+                f"{len(amounts)} amounts for {len(layers)} layer{'s' if len(layers) > 1 else ''}",
+                at=amounts_at,
+                hint="give one amount for all layers, or one for each, as in 4,7(30%,30%)",
             )
-        return_layer, fused = _parse_suffix(match["suffix"])
-        return cls(tuple(map(Stage, layers, ratios)), return_layer, fused)
+        self.expect(")")
+        amounts *= len(layers) if len(amounts) == 1 else 1
+        stages = tuple(Stage(*both) for both in zip(layers, amounts, strict=True))
+        returns_at = self.at
+        returns = self.return_layer()
+        fused = self.accept("+")
+        if fused and self.word() != "fused":
+            self.fail(
+                "expected fused",
+                hint="only +LAYER, +fused or +LAYER+fused may follow the amounts",
+            )
+        self.at += len("fused") * fused
+        drops = self.valid(lambda: Span(stages), start)
+        return self.valid(lambda: Span(drops.stages, returns, fused), returns_at)
+
+    def layers(self) -> Iterator[int]:
+        while True:
+            first = self.layer()
+            if self.accept("-"):
+                start = self.at
+                last = self.layer()
+                if last < first:
+                    self.fail(
+                        f"the range ends before it begins, at layer {first}",
+                        at=start,
+                        hint="write the lower layer first, as in 3-10",
+                    )
+                yield from range(first, last + 1)
+            else:
+                yield first
+            if not self.accept(","):
+                return
+
+    def layer(self) -> int:
+        return int(self.take(_LAYER, "a layer number"))
+
+    def amount(self) -> Fraction | int:
+        self.skip_spaces()
+        start = self.at
+        text = self.take(_AMOUNT, "an amount, such as 55% or 8").rstrip()
+        if not text.endswith("%") and not _LAYER.fullmatch(text):
+            self.fail(
+                f"{text} is neither a percentage nor a number of tokens",
+                at=start,
+                hint=f"end a percentage with a percent sign: {_EXAMPLES}",
+            )
+        return self.valid(lambda: _amount(text), start)
+
+    def return_layer(self) -> int | None:
+        start = self.at
+        if self.accept("+"):
+            if _LAYER.match(self.rest()):
+                return self.layer()
+            self.at = start
+        return None
+
+    # -- characters -----------------------------------------------------------------------------------------------
+
+    def skip_spaces(self) -> None:
+        self.at = len(self.text) - len(self.text[self.at :].lstrip())
+
+    def rest(self) -> str:
+        self.skip_spaces()
+        return self.text[self.at :]
+
+    def is_done(self) -> bool:
+        return not self.rest()
+
+    def word(self) -> str:
+        found = _WORD.match(self.rest())
+        return found[0] if found else ""
+
+    def accept(self, character: str) -> bool:
+        found = self.rest().startswith(character)
+        self.at += found
+        return found
+
+    def expect(self, character: str) -> None:
+        if not self.accept(character):
+            self.fail(f"expected {character!r}")
+
+    def take(self, pattern: re.Pattern[str], what: str) -> str:
+        found = pattern.match(self.rest())
+        if found is None:
+            self.fail(f"expected {what}")
+        self.at += found.end()
+        return found[0]
+
+    def valid(self, make: Callable[[], T], at: int) -> T:
+        """What ``make`` returns; its error points at a character."""
+        try:
+            return make()
+        except PlanError as error:
+            self.fail(error.message, at=at, hint=error.hint)
+
+    def fail(self, message: str, *, at: int | None = None, hint: str = _EXAMPLES) -> NoReturn:
+        self.skip_spaces()
+        at = self.at if at is None else at
+        at += len(self.text[at:]) - len(self.text[at:].lstrip())
+        raise PlanError(
+            f"{message} (character {at + 1} of the plan)\n  {' '.join(self.text.split(chr(10)))}\n  {' ' * at}^",
+            hint=hint,
+        ) from None
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _ratio(value: Fraction | float | str) -> Fraction:
-    """The exact ratio that ``value`` denotes in decimal; PlanError unless it is in [0, 1)."""
-    hint = 'ratios are at least 0 and below 1; 55 % is 0.55 or "55%"'
+def _are(values: object, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)
+
+
+def _amount(value: Fraction | float | str) -> Fraction | int:
+    """The number of tokens, or the exact ratio in decimal, that ``value`` denotes.
+
+    Raises:
+        PlanError: it is a negative number of tokens, or a ratio that is not in [0, 1).
+    """
+    hint = 'a ratio is at least 0 and less than 1: 55 % is 0.55 or "55%"; a whole number is one of tokens'
     if isinstance(value, bool) or not isinstance(value, Fraction | float | int | str):
-        raise PlanError(f"ratio {value!r} is not a number", hint=hint)
+        raise PlanError(f"amount {value!r} is not a number", hint=hint)
+    if isinstance(value, str) and _LAYER.fullmatch(value.strip()):
+        value = int(value)
+    if isinstance(value, int):
+        if value < 0:
+            raise PlanError(f"amount {value} is negative", hint=hint)
+        return value
     try:
         if isinstance(value, str):
             ratio = _fraction(value)
@@ -185,40 +390,26 @@ def _fraction(text: str) -> Fraction:
     return Fraction(number) * unit
 
 
-def _percent(ratio: Fraction) -> str:
-    """The exact percentage: decimal if it terminates ("12.5%"), else a fraction ("100/3%")."""
-    percent = ratio * 100
+def _ranges(layers: list[int]) -> Iterator[str]:
+    """The layers in words, three or more that follow each other as a range."""
+    while layers:
+        run = 1
+        while run < len(layers) and layers[run] == layers[0] + run:
+            run += 1
+        if run < 3:
+            run = 1
+        yield str(layers[0]) if run == 1 else f"{layers[0]}-{layers[run - 1]}"
+        layers = layers[run:]
+
+
+def _spelled(amount: Fraction | int) -> str:
+    """A number of tokens, or the exact percentage: decimal if it terminates ("12.5%"), else a fraction ("100/3%")."""
+    if not isinstance(amount, Fraction):
+        return str(amount)
+    percent = amount * 100
     for digits in range(percent.denominator.bit_length()):
         shifted = percent * 10**digits
         if shifted.denominator == 1:
             text = f"{shifted.numerator:0{digits + 1}d}"
             return f"{text[:-digits]}.{text[-digits:]}%" if digits else f"{text}%"
     return f"{percent}%"
-
-
-def _parse_layer(text: str) -> int:
-    if not _INTEGER.fullmatch(text.strip()):
-        raise PlanError(f"{text.strip()!r} is not a layer number", hint=_EXAMPLES)
-    return int(text)
-
-
-def _parse_percent(text: str) -> Fraction:
-    if not text.strip().endswith("%"):
-        raise PlanError(
-            f"{text.strip()!r} is not a percentage", hint=f"end it with a percent sign: {_EXAMPLES}"
-        )
-    return _ratio(text.strip())
-
-
-def _parse_suffix(text: str) -> tuple[int | None, bool]:
-    """Read what follows the ratios: ``+R``, ``+fused``, ``+R+fused`` or nothing."""
-    start, *items = (item.strip() for item in text.split("+"))
-    fused = items[-1:] == ["fused"]
-    if fused:
-        items.pop()
-    if start or len(items) > 1:
-        raise PlanError(
-            f"cannot read {text.strip()!r} after the ratios",
-            hint="only +LAYER, +fused or +LAYER+fused may follow",
-        )
-    return (_parse_layer(items[0]) if items else None), fused

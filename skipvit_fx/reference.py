@@ -162,7 +162,7 @@ class Masked(Run):
         selections: what each stage of the plan kept and dropped.
 
     Attributes:
-        returned: the residual stream after tokens returned; ``None`` if they never do.
+        returned: by span of the plan, the residual stream after its tokens returned.
     """
 
     def __init__(
@@ -180,13 +180,12 @@ class Masked(Run):
         stages = zip(spans.stages, selections, strict=True)
         self._cuts = {stage.cut: (stage, selection) for stage, selection in stages}
         self.on_stream = {n for layer in layers for n in (layer.input, layer.cut, layer.end)}
-        never = bool(spans.stages) and spans.return_node is None
-        self._end = layers[-1].end if never else None
+        self._end = layers[-1].end if spans.never_return else None
         self._left: dict[int, Left] = {}
         self._short: set[fx.Node] = set()
         self._filled: dict[fx.Node, Tensor] = {}
         self._attentions = self._spelled_out()
-        self.returned: Tensor | None = None
+        self.returned: dict[int, Tensor] = {}
 
     def see(self, node: fx.Node, value: Any, rows: Tensor | None) -> None:
         """Called with every value, before tokens leave or return there; subclasses compare it.
@@ -232,8 +231,9 @@ class Masked(Run):
             self.see_filled(node, self._filled[node])
         if node in self._cuts:
             left, state = self._leave(*self._cuts[node], state, left)
-        if node is self.spans.return_node and self._left:
-            state = self.returned = self._fill(state, left)
+        back = self.spans.returning(node)
+        if back is not None and left is not None:
+            state = self.returned[self.spans.returns.index(back)] = self._fill(state, left)
             self.see_filled(node, state)
         if node is self._end and left is not None:
             self._short.add(node)
@@ -260,7 +260,7 @@ class Masked(Run):
         leaving = before.slots.gather(1, selection.dropped)
         own = torch.zeros_like(before.away).scatter(1, leaving, True) & ~before.away
         frozen = torch.where(self._rows(own), state, before.frozen)
-        if self.spans.options.plan.fused and leaving.shape[1]:
+        if stage.returns.span.fused and leaving.shape[1]:
             slot = leaving[:, :1]
             slots = torch.cat([slots, slot], 1)
             first = state if dim == 1 else state.transpose(0, 1)

@@ -95,11 +95,11 @@ class Reference:
 
     def run(
         self, record: RewriteRecord, selections: Sequence[Selection], *args: Any, **kwargs: Any
-    ) -> tuple[Any, Tensor | None]:
+    ) -> tuple[Any, dict[int, Tensor]]:
         """Run the model with the dropped tokens of ``selections`` masked and frozen, by the plan of a rewrite.
 
         Returns:
-            The model's output, and the residual stream where the tokens return; ``None`` if they never do.
+            The model's output, and by span of the plan the residual stream where its tokens return.
         """
         findings = self._findings
         spans = lay_plan(findings.analysis, findings.stream, record.options)
@@ -128,14 +128,14 @@ class Reference:
         record = noted.record
         selections = tuple(s for s in noted.selections if s is not None)
         with generators_kept(devices):
-            wanted, stream = self.run(record, selections, *args, **kwargs)
+            wanted, streams = self.run(record, selections, *args, **kwargs)
         error = relative_error(got, wanted)
-        if noted.returned is not None and stream is not None:
-            rows = noted.returned.shape[
+        for span, returned in noted.returned.items():
+            rows = returned.shape[
                 record.token_dim
             ]  # those after the last that is read may be missing
-            there = stream.narrow(record.token_dim, 0, rows)
-            error = max(error, relative_error(noted.returned, there), key=badness)
+            there = streams[span].narrow(record.token_dim, 0, rows)
+            error = max(error, relative_error(returned, there), key=badness)
         return Check(error, selections, tuple(traces_of(noted)))
 
 

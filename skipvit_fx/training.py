@@ -14,15 +14,15 @@ from skipvit_fx.errors import PlanError
 from skipvit_fx.ops.select import Select
 
 _STEPS = 1000
-"""The share of a ratio that applies is rounded to this many steps, so that ratios stay small exact fractions."""
+"""The share of an amount that applies is rounded to this many steps, so that ratios stay small exact fractions."""
 
 
 class SkipSchedule:
     """Turns skipping on after a warm-up, at once or step by step. Epochs count from 0.
 
     In the SkipViT paper the first 15 epochs see every token ("Effect of Warm-up On Patch Detection"). EViT also lowers
-    the keep rate along a cosine afterwards; ``ramp_epochs`` does the same with every drop ratio r of the plan, once per
-    epoch: ``r * (1 - cos(pi * (epoch - warmup_epochs) / ramp_epochs)) / 2``.
+    the keep rate along a cosine afterwards; ``ramp_epochs`` does the same with every amount a of the plan, once per
+    epoch: ``a * (1 - cos(pi * (epoch - warmup_epochs) / ramp_epochs)) / 2``.
 
     The graph never changes. A compiled module compiles once more whenever a step changes how many tokens leave; a long
     ramp needs a sufficient ``torch._dynamo.config.recompile_limit``.
@@ -31,7 +31,7 @@ class SkipSchedule:
         fast: what :func:`skipvit_fx.rewrite` returned, or anything that wraps it: DDP, FSDP2, a compiled module, an
             average of weights. If wrapping copies, as an average does, wrap first; each copy has its own schedule.
         warmup_epochs: epochs without skipping.
-        ramp_epochs: epochs after these in which the ratios rise to the plan's; with 0, they apply at once.
+        ramp_epochs: epochs after these in which the amounts rise to the plan's; with 0, they apply at once.
         train_only: skip only while training, see :func:`skipvit_fx.rewrite`; ``None`` keeps the setting of the rewrite.
 
     Raises:
@@ -57,7 +57,7 @@ class SkipSchedule:
         self.step(0)
 
     def share(self, epoch: int) -> Fraction:
-        """The part of every drop ratio that applies in an epoch, from 0 to 1."""
+        """The part of every amount that applies in an epoch, from 0 to 1."""
         since = _count("epoch", epoch) - self.warmup_epochs
         if since < 0:
             return Fraction(0)
@@ -78,7 +78,7 @@ class SkipSchedule:
         set_skipping(self.fast, share > 0)
         for module in self.fast.modules():
             if isinstance(module, Select):
-                module.current = module.ratio * share
+                module.current = _part(module.amount, share)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the numbers of epochs: plain integers for a checkpoint."""
@@ -103,6 +103,12 @@ class SkipSchedule:
         self.warmup_epochs = numbers["warmup_epochs"]
         self.ramp_epochs = numbers["ramp_epochs"]
         self.step(numbers["epoch"])
+
+
+def _part(amount: Fraction | int, share: Fraction) -> Fraction | int:
+    """A share of an amount: of a number of tokens, a whole one."""
+    part = amount * share
+    return part if isinstance(amount, Fraction) else math.floor(part)
 
 
 def _count(name: str, value: int) -> int:

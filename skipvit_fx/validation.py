@@ -419,10 +419,10 @@ class _Validation:
         modules = tuple(dict.fromkeys(path for node in between if (path := module_path(node))))
         layers = self.context.stream.layers
         layer = sum(order[layer.input] < stop for layer in layers)
-        returns = self.context.plan.return_layer
-        at_return = bad < len(findings) and findings[bad].node is self.context.spans.return_node
-        if at_return and findings[bad].filled and returns is not None:
-            layer = returns
+        filled = bad < len(findings) and findings[bad].filled
+        back = self.context.spans.returning(findings[bad].node) if filled else None
+        if back is not None and back.span.return_layer is not None:
+            layer = back.span.return_layer
         elif order[layers[-1].end] < stop:
             layer = len(layers) + 1
         place = f"in layer {layer}" if 0 < layer <= len(layers) else "after the last layer"

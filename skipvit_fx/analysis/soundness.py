@@ -64,7 +64,7 @@ def span_refusal(spans: Spans, node: fx.Node) -> str:
     analysis = spans.analysis
     if reason := why_not_apart(analysis, node) or _causal_operand(analysis, node):
         return reason
-    if analysis[node].positions and spans.options.plan.fused:
+    if analysis[node].positions and any(s.returns.span.fused for s in spans.active(node)):
         return "a fused token has no position, but here every token needs one"
     cuts = [stage.cut for stage in spans.stages]
     for argument in node.all_input_nodes:
@@ -124,7 +124,7 @@ def _refuse_taps(spans: Spans) -> None:
         for node in reader.all_input_nodes:
             shorter = spans.active(node) and carries_tokens(spans.analysis[node])
             tapped = reader in spans.taps.get(node, ())
-            if shorter and not tapped and node is not spans.return_node:
+            if shorter and not tapped and not spans.returning(node):
                 reason = f"is read together with a filled tap, by {reader.name}"
                 raise _tapped(spans, node, reason, "choose a plan that returns before this place")
 

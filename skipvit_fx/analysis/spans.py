@@ -14,7 +14,23 @@ from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.module_paths import module_after, module_before, module_path
 from skipvit_fx.options import Options
-from skipvit_fx.plan import Stage
+from skipvit_fx.plan import Span, Stage
+
+
+@dataclass(frozen=True)
+class Return:
+    """Where the tokens of one span of the plan return.
+
+    Attributes:
+        span: the plan's span.
+        node: the author's node after which they do: the input of layer R, or the last layer's end; ``None`` if they
+            never do.
+        before: the module before which they do; ``None`` if they never do.
+    """
+
+    span: Span
+    node: fx.Node | None
+    before: str | None
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,7 @@ class StageSpan:
 
     Attributes:
         index: counts from 1.
+        returns: where its tokens return, with those of the other stages of its span of the plan.
         stage: the plan's stage.
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
@@ -31,6 +48,7 @@ class StageSpan:
     """
 
     index: int
+    returns: Return
     stage: Stage
     layer: Layer
     cut: fx.Node
@@ -54,19 +72,16 @@ class Spans:
               layer 1            cut └─────────── span ────────────┘ return
 
     Attributes:
-        stages: in the order of their layers.
-        return_node: the author's node after which dropped rows return: the input of layer R, or the last layer's end;
-            ``None`` if they never do.
-        return_before: the module before which they return; ``None`` if they never do.
+        returns: where the tokens of each span of the plan return.
+        stages: those of all spans, in the order of their layers. A node is under the drops of one span only.
         taps: nodes under a drop, each with those of its readers that do not lead to where the dropped tokens return.
     """
 
     analysis: TokenAnalysis
     stream: Stream
     options: Options
+    returns: tuple[Return, ...]
     stages: tuple[StageSpan, ...]
-    return_node: fx.Node | None
-    return_before: str | None
     taps: dict[fx.Node, list[fx.Node]]
 
     def nodes(self) -> Iterator[fx.Node]:
@@ -80,7 +95,16 @@ class Spans:
 
     def is_after_the_layers(self, node: fx.Node) -> bool:
         """Whether the node belongs to the head, and dropped tokens never return."""
-        return self.return_node is None and self.stream.layers[-1].end < node
+        return self.never_return and self.stream.layers[-1].end < node
+
+    @property
+    def never_return(self) -> bool:
+        """Whether the tokens of the last span stay away."""
+        return bool(self.returns) and self.returns[-1].node is None
+
+    def returning(self, node: fx.Node) -> Return | None:
+        """The span of the plan whose tokens return after the author's node."""
+        return next((r for r in self.returns if r.node is node), None)
 
 
 def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans:
@@ -93,28 +117,49 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
     plan, layers = options.plan, stream.layers
     plan.check(len(layers))
     _refuse_unsure_end(stream, options)
-    returns = None
-    if (at := plan.return_layer) is not None:
-        returns = layers[at - 1].input if at <= len(layers) else layers[-1].end
     reads = _reads(analysis.module.graph)
-    beyond = frozenset(nx.descendants(reads, returns)) if returns is not None else frozenset()
-    stages = []
-    for index, stage in enumerate(plan.stages, start=1):
-        layer = layers[stage.layer - 1]
-        cut = layer.cut if options.cut == "attention" else layer.end
-        span = frozenset(nx.descendants(reads, cut)) - beyond if cut is not returns else frozenset()
-        sites = [site.node for site in layer.sites] if cut is layer.cut else []
-        leave_after = module_before(cut, stream.on_path, layer.input, sites)
-        leave_before = module_after(cut, stream.on_path)
-        stages.append(StageSpan(index, stage, layer, cut, span, leave_after, leave_before))
-    before = module_after(returns, stream.on_path) if returns is not None else None
-    spans = Spans(analysis, stream, options, tuple(stages), returns, before, {})
+    returns: list[Return] = []
+    stages: list[StageSpan] = []
+    for span in plan.spans:
+        back = _return(stream, span)
+        returns.append(back)
+        beyond = frozenset(nx.descendants(reads, back.node)) if back.node else frozenset()
+        for stage in span.stages:
+            layer = layers[stage.layer - 1] if stage.layer else _embedding(layers[0])
+            cut = layer.cut if options.cut == "attention" else layer.end
+            under = (
+                frozenset(nx.descendants(reads, cut)) - beyond
+                if cut is not back.node
+                else frozenset()
+            )
+            sites = [site.node for site in layer.sites] if cut is layer.cut else []
+            leave_after = module_before(cut, stream.on_path, layer.input, sites)
+            leave_before = module_after(cut, stream.on_path)
+            index = len(stages) + 1
+            stages.append(
+                StageSpan(index, back, stage, layer, cut, under, leave_after, leave_before)
+            )
+    spans = Spans(analysis, stream, options, tuple(returns), tuple(stages), {})
     taps = _taps(spans, reads)
     if options.fill_taps:  # these readers, and what is computed from them, will see every token
         full = frozenset(reader for readers in taps.values() for reader in readers)
         full = full.union(*(nx.descendants(reads, reader) for reader in full))
         stages = [replace(stage, nodes=stage.nodes - full) for stage in stages]
     return replace(spans, stages=tuple(stages), taps=taps)
+
+
+def _embedding(first: Layer) -> Layer:
+    """What is in front of the first layer, as a layer that has no attention."""
+    return replace(first, index=0, cut=first.input, end=first.input, sites=(), unsure="")
+
+
+def _return(stream: Stream, span: Span) -> Return:
+    """Where the tokens of a span return."""
+    layers, at = stream.layers, span.return_layer
+    if at is None:
+        return Return(span, None, None)
+    node = layers[at - 1].input if at <= len(layers) else layers[-1].end
+    return Return(span, node, module_after(node, stream.on_path))
 
 
 def _reads(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
@@ -129,7 +174,8 @@ def _refuse_unsure_end(stream: Stream, options: Options) -> None:
     """Refuse a plan that needs the end of the last layer where it cannot be told."""
     last, plan = stream.layers[-1], options.plan
     cuts = options.cut == "block" and any(s.layer == last.index for s in plan.stages)
-    if last.unsure and (cuts or plan.return_layer == last.index + 1):
+    returns = any(span.return_layer == last.index + 1 for span in plan.spans)
+    if last.unsure and (cuts or returns):
         raise UnsupportedModelError(
             last.unsure,
             node=last.end.name,
@@ -140,16 +186,18 @@ def _refuse_unsure_end(stream: Stream, options: Options) -> None:
 
 def _taps(spans: Spans, reads: nx.DiGraph[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that read tokens under a drop and are not on a path to their return, or to the last layer's end."""
-    goal = spans.return_node or spans.stream.layers[-1].end
-    way = nx.ancestors(reads, goal)
-    under = set().union(*(stage.nodes | {stage.cut} for stage in spans.stages))
     taps = {}
-    for node in spans.analysis.module.graph.nodes:
-        if node not in way or node not in under or not carries_tokens(spans.analysis[node]):
-            continue
-        readers = [u for u in node.users if u not in way and u is not goal]
-        if readers := [u for u in readers if not _takes_prefix(spans.analysis, u)]:
-            taps[node] = readers
+    for returns in spans.returns:
+        goal = returns.node or spans.stream.layers[-1].end
+        way = nx.ancestors(reads, goal)
+        stages = [stage for stage in spans.stages if stage.returns is returns]
+        under = set().union(*(stage.nodes | {stage.cut} for stage in stages))
+        for node in spans.analysis.module.graph.nodes:
+            if node not in way or node not in under or not carries_tokens(spans.analysis[node]):
+                continue
+            readers = [u for u in node.users if u not in way and u is not goal]
+            if readers := [u for u in readers if not _takes_prefix(spans.analysis, u)]:
+                taps[node] = readers
     return taps
 
 

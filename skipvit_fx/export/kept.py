@@ -29,7 +29,8 @@ def add_kept(module: nn.Module) -> None:
     calls = {str(node.target): node for node in graph.nodes if node.op == "call_module"}
     selects = [calls[f"{stage.path}.select"] for stage in record.stages]
     kept = tuple(next(u for u in select.users if u.args[1] == 0) for select in selects)
-    module.add_submodule(_KEPT, KeptPositions(record.patches, record.plan.fused))
+    spans = [(stage.span, record.plan.spans[stage.span].fused) for stage in record.stages]
+    module.add_submodule(_KEPT, KeptPositions(record.patches, spans))
     output = graph.output_node()
     with graph.inserting_before(output):
         positions = graph.call_module(_KEPT, kept)
@@ -42,23 +43,26 @@ class KeptPositions(nn.Module):
 
     Args:
         patches: the number of patches in the full grid; fused tokens are numbered from there.
-        fused: whether every stage puts a fused token after the kept patches.
+        spans: by stage, the span of the plan that it is in, and whether a fused token comes after the kept patches.
     """
 
-    def __init__(self, patches: int, fused: bool) -> None:
+    def __init__(self, patches: int, spans: list[tuple[int, bool]]) -> None:
         super().__init__()
         self.patches = patches
-        self.fused = fused
+        self.spans = spans
 
     def forward(self, *kept: Tensor | None) -> tuple[Tensor, ...]:
         """``[batch, k]`` per stage, from the choice of each among those before it; no entry if nothing is dropped."""
         found: list[Tensor] = []
-        for choice in kept:
+        current, earlier = -1, 0
+        for (span, fused), choice in zip(self.spans, kept, strict=True):
             if choice is None:
                 continue
-            before = found[-1] if found else None
-            if before is not None and self.fused:
-                name = self.patches + len(found) - 1
+            current, earlier = span, earlier if span == current else 0
+            before = found[-1] if earlier else None
+            if before is not None and fused:
+                name = self.patches + earlier - 1
                 before = torch.cat([before, same_rows(name, name + 1, before)], 1)
             found.append(choice if before is None else rows_of(before, choice))
+            earlier += 1
         return tuple(found)

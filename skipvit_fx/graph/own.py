@@ -89,18 +89,18 @@ class Settings(NamedTuple):
 
     Attributes:
         enabled, train_only: of every inserted module.
-        ratios: the ratios that apply now, by the path of the selecting module.
+        amounts: the amounts that apply now, by the path of the selecting module.
     """
 
     enabled: bool
     train_only: bool
-    ratios: dict[str, Fraction]
+    amounts: dict[str, Fraction | int]
 
 
 def settings_of(own: Own) -> Settings:
     """The settings that apply now."""
-    ratios = {path: m.current for path, m in own.named_modules() if isinstance(m, Select)}
-    return Settings(own.enabled, own.train_only, ratios)
+    amounts = {path: m.current for path, m in own.named_modules() if isinstance(m, Select)}
+    return Settings(own.enabled, own.train_only, amounts)
 
 
 def set_settings(inserted: nn.Module, settings: Settings) -> None:
@@ -109,4 +109,4 @@ def set_settings(inserted: nn.Module, settings: Settings) -> None:
         if isinstance(module, Switchable):
             module.enabled, module.train_only = settings.enabled, settings.train_only
         if isinstance(module, Select):
-            module.current = settings.ratios.get(path, module.current)
+            module.current = settings.amounts.get(path, module.current)

@@ -32,7 +32,8 @@ class StageRecord:
     """One stage of the plan.
 
     Attributes:
-        index, layer: the numbers of the stage and of the layer that it scores in, from 1.
+        index, layer: the numbers of the stage, from 1, and of the layer that it scores in.
+        span: which of the plan's spans it is in, from 0.
         path: where its modules are in the rewritten model, e.g. ``skipvit.stage_1``.
         leave_after, leave_before: the author's modules between which its tokens leave.
         return_before: the one before which they return; ``None`` if they never do.
@@ -40,6 +41,7 @@ class StageRecord:
 
     index: int
     layer: int
+    span: int
     path: str
     leave_after: str
     leave_before: str

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from skipvit_fx.ops.following import kept_whole, sizes
 from skipvit_fx.ops.rows import ascending, rows_of
+from skipvit_fx.plan import leaving
 
 
 class Select(nn.Module):
@@ -17,25 +18,25 @@ class Select(nn.Module):
     Ties are broken in favour of the earlier patch. No gradient flows through the choice.
 
     Args:
-        ratio: the ratio of the present patches that leave, as in the plan.
+        amount: the ratio of the present patches that leave, or their number, as in the plan.
         multiple_of: more patches stay, so that the length of the shortened sequence is a multiple of this.
         others: the number of tokens of the shortened sequence that are not kept patches: prefix, trailing and fused
             ones.
 
     Attributes:
-        current: the ratio that applies now; less than ``ratio`` while a schedule raises it.
+        current: the amount that applies now; less than ``amount`` while a schedule raises it.
     """
 
-    def __init__(self, ratio: Fraction, multiple_of: int = 1, others: int = 0) -> None:
+    def __init__(self, amount: Fraction | int, multiple_of: int = 1, others: int = 0) -> None:
         super().__init__()
-        self.ratio = ratio
-        self.current = ratio
+        self.amount = amount
+        self.current = amount
         self.multiple_of = multiple_of
         self.others = others
 
     def dropped(self, n: int) -> int:
         """How many of ``n`` patches leave."""
-        stay = n - self.current.numerator * n // self.current.denominator + self.others
+        stay = n - leaving(self.current, n) + self.others
         aligned = -(-stay // self.multiple_of) * self.multiple_of
         return max(0, n + self.others - aligned)
 
@@ -56,7 +57,10 @@ class Select(nn.Module):
 
     def extra_repr(self) -> str:
         aligned = f", multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
-        return f"drop {float(self.current):.1%}{aligned}"
+        amount = (
+            f"{float(self.current):.1%}" if isinstance(self.current, Fraction) else self.current
+        )
+        return f"drop {amount}{aligned}"
 
 
 def partition(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -72,26 +72,28 @@ class _Looked:
         counts = self.now.nodes, self.baseline.nodes, self.now.bytes, self.baseline.bytes
         self.work = [*zip(*(by_region(c, self.regions, depth) for c in counts), strict=True)]
         self.nodes = {node.name: node for node in fast.graph.nodes}
-        self.returned = sum(self._gained(f"{stage.path}.merge") for stage in record.stages)
 
     def layer(self, layer: LayerRecord) -> LayerReport:
         shapes = self.now.shapes
         rows = [shapes[name][self.record.token_dim] for name in (layer.cut, layer.end)]
         attention = self.nodes[layer.attention]
-        leaving = [s for s in self.record.stages if s.layer == layer.index]
         return LayerReport(
             layer.index,
             layer.module_path,
             attention_tokens=key_count(attention, self.fast, lambda node: shapes[node.name]),
             queries=rows[0],
             ffn_tokens=rows[1],
-            dropped=-sum(self._gained(f"{stage.path}.keep") for stage in leaving),
+            dropped=self._dropped_in(layer.index),
             returned=self._returned_in(layer.index),
             **self._work(layer.index),
         )
 
     def rest(self, region: int) -> RestReport:
-        return RestReport(returned=self._returned_in(region), **self._work(region))
+        return RestReport(
+            dropped=self._dropped_in(region) if region == 0 else 0,
+            returned=self._returned_in(region),
+            **self._work(region),
+        )
 
     def node(self, node: fx.Node) -> NodeReport:
         region = self.regions[node.name]
@@ -110,8 +112,14 @@ class _Looked:
         names = ("macs", "baseline_macs", "bytes", "baseline_bytes")
         return dict(zip(names, self.work[region], strict=True))
 
+    def _dropped_in(self, layer: int) -> int:
+        leaving = [stage for stage in self.record.stages if stage.layer == layer]
+        return -sum(self._gained(f"{stage.path}.keep") for stage in leaving)
+
     def _returned_in(self, region: int) -> int:
-        return self.returned if region == self.record.plan.return_layer else 0
+        spans, stages = self.record.plan.spans, self.record.stages
+        back = [stage for stage in stages if spans[stage.span].return_layer == region]
+        return sum(self._gained(f"{stage.path}.merge") for stage in back)
 
     def _gained(self, target: str) -> int:
         """Rows that the only node calling this module adds to its first argument; 0 if there is no such node."""

@@ -46,7 +46,7 @@ class StageReport:
     """One stage of the plan, by the author's modules.
 
     Attributes:
-        layer: the layer that it scores in, from 1.
+        layer: the layer that it scores in, from 1; 0 is the embedding.
         leave_after, leave_before: the modules between which its tokens leave.
         return_before: the module before which they return; ``None`` if they never do.
     """
@@ -68,11 +68,13 @@ class RestReport:
     """What is computed outside the layers: before the first (embedding) or after the last (head).
 
     Attributes:
+        dropped: rows that leave in front of the first layer.
         returned: rows that the sequence gains after the last layer; see :class:`LayerReport`.
         macs, baseline_macs: multiply-adds per image, now and with skipping off.
         bytes, baseline_bytes: see :class:`LayerReport`.
     """
 
+    dropped: int
     returned: int
     macs: int
     baseline_macs: int
@@ -230,24 +232,27 @@ def _header(report: Inspection) -> Iterator[str]:
 
 def _rows(report: Inspection) -> Iterator[Sequence[str]]:
     yield _HEAD
-    yield _row("embedding", "", macs=(report.embedding.macs, report.embedding.baseline_macs))
+    yield _row("embedding", "", macs=_macs(report.embedding), note=_moves(report.embedding))
     for layer in report.layers:
-        notes = []
-        if layer.returned:
-            notes.append(f"{layer.returned} return")
-        if layer.dropped:
-            notes.append(f"{layer.dropped} leave")
         yield _row(
             str(layer.index),
             layer.module_path,
             (layer.attention_tokens, layer.queries, layer.ffn_tokens),
-            (layer.macs, layer.baseline_macs),
-            ", ".join(notes),
+            _macs(layer),
+            _moves(layer),
         )
-    head = f"{report.head.returned} return" if report.head.returned else ""
-    yield _row("head", "", macs=(report.head.macs, report.head.baseline_macs), note=head)
+    yield _row("head", "", macs=_macs(report.head), note=_moves(report.head))
     saved = f"{report.macs / report.baseline_macs:.1%}" if report.baseline_macs else ""
     yield _row("total", "", macs=(report.macs, report.baseline_macs), note=saved)
+
+
+def _macs(report: LayerReport | RestReport) -> tuple[int, int]:
+    return report.macs, report.baseline_macs
+
+
+def _moves(report: LayerReport | RestReport) -> str:
+    moves = (report.returned, "return"), (report.dropped, "leave")
+    return ", ".join(f"{count} {verb}" for count, verb in moves if count)
 
 
 def _row(

@@ -119,7 +119,7 @@ def skip_as_planned(copy: nn.Module, on: bool) -> None:
         switch.enabled, switch.train_only = on, False
     for module in copy.modules():
         if isinstance(module, Select):
-            module.current = module.ratio
+            module.current = module.amount
 
 
 class _Traffic(TorchDispatchMode):

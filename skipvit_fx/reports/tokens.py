@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from skipvit_fx.ops.switch import switches
 class TokenTrace:
     """The patches that one stage of a plan kept and dropped, by their position in the full grid, from 0.
 
-    In a plan with ``+fused``, the fused token of an earlier stage takes part in a later one, where some samples of a
+    In a span with ``+fused``, the fused token of an earlier stage takes part in a later one, where some samples of a
     batch keep it and others drop it. It is not a patch and is in none of the tensors; the samples' rows then differ in
     length, and shorter ones are padded at the end with -1 (scores with NaN).
 
@@ -32,7 +32,7 @@ class TokenTrace:
         dropped: ``[batch, N - K]`` int64, ascending.
         scores: ``[batch, N]``, those of the N patches present at this stage, ascending by position.
         fused_kept: ``[batch, F]`` bool: whether the fused token of each of the F earlier stages that dropped something
-            is still present after this stage; ``None`` for a plan without ``+fused``.
+            is still present after this stage; ``None`` in a span without ``+fused``.
     """
 
     layer: int
@@ -80,12 +80,12 @@ class Noted:
     Attributes:
         record: the record of the graph that ran.
         selections: one per stage; ``None`` if skipping was off.
-        returned: the stream after dropped tokens have returned; ``None`` if they never do.
+        returned: by span of the plan, the stream after its tokens have returned.
     """
 
     record: RewriteRecord
     selections: list[Selection | None]
-    returned: Tensor | None = None
+    returned: dict[int, Tensor] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -98,8 +98,8 @@ def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
             noted.record, noted.selections = record, [None] * len(record.stages)
         noted.selections[i] = selection_of(scores, *chosen)
 
-    def note_return(module: nn.Module, given: Any, stream: Tensor) -> None:
-        noted.returned = stream
+    def note_return(span: int, module: nn.Module, given: Any, stream: Tensor) -> None:
+        noted.returned[span] = stream  # by the last of its merges
 
     handles = []
     parts = dict(fast.named_modules())
@@ -108,8 +108,8 @@ def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
             for i, stage in enumerate(call.record.stages):
                 select, merge = parts[f"{stage.path}.select"], parts.get(f"{stage.path}.merge")
                 handles.append(select.register_forward_hook(partial(note, call.record, i)))
-                if merge is not None and i == 0:
-                    handles.append(merge.register_forward_hook(note_return))
+                if merge is not None:
+                    handles.append(merge.register_forward_hook(partial(note_return, stage.span)))
         yield noted
     finally:
         for handle in handles:
@@ -141,14 +141,15 @@ def traces_of(noted: Noted) -> list[TokenTrace]:
     """The same in terms of patches, whatever other tokens were in the sequence."""
     record, selections = noted.record, noted.selections
     traces: list[TokenTrace] = []
-    names: Tensor | None = None
-    patches = fused = 0
+    span, names, patches, fused = -1, torch.empty(0), 0, 0
     for stage, chosen in zip(record.stages, selections, strict=True):
         if chosen is None:
             raise _switched_off()
-        if names is None:
+        if stage.span != span:  # all patches are there again
             batch, patches = chosen.scores.shape
             names = torch.arange(patches, device=chosen.scores.device).expand(batch, patches)
+            span, fused = stage.span, 0
+        fuses = record.plan.spans[span].fused
         still, gone = names.gather(1, chosen.kept), names.gather(1, chosen.dropped)
         traces.append(
             TokenTrace(
@@ -156,12 +157,12 @@ def traces_of(noted: Noted) -> list[TokenTrace]:
                 _patches_of(still, still, patches),
                 _patches_of(gone, gone, patches),
                 _patches_of(names, chosen.scores, patches, fill=torch.nan),
-                _fused_of(still, patches, fused) if record.plan.fused else None,
+                _fused_of(still, patches, fused) if fuses else None,
             )
         )
         names = still
         if (
-            record.plan.fused and gone.shape[1]
+            fuses and gone.shape[1]
         ):  # one more token, after the patches and numbered after all of them
             names = torch.cat([names, torch.full_like(names[:, :1], patches + fused)], 1)
             fused += 1

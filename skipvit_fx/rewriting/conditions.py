@@ -57,10 +57,10 @@ def _ungathered(context: Context) -> str:
 
 
 def _unreturned(context: Context) -> str:
-    returns = context.spans.return_node
-    if returns is None:
-        return ""
     for stage in context.spans.stages:
+        returns = stage.returns.node
+        if returns is None:
+            continue
         taken = context.skips[stage.index].kept_tokens if stage.cut is returns else returns
         for reader in taken.users:
             if INSERTED_BY not in reader.meta and not context.spans.active(reader):

@@ -38,10 +38,11 @@ def record_rewrite(
         StageRecord(
             stage.index,
             stage.layer.index,
+            spans.returns.index(stage.returns),
             f"{OWN_CHILD}.{stage.name}",
             stage.leave_after,
             stage.leave_before,
-            spans.return_before,
+            stage.returns.before,
         )
         for stage in spans.stages
     )

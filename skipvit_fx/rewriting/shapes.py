@@ -100,6 +100,6 @@ def _patches(context: Context, node: fx.Node, tokens: Tokens) -> int:
     for stage in context.spans.active(node):
         dropped = context.skips[stage.index].selector.dropped(count)
         count -= dropped
-        if dropped and context.plan.fused:
+        if dropped and stage.returns.span.fused:
             count += 1
     return count

@@ -548,10 +548,10 @@ def test_states_at_several_cuts_that_are_handed_out_together(plan: str) -> None:
     fast = skipvit_fx.rewrite(model, plan, example_inputs=x, fill_taps=True, cut="block")
     with torch.no_grad():
         (got, states), (_, plain) = fast(x), model(x)
-    parsed = skipvit_fx.Plan.parse(plan)
-    stages = [(stage.layer, stage.ratio) for stage in parsed.stages]
+    (span,) = skipvit_fx.Plan.parse(plan).spans
+    stages = [(stage.layer, stage.amount) for stage in span.stages]
     wanted = masked_reference(
-        model, x, model.layout(), stages=stages, return_layer=parsed.return_layer, cut="block"
+        model, x, model.layout(), stages=stages, return_layer=span.return_layer, cut="block"
     )
     torch.testing.assert_close(got, wanted.output[0], rtol=1e-4, atol=1e-4)
     assert [state.shape for state in states] == [state.shape for state in plain]

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Ratio = Fraction | str | float
+"""An ``int`` is a number of tokens."""
 Stages = Sequence[tuple[int, Ratio]]
 Cut = Literal["attention", "block"]
 Score = Literal["cls", "mean"]
@@ -106,6 +107,8 @@ def exact(ratio: Ratio) -> Fraction:
 
 def drop_count(ratio: Ratio, present: int) -> int:
     """How many of the patches that are present leave."""
+    if isinstance(ratio, int):
+        return min(ratio, present - 1)
     return math.floor(exact(ratio) * present)
 
 
@@ -183,7 +186,7 @@ class MaskedRun:
         layout: Layout,
         *,
         stages: Stages,
-        return_layer: int | None = None,
+        return_layer: int | tuple[int, ...] | None = None,
         cut: Cut = "attention",
         score: Score | None = None,
     ) -> None:
@@ -194,11 +197,12 @@ class MaskedRun:
         assert len(layout.ends) in (0, depth)
         assert layers == sorted(set(layers))
         assert all(1 <= layer <= depth for layer in layers)
-        assert return_layer is None or max(layers) < return_layer <= depth + 1
+        returns = (return_layer,) if isinstance(return_layer, int) else return_layer or ()
+        assert all(min(layers) < layer <= depth + 1 for layer in returns)
         assert not model.training
         self.model, self.layout, self.depth = model, layout, depth
         self.stages = dict(stages)
-        self.return_layer, self.cut = return_layer, cut
+        self.returns, self.cut = returns, cut
         self.score: Score = score or ("mean" if layout.cls is None else "cls")
         self.layer = 0  # the layer that is running; 0 between layers
         self.count = 0
@@ -380,7 +384,7 @@ class MaskedRun:
         ):
             self._decide(layer - 1, state)
         state = self._held(state)
-        if layer == self.return_layer:
+        if layer in self.returns:
             self.gone, self.frozen = torch.zeros_like(self.gone), None
         if (
             layer == self.depth + 1 and self.frozen is not None
@@ -483,7 +487,7 @@ def masked_reference(
     layout: Layout,
     *,
     stages: Stages,
-    return_layer: int | None = None,
+    return_layer: int | tuple[int, ...] | None = None,
     cut: Cut = "attention",
     score: Score | None = None,
     run: type[MaskedRun] = MaskedRun,
@@ -496,7 +500,7 @@ def masked_reference(
         layout: where its layers are.
         stages: layer (from 1) and the share of the patches still present that leave there.
         return_layer: the layer at whose input they return; ``depth + 1`` is before the final norm;
-            None is never.
+            None is never. Several if there are several spans: after each, all patches are there again.
         cut: after the attention residual or after the whole layer.
         score: None takes the class token's row where there is a class token, and the mean query
             otherwise.
