@@ -53,7 +53,8 @@ def rewrite(
     Args:
         model: any ``nn.Module`` with one sequence of tokens from its first layer to its last. It is not changed.
         plan: where tokens leave and return, as a :class:`Plan` or in the paper's notation: ``"6(55%)+11"`` drops
-            55 % of the patch tokens at layer 6 and returns them at the input of layer 11. ``Plan()`` drops nothing.
+            55 % of the patch tokens at layer 6 and returns them at the input of layer 11. ``Plan()`` drops nothing;
+            :mod:`skipvit_fx.plan` has the grammar.
         example_inputs: arguments of an example call: a tensor, a tuple of positional arguments, or a dict of keyword
             arguments. Shapes, dtypes and devices matter; values matter only for validation, where random ones replace a
             constant. Default: images of the size in the model's configuration.
