@@ -53,7 +53,7 @@ class InsertScore:
             if callable(context.options.score) or context.options.score == "random":
                 scores[None] = _score_stream(context, stage)
                 continue
-            if not stage.layer.sites:
+            if stage.layer.index == 0:
                 raise UnsupportedModelError(
                     f"score={context.options.score!r} needs an attention, and none has run in front of layer 1",
                     node=stage.cut.name,

@@ -233,7 +233,7 @@ class MaskedTooEarly(MaskedRun):
     def hidden(self) -> Tensor | None:
         if self.gone is not None and self.gone.any():
             self.last = self.gone
-        return self.last if self.layer == self.return_layer else self.gone
+        return self.last if self.layer in self.returns else self.gone
 
 
 class FrozenAtLayerOutput(MaskedRun):

@@ -21,7 +21,9 @@ REFUSED = 1
 """Exit status if the answer is no: a refused model, or a check that found something."""
 
 Model = Annotated[str, typer.Argument(help=SOURCES, show_default=False)]
-PlanText = Annotated[str, typer.Argument(metavar="PLAN", help="such as 6(55%)+11, 1-12(8) or 4(30%)+5;5(30%)+6")]
+PlanText = Annotated[
+    str, typer.Argument(metavar="PLAN", help="such as 6(55%)+11, 1-12(8) or 4(30%)+5;5(30%)+6")
+]
 ImgSize = Annotated[
     int | None, typer.Option(min=1, help="image size, if not the model's own", show_default=False)
 ]

@@ -38,7 +38,8 @@ class LatencyModel:
         scale = work.amax(0).clamp(min=1)
         work = work / scale
         found = torch.linalg.lstsq(work, time[:, None]).solution[:, 0]
-        if bool((found < 0).any()):  # then the best fit has one of them at zero
+        if torch.linalg.matrix_rank(work) < 2 or bool((found < 0).any()):
+            # the times do not tell the two apart, or the best fit has one of them at zero
             alone = (work.T @ time) / work.square().sum(0).clamp(min=1e-300)
             found = min(torch.diag(alone), key=lambda c: float((work @ c - time).square().sum()))
         per_mac, per_byte = (found / scale).tolist()

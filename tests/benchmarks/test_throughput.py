@@ -17,16 +17,16 @@ MODEL += ["depth=4", "embed_dim=48", "num_heads=3"]
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
+def script() -> ModuleType:
     return load("benchmarks/throughput.py")
 
 
 @pytest.fixture(scope="module")
-def written(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     page = tmp_path_factory.mktemp("throughput") / "new" / "page.md"
     options = ["--plan", "2(50%)+4", "--rounds", "2", "--batches", "1", "2", "--out", str(page)]
     precisions = ["--precisions", "float32", "bfloat16"]
-    assert benchmark.main([*MODEL, *options, *precisions]) == 0
+    assert script.main([*MODEL, *options, *precisions]) == 0
     return page
 
 
@@ -65,15 +65,11 @@ def test_limits_and_memory(written: Path) -> None:
     ("change", "missed"),
     [({}, True), ({"variant": "0 %"}, True), ({"limit": 1.2}, False), ({"compiled": True}, False)],
 )
-def test_a_missed_target_is_told(
-    change: dict[str, Any], missed: bool, benchmark: ModuleType
-) -> None:
-    setting = benchmark.Setting("training", "float32", change.get("compiled", False), 8)
+def test_a_missed_target_is_told(change: dict[str, Any], missed: bool, script: ModuleType) -> None:
+    setting = script.Setting("training", "float32", change.get("compiled", False), 8)
     variant = change.get("variant", "plan")
-    result = benchmark.Result(
-        setting, variant, 1.0, (1.2, 1.1, 1.3), change.get("limit", 1.3), None
-    )
-    asked = Namespace(model=benchmark.MODEL, plan=benchmark.PLAN, device="cpu", model_kwargs={})
-    told = list(benchmark.misses(asked, [result]))
+    result = script.Result(setting, variant, 1.0, (1.2, 1.1, 1.3), change.get("limit", 1.3), None)
+    asked = Namespace(model=script.MODEL, plan=script.PLAN, device="cpu", model_kwargs={})
+    told = list(script.misses(asked, [result]))
     assert bool(told) is missed
     assert all(variant in line for line in told)

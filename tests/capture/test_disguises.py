@@ -148,7 +148,7 @@ def test_a_compiled_model_is_refused() -> None:
 
 
 def test_a_scripted_model_is_refused() -> None:
-    with pytest.warns(FutureWarning, match="deprecated"):
+    with pytest.warns((FutureWarning, DeprecationWarning), match="deprecated"):
         scripted = torch.jit.trace(odd(), image())
     with pytest.raises(TraceError, match="compiled by TorchScript"):
         rewrite(scripted, PLAN)

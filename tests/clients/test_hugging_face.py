@@ -85,7 +85,7 @@ def test_pipeline() -> None:
     fast = fast_classifier()
     size = {"height": 32, "width": 32}
     images = ViTImageProcessor(size=size)
-    classify = pipeline("image-classification", model=fast, image_processor=images)
+    classify = pipeline("image-classification", model=fast, image_processor=images, device="cpu")
     from PIL import Image
 
     picture = Image.new("RGB", (32, 32), (200, 10, 30))

@@ -12,7 +12,7 @@ from support.rewrites import assert_close, gradients, rewritten
 
 pytestmark = [
     pytest.mark.every_case,
-    pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
