@@ -18,10 +18,10 @@ from support.checks import TOLERANCE, assert_exact, rewrite
 from support.models import BY_NAME, FAMILIES, Family, layout_of, names
 from support.reference import masked_reference, relative_error
 
-pytestmark = [
-    pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator here"),
-    pytest.mark.every_case,
-]
+if not torch.accelerator.is_available():
+    pytest.skip("no accelerator here", allow_module_level=True)
+
+pytestmark = pytest.mark.every_case
 
 TWO = {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": 4}
 PLAN = "1,3(30%,40%)+4"

@@ -168,6 +168,7 @@ def test_reports_and_files_follow(plan: str, tmp_path: Path) -> None:
     assert_same_bits(*results)
 
 
+@pytest.mark.slow
 def test_the_file_for_onnx_names_the_patches_that_each_span_kept(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     family = BY_NAME["vit"]

@@ -424,6 +424,7 @@ def test_what_needs_skipping_says_that_it_is_off(
 # -- multiple_of --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "multiple", "lengths"),
     [

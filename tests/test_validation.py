@@ -307,6 +307,7 @@ def test_every_kind_of_plan_on_other_families(family: str, name: str) -> None:
     assert found(fast) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["returns", "never-returns"])
 def test_sizes_written_out_by_an_export(name: str) -> None:
     plan, options = PLANS[name]
@@ -323,6 +324,7 @@ def test_exported_encoders(encoder: Any, plan: str) -> None:
     assert found(fast) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["grid", "tokens"])
 def test_sequence_first_and_dense_outputs(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
     blocks = [Block(SequenceFirst()) for _ in range(3)]
@@ -345,6 +347,7 @@ class Taps(nn.Module):
         return self.model.forward_intermediates(x, indices=[1, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["1(40%)+4", "1,2(40%,30%)+4+fused"])
 def test_filled_taps(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     model, example = Taps().eval(), torch.zeros(2, 3, 64, 96)
@@ -498,6 +501,7 @@ def test_nothing_is_left_behind(training: bool) -> None:
     assert all(b is c for b, c in zip(model.buffers(), fast.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_under_autocast_and_inference_mode() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert found(rewrite(odd(layers=2), "1(50%)+2")) < 1e-5

@@ -44,6 +44,7 @@ def rewritten() -> tuple[nn.Module, Any, torch.Tensor]:
     return model, skipvit_fx.rewrite(model, PLAN, example_inputs=x), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "cait", "beit", "rope-mixed"])
 def test_two_references_agree(name: str) -> None:
     """That of this package, which shares the finding of layers, and the tests' own, which shares nothing."""
@@ -99,6 +100,7 @@ def test_the_reference_is_not_the_model() -> None:
         assert relative_error(fast(x), model(x)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan", ["1,3(30%,40%)", "1,2,3(50%,50%,50%)+4+fused", "1,2(50%,50%)+fused"]
 )

@@ -196,6 +196,7 @@ def test_torchvision(plan: dict[str, Any], frontend: str) -> None:
     assert_is_the_model(fast, model, TORCHVISION.input())
 
 
+@pytest.mark.slow
 def test_inference_kernels_are_the_model_s_where_nothing_is_skipped() -> None:
     """Without gradients, ``nn.MultiheadAttention`` takes a kernel that rounds otherwise."""
     model, x = TORCHVISION.build(num_layers=2), TORCHVISION.input()

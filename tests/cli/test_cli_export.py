@@ -80,6 +80,7 @@ def test_an_unreadable_file_is_told_from_a_finding(tmp_path: Path) -> None:
     assert "hint: " in result.stderr
 
 
+@pytest.mark.slow
 def test_export_takes_the_options_of_a_rewrite(tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
     small = ["vit_tiny_patch16_224", "--depth", "1", "--img-size", "32"]

@@ -23,6 +23,7 @@ def layout(model: Any) -> Layout:
     return Layout(blocks, [Point(getattr(block, middle)) for block in blocks], prefix=1, cls=0)
 
 
+@pytest.mark.slow
 @pytest.mark.client(
     "Hugging Face",
     "labels, return_dict, output_hidden_states, device, dtype",

@@ -34,6 +34,7 @@ def adapted(model: Any, kind: str) -> Any:
     return made.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.client("PEFT", "{case}, before and after rewriting")
 def test_an_adapter_on_a_rewritten_model(kind: str) -> None:

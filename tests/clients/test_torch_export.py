@@ -23,6 +23,7 @@ def test_exported(case: str) -> None:
     assert not [name for name in called if "stable" in name], "most runtimes have no stable sort"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.client("torch.export", "any batch size, strict or not")
 def test_any_batch(strict: bool) -> None:

@@ -201,6 +201,7 @@ def test_a_tower_is_put_back(make: Callable[[], Parent]) -> None:
     assert all(call.record.validated.startswith("validated") for call in fast.own.calls)
 
 
+@pytest.mark.slow
 @pytest.mark.client("open_clip", "lock_image_tower")
 def test_an_image_tower_that_open_clip_locks() -> None:
     parent = open_clip_model()

@@ -155,6 +155,7 @@ def test_nothing_of_the_machine_is_in_the_file(ascend: Exported) -> None:
     assert b"site-packages" not in data
 
 
+@pytest.mark.slow
 def test_dynamic_batch(dynamic: Exported) -> None:
     assert dynamic.file.batch is None
     for batch in (1, 3):

@@ -56,6 +56,7 @@ def test_the_model_alone(vit: nn.Module) -> None:
     assert round(total / 1e9, 4) == 4.5989
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "eliminate", "wanted", "giga"),
     [
