@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 import skipvit_fx
@@ -255,8 +256,10 @@ def test_compiled_whole_it_has_to_be_called_once_before() -> None:
     fast = fast_vit()
     replace(fast, "blocks.2.mlp", APART["doubled"])
     compiled: Any = torch.compile(fast, backend="eager", fullgraph=True)
+    # up to 2.11 torch.compile keeps what was raised to itself
+    says = "replaced" if Version(torch.__version__) >= Version("2.12") else "Observed exception"
     with torch.no_grad():
-        with pytest.raises((GuardError, torch._dynamo.exc.TorchDynamoException), match="replaced"):
+        with pytest.raises((GuardError, torch._dynamo.exc.TorchDynamoException), match=says):
             compiled(pixels())
         torch._dynamo.reset()
         wanted = fast(pixels())
