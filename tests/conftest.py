@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import zlib
 from collections.abc import Hashable
@@ -37,8 +36,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for i, item in enumerate(group):
             if i != quick:
                 item.add_marker(pytest.mark.slow)
-
-
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: the garbage collector need not look through it again and again."""
-    gc.freeze()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import sys
 import weakref
@@ -13,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from skipvit_fx.author.nested import functions_in, nested
+from skipvit_fx.author.referrers import referrers_of
 
 Cached: TypeAlias = "functools._lru_cache_wrapper[Any]"
 
@@ -33,7 +33,7 @@ class _Imported:
     def __iter__(self) -> Iterator[Cached]:
         if len(sys.modules) != self._modules:
             self._modules = len(sys.modules)
-            referrers = gc.get_referrers(functools._lru_cache_wrapper)
+            referrers = referrers_of(functools._lru_cache_wrapper)
             self._found = [weakref.ref(found) for found in referrers if _is_cache(found)]
         for found in self._found:
             if (cache := found()) is not None:

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import cProfile
 import dis
-import gc
 import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from torch import fx, nn
 
 from skipvit_fx.author.nested import nested
 from skipvit_fx.author.questions import STAND_INS, TYPE_QUESTIONS, compares_class
+from skipvit_fx.author.referrers import referrers_of
 from skipvit_fx.errors import TraceError
 from skipvit_fx.torch_internals import FakeTensor, FunctionalTensor
 
@@ -223,7 +223,7 @@ def _cells(code: CodeType) -> list[CellType]:
     } & set(code.co_freevars)
     if not assigned:
         return []
-    functions = [f for f in gc.get_referrers(code) if isinstance(f, FunctionType)]
+    functions = [f for f in referrers_of(code) if isinstance(f, FunctionType)]
     return [cell for function in functions for cell in function.__closure__ or ()]
 
 

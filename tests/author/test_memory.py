@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx
+from skipvit_fx.author import caches
 from skipvit_fx.errors import TraceError, UnsupportedModelError
 from support import caching
 from support.checks import rewrite
@@ -270,6 +272,21 @@ def test_caches_are_as_before(keep: Callable[[Tensor], Tensor]) -> None:
     for filled in (False, True):
         frontend = FRONTENDS[(index + filled) % 2]
         check_cache(keep, frontend, leaf=index % 4 < 2, mixes=False, filled=filled)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("keep", [caching.in_functools, caching.in_a_closure])
+def test_caches_are_found_where_the_collector_does_not_look(
+    keep: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a server that calls ``gc.freeze()`` after its imports."""
+    monkeypatch.setattr(caches, "_imported", caches._Imported())
+    gc.freeze()
+    try:
+        check_cache(keep, "symbolic", leaf=True, mixes=False, filled=False)
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.slow
