@@ -273,6 +273,7 @@ def test_fused_token_elsewhere_is_sound_or_refused(name: str) -> None:
     assert_is_the_model(fast, model, x, train=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [TWO, BEFORE_NORM, NO_RETURN], ids=["two", "norm", "no-return"])
 def test_torchvision_is_right_or_refused(plan: Plan) -> None:
     model, x = TORCHVISION.build(), TORCHVISION.input()

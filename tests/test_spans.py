@@ -103,6 +103,7 @@ def test_gradients(name: str) -> None:
         assert float((grads[1][key] - grad).abs().max()) < TOLERANCE * scale, key
 
 
+@pytest.mark.slow
 def test_each_span_may_have_fused_tokens() -> None:
     """The fused token of one span is gone in the next, which is exact as it would be alone after the first."""
     family = BY_NAME["vit"]

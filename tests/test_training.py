@@ -313,6 +313,7 @@ def test_a_schedule_goes_on_where_it_was(tmp_path: Path, data: tuple[Tensor, Ten
     assert torch.equal(logits(again, data[0]), logits(fast, data[0]))
 
 
+@pytest.mark.slow
 def test_one_compilation_a_change(data: tuple[Tensor, Tensor]) -> None:
     fast = rewritten(partial(calm, depth=2), "1(50%)+2").train()
     schedule = sv.SkipSchedule(fast, 2, ramp_epochs=3)

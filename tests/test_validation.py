@@ -571,6 +571,7 @@ def test_it_is_said_whether_it_was_done(tmp_path: Path) -> None:
     assert skipvit_fx.inspect(again).validated == "not validated (validate=False)"
 
 
+@pytest.mark.slow
 def test_the_command_line_leaves_it_out_on_request() -> None:
     command = ["rewrite", "vit_tiny_patch16_224", "1(50%)", "--img-size", "32", "--depth", "1"]
     for option, said in (
@@ -654,6 +655,7 @@ def test_tolerances() -> None:
     assert tolerance([single]) == TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     model, example = odd(layers=3).to(dtype), EXAMPLE.to(dtype)

@@ -70,6 +70,7 @@ def _calls(node: fx.Node) -> bool:
     return node.op.startswith("call")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name in CHOSEN], ids=str)
 def test_same_findings(family: Family, training: bool, request: pytest.FixtureRequest) -> None:

@@ -69,6 +69,7 @@ class _Called(nn.Module):
         return self.model(x, self.t, shift=self.shift)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["inside", "outside"])
 def test_a_factor(how: str) -> None:
     model = Scaled(how).eval()

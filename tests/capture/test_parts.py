@@ -71,6 +71,7 @@ def test_a_backbone(model: Any, plan: str, error: Any) -> None:
         whole(pixels())
 
 
+@pytest.mark.slow
 def test_one_of_two_towers() -> None:
     whole: Any = clip().eval()
     words = torch.ones(2, 8, dtype=torch.long)

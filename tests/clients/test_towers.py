@@ -172,6 +172,7 @@ def rewrite_tower(parent: Parent) -> Any:
     return fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", PARENTS)
 @pytest.mark.client(
     "towers",

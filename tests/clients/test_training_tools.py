@@ -42,6 +42,7 @@ def pruned(model: Any) -> None:
         prune.ln_structured(block.mlp.fc1, "weight", 0.5, n=2, dim=0)
 
 
+@pytest.mark.slow
 @pytest.mark.client("torch.nn.utils.prune", "l1_unstructured, ln_structured, remove")
 def test_pruning() -> None:
     late, early = twins(pruned)

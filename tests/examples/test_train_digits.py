@@ -43,6 +43,7 @@ def test_training_and_validation_share_no_digit(example: ModuleType) -> None:
     assert digits.validation()[0].amax((1, 2, 3)).min() > 7
 
 
+@pytest.mark.slow
 def test_rows_start_from_the_same_weights(example: ModuleType) -> None:
     one, other = (example.build(row, 5, example.QUICK).state_dict() for row in example.ROWS[:2])
     assert all(torch.equal(one[name], other[name]) for name in one)

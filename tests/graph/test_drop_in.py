@@ -360,6 +360,7 @@ class Options(Odd):
         return {"out": y, "double": y * 2} if twice else y
 
 
+@pytest.mark.slow
 def test_every_way_to_call_it() -> None:
     model: Any = scramble(Options(Block() for _ in range(DEPTH))).eval()
     fast = skipvit_fx.rewrite(model, PLAN, example_inputs=image())

@@ -407,6 +407,7 @@ class AddsWhatThereIs(Block):
         return super().forward(x) + y * 0.1
 
 
+@pytest.mark.slow
 def test_none_from_a_module() -> None:
     model = scramble(Odd([AddsWhatThereIs(50) for _ in range(DEPTH)])).eval()
     fast = rewrite(model, PLAN, frontend="symbolic")

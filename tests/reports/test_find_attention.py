@@ -99,6 +99,7 @@ class TestFound:
         assert header.split() == ["layer", "module", "kind", "tokens", "heads", "prefix"]
         assert first.split() == ["1", "blocks.0.attn", "fused", "25", "4", "1"]
 
+    @pytest.mark.slow
     def test_spelled_out(self, cait: AttentionReport) -> None:
         assert {site.kind for layer in cait.layers for site in layer.sites} == {"spelled out"}
         assert cait.class_token is False
