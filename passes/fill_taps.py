@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipvit_fx.ops.skip import Merge
 from skipvit_fx.rewriting.conditions import SKIPPING, TAPS_FILLED
 from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.merging import insert_merges
 from skipvit_fx.rewriting.passes import Condition
 
 
@@ -36,15 +36,7 @@ class FillTaps:
     def run(self, context: Context) -> None:
         """Insert one merge for every drop that a tapped node is under."""
         for count, (node, readers) in enumerate(context.spans.taps.items(), start=1):
-            current = node
-            for stage in reversed(context.spans.active(node)):
-                skip = context.skips[stage.index]
-                current = context.editor.insert_module(
-                    f"{stage.name}.tap_{count}",
-                    Merge(*context.place, fused=stage.returns.span.fused),
-                    (current, skip.bypassed, skip.kept, skip.dropped),
-                    after=current,
-                    name=f"{stage.name}_tap_{count}",
-                )
-            if current is not node:
-                context.editor.rewire_all(readers, node, current)
+            tap = f"tap_{count}"
+            filled = insert_merges(context, node, context.spans.active(node), tap, tap)
+            if filled is not node:
+                context.editor.rewire_all(readers, node, filled)

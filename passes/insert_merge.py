@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import fx
 
 from skipvit_fx.analysis.spans import Return
-from skipvit_fx.ops.skip import Merge
 from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
 from skipvit_fx.rewriting.context import Context
+from skipvit_fx.rewriting.merging import insert_merges
 from skipvit_fx.rewriting.passes import Condition
 
 
@@ -44,17 +44,11 @@ class InsertMerge:
 
 
 def _close(context: Context, returns: Return, node: fx.Node) -> None:
-    stages = [(stage, skip) for stage, skip in context.stages() if stage.returns is returns]
-    last, skip = stages[-1]
+    stages = context.spans.stages_of(returns)
+    last = stages[-1]
     # cut and return may be the same node: then the sequence was shortened right there
-    current = start = skip.kept_tokens if last.cut is node else node
+    start = context.skips[last.index].kept_tokens if last.cut is node else node
     readers = list(start.users)
-    for stage, skip in reversed(stages):
-        current = context.editor.insert_module(
-            f"{stage.name}.merge",
-            Merge(*context.place, fused=returns.span.fused),
-            (current, skip.bypassed, skip.kept, skip.dropped),
-            after=current,
-            name=f"{stage.name}_returned",
-        )
-    context.editor.rewire_all(readers, start, current)
+    context.editor.rewire_all(
+        readers, start, insert_merges(context, start, stages, "merge", "returned")
+    )

@@ -12,6 +12,7 @@ notation. ``1-12(8)`` drops 8 tokens in each of twelve layers. Spans that follow
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -213,17 +214,15 @@ class _Reader:
         self.at = 0
 
     def plan(self) -> Plan:
-        starts: list[int] = []
-        spans: list[Span] = []
-        while not spans or self.accept(";"):
+        plan = Plan()
+        while not plan.spans or self.accept(";"):
             self.skip_spaces()
-            starts.append(self.at)
-            spans.append(self.span())
-        if not self.is_done():
+            start = self.at
+            spans = (*plan.spans, self.span())
+            plan = self.valid(functools.partial(Plan, spans), start)
+        if self.rest():
             self.fail("expected +LAYER, +fused, a semicolon or the end")
-        for i in range(2, len(spans) + 1):  # the first pair that contradicts each other
-            self.valid(lambda i=i: Plan(tuple(spans[:i])), starts[i - 1])  # type: ignore[misc]
-        return Plan(tuple(spans))
+        return plan
 
     def span(self) -> Span:
         start = self.at
@@ -304,9 +303,6 @@ class _Reader:
         self.skip_spaces()
         return self.text[self.at :]
 
-    def is_done(self) -> bool:
-        return not self.rest()
-
     def word(self) -> str:
         found = _WORD.match(self.rest())
         return found[0] if found else ""
@@ -338,9 +334,9 @@ class _Reader:
         self.skip_spaces()
         at = self.at if at is None else at
         at += len(self.text[at:]) - len(self.text[at:].lstrip())
+        line = self.text.replace("\n", " ")
         raise PlanError(
-            f"{message} (character {at + 1} of the plan)\n  {' '.join(self.text.split(chr(10)))}\n  {' ' * at}^",
-            hint=hint,
+            f"{message} (character {at + 1} of the plan)\n  {line}\n  {' ' * at}^", hint=hint
         ) from None
 
 

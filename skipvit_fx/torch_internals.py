@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -51,6 +52,7 @@ __all__ = [
     "COUNTER",
     "DTYPE_OF_MASK",
     "HOOKS",
+    "KEEPS_ARGUMENTS",
     "DataDependentOutputException",
     "DynamicOutputShapeException",
     "FakeTensor",
@@ -238,6 +240,9 @@ def hooks_made() -> int:
 
     return RemovableHandle.next_id
 
+
+KEEPS_ARGUMENTS: Any = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+"""With which a checkpoint keeps its arguments. Up to 2.11; without it, models that recompute are refused there."""
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 """The base class of all batch norms. Since 0.4; their running statistics are state that a run must leave alone."""

@@ -102,6 +102,10 @@ class Spans:
         """Whether the tokens of the last span stay away."""
         return bool(self.returns) and self.returns[-1].node is None
 
+    def stages_of(self, returns: Return) -> tuple[StageSpan, ...]:
+        """The stages of one span of the plan."""
+        return tuple(stage for stage in self.stages if stage.returns is returns)
+
     def returning(self, node: fx.Node) -> Return | None:
         """The span of the plan whose tokens return after the author's node."""
         return next((r for r in self.returns if r.node is node), None)
@@ -190,7 +194,7 @@ def _taps(spans: Spans, reads: nx.DiGraph[fx.Node]) -> dict[fx.Node, list[fx.Nod
     for returns in spans.returns:
         goal = returns.node or spans.stream.layers[-1].end
         way = nx.ancestors(reads, goal)
-        stages = [stage for stage in spans.stages if stage.returns is returns]
+        stages = spans.stages_of(returns)
         under = set().union(*(stage.nodes | {stage.cut} for stage in stages))
         for node in spans.analysis.module.graph.nodes:
             if node not in way or node not in under or not carries_tokens(spans.analysis[node]):

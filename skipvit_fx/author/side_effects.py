@@ -36,7 +36,7 @@ from skipvit_fx.author.this_thread import (
     replaced,
 )
 from skipvit_fx.errors import TraceError
-from skipvit_fx.torch_internals import DTYPE_OF_MASK, pytree, symbolic_trace_module
+from skipvit_fx.torch_internals import DTYPE_OF_MASK, KEEPS_ARGUMENTS, pytree, symbolic_trace_module
 
 FACTORIES = (
     "arange",
@@ -258,12 +258,10 @@ def _gradients() -> dict[Replaceable, Any]:
 
 def _apply(function: type, *args: Any) -> Any:
     """The result of ``function.apply(*args)`` in a forward that is followed."""
-    if function.__module__ != checkpoint.__module__:
-        raise lost("calls a torch.autograd.Function")
+    if function is KEEPS_ARGUMENTS:
+        return args[0].clone()  # what matters of it is that it has a gradient
     if function is not CheckpointFunction:
-        return args[
-            0
-        ].clone()  # up to torch 2.11, something that has a gradient and keeps the arguments
+        raise lost("calls a torch.autograd.Function")
     run, _, *arguments = args
     here.checkpoints.enter()
     result = run(*arguments)

@@ -23,7 +23,7 @@ from skipvit_fx.graph.calls import (
 from skipvit_fx.graph.inputs import places_of
 from skipvit_fx.graph.own import set_settings, settings_of
 from skipvit_fx.graph.traced_through import NOT_THE_AUTHORS, StayAway, Traced
-from skipvit_fx.names import CONSTANT_BUFFER, OWN_CHILD
+from skipvit_fx.names import CONSTANT_BUFFER, INSERTED, OWN_CHILD
 from skipvit_fx.ops.following import in_jit_trace
 from skipvit_fx.torch_internals import HOOKS, buffers_of, children_of, hooks_before
 
@@ -112,7 +112,7 @@ def _take_over(fast: SkipViTModule, made: SkipViTModule) -> Call:
     own.add_module(group, inserted.train(own.training))
     for node in made.graph.nodes:
         target = str(node.target)
-        if node.op == "call_module" and target.startswith(f"{OWN_CHILD}."):
+        if node.op == "call_module" and target.startswith(INSERTED):
             node.target = f"{OWN_CHILD}.{group}{target.removeprefix(OWN_CHILD)}"
         elif node.op == "get_attr" and target.startswith(CONSTANT_BUFFER):
             node.target = f"{target}_{group}"
@@ -210,6 +210,6 @@ def watch(fast: SkipViTModule, traced: Iterable[str], attention: Iterable[str]) 
         str(node.target)
         for call in fast.own.calls
         for node in call.graph.find_nodes(op="call_module")
-        if not str(node.target).startswith(f"{OWN_CHILD}.")
+        if not str(node.target).startswith(INSERTED)
     }
     fast.own.traced = Traced(fast, traced, attention, called)

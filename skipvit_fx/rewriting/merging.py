@@ -1,0 +1,31 @@
+"""Tokens that left are put back into the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from skipvit_fx.analysis.spans import StageSpan
+from skipvit_fx.ops.skip import Merge
+from skipvit_fx.rewriting.context import Context
+
+
+def insert_merges(
+    context: Context, node: fx.Node, stages: Iterable[StageSpan], path: str, name: str
+) -> fx.Node:
+    """The stream at ``node`` with the tokens of these stages in it again, the last to leave first.
+
+    Args:
+        path, name: of the inserted module and of its node, within those of each stage.
+    """
+    for stage in reversed(tuple(stages)):
+        skip = context.skips[stage.index]
+        node = context.editor.insert_module(
+            f"{stage.name}.{path}",
+            Merge(*context.place, fused=stage.returns.span.fused),
+            (node, skip.bypassed, skip.kept, skip.dropped),
+            after=node,
+            name=f"{stage.name}_{name}",
+        )
+    return node
