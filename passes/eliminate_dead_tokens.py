@@ -17,7 +17,7 @@ from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.score import ScoreByQuery
-from skipvit_fx.ops.skip import Merge
+from skipvit_fx.ops.skip import PutBack
 from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
@@ -119,8 +119,8 @@ class _Liveness:
                 self.narrow.add(node)
 
     def passes_through(self, node: fx.Node) -> bool:
-        """Whether a node is a merge of which only prefix rows are read: these never left."""
-        return isinstance(self._op(node), Merge) and self.need.get(node, NONE) <= 0
+        """Whether a node puts tokens back of which only prefix rows are read: these never left."""
+        return isinstance(self._op(node), PutBack) and self.need.get(node, NONE) <= 0
 
     def edges_to_narrow(self, node: fx.Node) -> list[_Edge]:
         """The arguments of a node that are computed in full and read in part."""
@@ -160,7 +160,7 @@ class _Liveness:
         arguments = [a for a in node.all_input_nodes if self._has_tokens(a)]
         need = self.need.get(node, NONE)
         op = self._op(node)
-        if isinstance(op, Merge) and need <= 0:
+        if isinstance(op, PutBack) and need <= 0:
             return [(node.all_input_nodes[0], need)]
         if isinstance(op, ScoreByQuery) and op.query is not None:
             query = node.all_input_nodes[0]
@@ -238,7 +238,7 @@ class _Liveness:
         if (
             node not in self.analysis.facts
             or need in (ALL, NONE)
-            or isinstance(self._op(node), Merge)
+            or isinstance(self._op(node), PutBack)
         ):
             return False
         if node in self.shortened:
@@ -262,7 +262,7 @@ def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
     facts = {skip.kept_tokens: context.analysis[stage.cut] for stage, skip in context.stages()}
     stream = context.analysis[context.stream.layers[0].input]
     for node in context.editor.graph.find_nodes(op="call_module"):
-        if isinstance(context.analysis.module.get_submodule(str(node.target)), Merge):
+        if isinstance(context.analysis.module.get_submodule(str(node.target)), PutBack):
             facts[node] = stream
     return facts
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from skipvit_fx.rewriting.conditions import SKIPPING, TAPS_FILLED
 from skipvit_fx.rewriting.context import Context
-from skipvit_fx.rewriting.merging import insert_merges
 from skipvit_fx.rewriting.passes import Condition
+from skipvit_fx.rewriting.returning import insert_returns
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class FillTaps:
     ensures: ClassVar[tuple[Condition, ...]] = (TAPS_FILLED,)
 
     def run(self, context: Context) -> None:
-        """Insert one merge for every drop that a tapped node is under."""
+        """Put back the tokens of every drop that a tapped node is under."""
         for count, (node, readers) in enumerate(context.spans.taps.items(), start=1):
             tap = f"tap_{count}"
-            filled = insert_merges(context, node, context.spans.active(node), tap, tap)
+            filled = insert_returns(context, node, context.spans.active(node), tap, tap)
             if filled is not node:
                 context.editor.rewire_all(readers, node, filled)

@@ -2,8 +2,8 @@
 
 The dropped tokens are masked out of attention as keys, their values are zeroed, and their rows of the residual stream
 are held at their state at the cut. It shares with the compiler the capture and the finding of attention, layers and
-token axis, but none of the edits: scores, selection, gathers, sizes, merges, dead tokens. It is given which tokens were
-dropped, and does not judge the scores.
+token axis, but none of the edits: scores, selection, gathers, sizes, returns, dead tokens. It is given which tokens
+were dropped, and does not judge the scores.
 """
 
 from __future__ import annotations

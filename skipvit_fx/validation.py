@@ -32,7 +32,7 @@ from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
-from skipvit_fx.ops.skip import Merge
+from skipvit_fx.ops.skip import PutBack
 from skipvit_fx.reference import Masked, Run, Step, remaining_rows, steps_of
 from skipvit_fx.reports.tokens import Selection, selection_of
 from skipvit_fx.rewriting.context import Context
@@ -216,7 +216,7 @@ class _Rewritten(Run):
         inserted = INSERTED_BY in node.meta
         self._edited |= inserted
         # copies: an in-place operator may change the value later
-        if inserted and isinstance(part, Merge):
+        if inserted and isinstance(part, PutBack):
             self.filled[_filled_at(node)] = value.clone()
         elif self._edited and _place(self.context, node) is not None:
             self.noted[node] = value.clone()
@@ -295,7 +295,7 @@ def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
 
 
 def _filled_at(node: fx.Node) -> fx.Node:
-    """The author's node whose rows a merge puts back into the whole sequence, possibly through other merges."""
+    """The author's node whose rows are put back into the whole sequence, possibly in several steps."""
     while INSERTED_BY in node.meta:
         node = node.all_input_nodes[0]
     return node

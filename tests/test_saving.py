@@ -356,5 +356,5 @@ def test_the_same_input_gives_the_same_graph_whatever_the_hash_seed() -> None:
     )
     assert done.returncode == 0, done.stderr
     here = graph_text()
-    assert "skipvit.stage_1.merge" in here
+    assert "skipvit.stage_1.put_back" in here
     assert done.stdout == here + "\n"

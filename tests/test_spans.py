@@ -118,7 +118,7 @@ def test_each_span_may_have_fused_tokens() -> None:
     states: dict[str, Tensor] = {}
     for text in ("1,2(4,5)+3+fused;3(50%)+4", "1,2(4,5)+3+fused"):
         fast = sv.rewrite(model, text, example_inputs=x)
-        at = fast.get_submodule("skipvit.stage_1.merge")
+        at = fast.get_submodule("skipvit.stage_1.put_back")
         at.register_forward_hook(lambda _, given, out, text=text: states.update({text: out}))
         with torch.no_grad():
             fast(x)
@@ -235,7 +235,7 @@ def test_it_returns_as_it_was() -> None:
     fast.get_submodule("skipvit.stage_1.keep").register_forward_hook(
         lambda _, given, out: seen.append(given[0])
     )
-    fast.get_submodule("skipvit.stage_1.merge").register_forward_hook(
+    fast.get_submodule("skipvit.stage_1.put_back").register_forward_hook(
         lambda _, given, out: seen.append(out)
     )
     fast(x)

@@ -27,7 +27,7 @@ from skipvit_fx.differences import TOLERANCE, relative_error, short, tolerance
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.select import Select
-from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
+from skipvit_fx.ops.skip import Fuse, Keep, PassAround, PutBack
 from skipvit_fx.validation import sets_of_images
 from support.models import BY_NAME, scramble
 from support.odd_models import (
@@ -188,7 +188,7 @@ def _off_by_one(self: Any, stream: Tensor, kept: Tensor) -> Tensor:
 
 
 def _reversed(self: Any, *args: Tensor) -> Tensor:
-    out = _merge(self, *args)
+    out = _put_back(self, *args)
     end = out.shape[1] - self.suffix
     return torch.cat([out[:, : self.prefix], out[:, self.prefix : end].flip(1), out[:, end:]], 1)
 
@@ -210,9 +210,9 @@ def _worst(self: Any, *scores: Tensor) -> Any:
     return _select(self, *(-score for score in scores))
 
 
-_keep, _merge, _gather, _fuse = (
+_keep, _put_back, _gather, _fuse = (
     Keep.on_tokens,
-    Merge.on_tokens,
+    PutBack.on_tokens,
     GatherPositions.forward,
     Fuse.on_tokens,
 )
@@ -229,8 +229,15 @@ BREAKS: dict[str, tuple[type, str, Any, str, str, int]] = {
         "2(50%)+4",
         4,
     ),
-    "merged-in-reverse": (Merge, "on_tokens", _reversed, "vit", "1(50%)+3", 3),
-    "merged-in-reverse-at-the-end": (Merge, "on_tokens", _reversed, "siglip-map", "1(50%)+5", 5),
+    "put-back-in-reverse": (PutBack, "on_tokens", _reversed, "vit", "1(50%)+3", 3),
+    "put-back-in-reverse-at-the-end": (
+        PutBack,
+        "on_tokens",
+        _reversed,
+        "siglip-map",
+        "1(50%)+5",
+        5,
+    ),
     "first-positions": (GatherPositions, "forward", _first_positions, "rope-axial", "2(50%)+4", 3),
     "first-biases": (GatherPositions, "forward", _first_positions, "relpos-bias", "1(50%)+4", 2),
     "fused-without-weights": (Fuse, "on_tokens", _unweighted, "vit", "2(50%)+4+fused", 2),
@@ -330,7 +337,7 @@ def test_sequence_first_and_dense_outputs(monkeypatch: pytest.MonkeyPatch, head:
     blocks = [Block(SequenceFirst()) for _ in range(3)]
     model = odd(blocks, sequence_first=True) if head == "tokens" else odd(layers=3, head="grid")
     assert found(rewrite(model, "1,2(30%,40%)+3")) < 1e-5
-    monkeypatch.setattr(Merge, "on_tokens", _reversed)
+    monkeypatch.setattr(PutBack, "on_tokens", _reversed)
     with pytest.raises(ValidationError) as caught:
         rewrite(model, "1,2(30%,40%)+3")
     assert caught.value.layer == 3
@@ -352,7 +359,7 @@ class Taps(nn.Module):
 def test_filled_taps(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     model, example = Taps().eval(), torch.zeros(2, 3, 64, 96)
     assert found(rewrite(model, plan, example_inputs=example, fill_taps=True)) < 1e-5
-    monkeypatch.setattr(Merge, "on_tokens", _reversed)
+    monkeypatch.setattr(PutBack, "on_tokens", _reversed)
     with pytest.raises(ValidationError):
         rewrite(model, plan, example_inputs=example, fill_taps=True)
 

@@ -79,7 +79,7 @@ class Fuse(OnStream):
         return torch.cat([tokens[:, :end], fused, tokens[:, end:]], 1)
 
 
-class Merge(OnStream):
+class PutBack(OnStream):
     """The dropped patches return to their original positions; a fused token is removed.
 
     This is done by concatenation and one row gather with the inverse permutation, without a scatter.

@@ -119,7 +119,7 @@ class _Looked:
     def _returned_in(self, region: int) -> int:
         spans, stages = self.record.plan.spans, self.record.stages
         back = [stage for stage in stages if spans[stage.span].return_layer == region]
-        return sum(self._gained(f"{stage.path}.merge") for stage in back)
+        return sum(self._gained(f"{stage.path}.put_back") for stage in back)
 
     def _gained(self, target: str) -> int:
         """Rows that the only node calling this module adds to its first argument; 0 if there is no such node."""

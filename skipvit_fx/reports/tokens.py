@@ -99,17 +99,17 @@ def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
         noted.selections[i] = selection_of(scores, *chosen)
 
     def note_return(span: int, module: nn.Module, given: Any, stream: Tensor) -> None:
-        noted.returned[span] = stream  # by the last of its merges
+        noted.returned[span] = stream  # by the last of its stages
 
     handles = []
     parts = dict(fast.named_modules())
     try:
         for call in fast.own.calls:
             for i, stage in enumerate(call.record.stages):
-                select, merge = parts[f"{stage.path}.select"], parts.get(f"{stage.path}.merge")
+                select, back = parts[f"{stage.path}.select"], parts.get(f"{stage.path}.put_back")
                 handles.append(select.register_forward_hook(partial(note, call.record, i)))
-                if merge is not None:
-                    handles.append(merge.register_forward_hook(partial(note_return, stage.span)))
+                if back is not None:
+                    handles.append(back.register_forward_hook(partial(note_return, stage.span)))
         yield noted
     finally:
         for handle in handles:

@@ -19,7 +19,7 @@ import skipvit_fx
 import zoo
 from skipvit_fx.cli.models import SpecError, parse_spec
 from skipvit_fx.graph.record import record_of
-from skipvit_fx.ops.skip import Keep, Merge
+from skipvit_fx.ops.skip import Keep, PutBack
 from skipvit_fx.plan import Plan
 from skipvit_fx.testing import Reference, check_rewrite, randomize, relative_error
 from support.models import BY_NAME, layout_of
@@ -72,7 +72,7 @@ def _keep_others(fast: fx.GraphModule) -> None:
 def _return_in_order(fast: fx.GraphModule) -> None:
     """Tokens return in another order, which the class token alone does not show."""
     for module in fast.modules():
-        if isinstance(module, Merge):
+        if isinstance(module, PutBack):
             module.register_forward_hook(lambda m, args, out: out.flip(1))
 
 

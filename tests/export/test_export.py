@@ -168,7 +168,7 @@ def test_dynamic_batch(dynamic: Exported) -> None:
 
 def test_the_model_is_left_alone(dynamic: Exported) -> None:
     names = {type(module).__name__ for module in dynamic.fast.modules()}
-    assert {"Select", "Keep", "Merge"} <= names
+    assert {"Select", "Keep", "PutBack"} <= names
     assert dynamic.fast.graph.output_node().args[0] is not None
     with torch.no_grad():
         assert isinstance(dynamic.fast(dynamic.x), Tensor)

@@ -17,7 +17,7 @@ from skipvit_fx.ops.positions import GatherPositions
 from skipvit_fx.ops.rows import sequence_rows, take_rows
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, ScoreByWeights
 from skipvit_fx.ops.select import Select, Survivors
-from skipvit_fx.ops.skip import Fuse, Keep, Merge, PassAround
+from skipvit_fx.ops.skip import Fuse, Keep, PassAround, PutBack
 from skipvit_fx.ops.switch import Switchable
 
 CHANNELS = 3
@@ -196,7 +196,7 @@ def test_survivors_are_named_in_the_full_sequence(case: Case) -> None:
         assert place_of(positions) == names
 
 
-# -- keep, around, fuse, merge ------------------------------------------------------------------------------------
+# -- keep, around, fuse, return -----------------------------------------------------------------------------------
 
 
 @MANY
@@ -231,7 +231,7 @@ def test_return_restores_the_original_order_exactly(case: Case, fused: bool) -> 
     around = PassAround(*case.place)(stream, dropped)
     if fused:
         shorter = Fuse(*case.place)(shorter, around, dropped, scores)
-    back = Merge(*case.place, fused=fused)(-shorter, around, kept, dropped)
+    back = PutBack(*case.place, fused=fused)(-shorter, around, kept, dropped)
     assert back.shape == stream.shape
     assert torch.equal(back.abs(), stream)
     left = torch.zeros(case.batch, case.lead + case.n + case.tail, dtype=torch.bool)
@@ -251,7 +251,7 @@ def test_two_stages_nest(case: Case) -> None:
         opened.append((PassAround(*case.place)(inner, dropped), kept, dropped))
         inner = Keep(*case.place)(inner, kept)
     for around, kept, dropped in reversed(opened):
-        inner = Merge(*case.place, fused=False)(inner, around, kept, dropped)
+        inner = PutBack(*case.place, fused=False)(inner, around, kept, dropped)
     assert torch.equal(inner, stream)
 
 
@@ -284,7 +284,7 @@ def test_gradient_reaches_every_row_once(case: Case) -> None:
     stream = case.stream().requires_grad_()
     kept, dropped = Select(case.ratio)(case.scores())
     around = PassAround(*case.place)(stream, dropped)
-    Merge(*case.place, fused=False)(
+    PutBack(*case.place, fused=False)(
         Keep(*case.place)(stream, kept), around, kept, dropped
     ).sum().backward()
     assert stream.grad is not None

@@ -23,7 +23,7 @@ def test_keys_and_values_stay_whole() -> None:
 
 def test_tokens_that_nobody_reads_do_not_return() -> None:
     ran = run_up_to(EliminateDeadTokens, Tiny(), "1(50%)+4")
-    assert not any("stage_1_returned" in line for line in ran.after if ".merge" not in line)
+    assert not any("stage_1_returned" in line for line in ran.after if ".put_back" not in line)
 
 
 def test_where_all_rows_are_read_nothing_changes() -> None:

@@ -23,12 +23,12 @@ def test_each_erased_node_is_an_event() -> None:
 
 
 def test_the_module_of_an_erased_node_goes_too() -> None:
-    """The merge of tokens that nothing reads."""
+    """Tokens are put back that nothing reads."""
     ran = run_up_to(EraseDead, Tiny(), "1(50%)+4")
     assert ("erase", "stage_1_returned") in ran.events
     paths = {path for path, _ in ran.context.capture.module.named_modules()}
     assert "skipvit.stage_1.keep" in paths
-    assert "skipvit.stage_1.merge" not in paths
+    assert "skipvit.stage_1.put_back" not in paths
 
 
 def test_where_all_is_read_nothing_changes() -> None:

@@ -10,7 +10,7 @@ def test_as_documented() -> None:
     assert_documented(run_up_to(FillTaps, Tiny(hidden=1), fill_taps=True))
 
 
-def test_one_merge_for_every_drop_that_the_tapped_node_is_under() -> None:
+def test_tokens_are_put_back_for_every_drop_that_the_tapped_node_is_under() -> None:
     ran = run_up_to(FillTaps, Tiny(hidden=2), "1,2(25%,25%)+4", fill_taps=True)
     second, first = (line for line in ran.after if ".tap_" in line)
     assert second.startswith("stage_2_tap_1 = skipvit.stage_2.tap_1(add_3, stage_2_bypassed")

@@ -137,9 +137,9 @@ def test_table(report: Inspection) -> None:
     total = next(line for line in lines if line.strip().startswith("total"))
     assert total.split() == ["total", "3.3313", "4.5989", "72.4%"]
     assert not any(line != line.rstrip() for line in lines)
-    where = next(line for line in lines if "skipvit.stage_1.merge" in line)
+    where = next(line for line in lines if "skipvit.stage_1.put_back" in line)
     assert "layer 11" in where
-    assert "insert-merge" in where
+    assert "insert-return" in where
     assert "add_20" in where
 
 
@@ -216,7 +216,7 @@ def test_every_inserted_node_has_its_pass(report: Inspection) -> None:
     assert passes["skipvit.stage_1.score"] == ("insert-score", 6)
     assert passes["skipvit.stage_1.select"] == ("insert-skip", 6)
     assert passes["skipvit.stage_1.keep"] == ("insert-skip", 6)
-    assert passes["skipvit.stage_1.merge"] == ("insert-merge", 11)
+    assert passes["skipvit.stage_1.put_back"] == ("insert-return", 11)
     for node in report.nodes:
         if node.target.startswith("skipvit.") and node.target != "skipvit.fixed_x":
             assert node.inserted_by is not None, node

@@ -11,7 +11,7 @@ from skipvit_fx.capture.opening import with_capture
 from skipvit_fx.options import Options
 from skipvit_fx.passes import passes_for
 from skipvit_fx.passes.follow_token_sizes import FollowTokenSizes
-from skipvit_fx.passes.insert_merge import InsertMerge
+from skipvit_fx.passes.insert_return import InsertReturn
 from skipvit_fx.passes.insert_score import InsertScore
 from skipvit_fx.passes.insert_skip import InsertSkip
 from skipvit_fx.plan import Plan
@@ -61,18 +61,20 @@ class Idle:
 
 
 def test_what_is_required_must_hold_before() -> None:
-    with pytest.raises(PassError, match="'insert-merge' requires 'skipping', but stage_1 takes no"):
-        run(FollowTokenSizes(), InsertScore(), InsertMerge())
+    with pytest.raises(
+        PassError, match="'insert-return' requires 'skipping', but stage_1 takes no"
+    ):
+        run(FollowTokenSizes(), InsertScore(), InsertReturn())
 
 
 def test_what_another_pass_broke_is_seen() -> None:
     """It is read off the graph, not remembered."""
     steps = [FollowTokenSizes(), InsertScore(), InsertSkip()]
-    run(*steps, InsertMerge())
+    run(*steps, InsertReturn())
     with pytest.raises(
-        PassError, match=r"'insert-merge' requires .* blocks_0_norm2 reads add, with all"
+        PassError, match=r"'insert-return' requires .* blocks_0_norm2 reads add, with all"
     ):
-        run(*steps, Undo(), InsertMerge())
+        run(*steps, Undo(), InsertReturn())
 
 
 @pytest.mark.parametrize(

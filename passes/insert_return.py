@@ -10,12 +10,12 @@ from torch import fx
 from skipvit_fx.analysis.spans import Return
 from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
 from skipvit_fx.rewriting.context import Context
-from skipvit_fx.rewriting.merging import insert_merges
 from skipvit_fx.rewriting.passes import Condition
+from skipvit_fx.rewriting.returning import insert_returns
 
 
 @dataclass(frozen=True)
-class InsertMerge:
+class InsertReturn:
     """Close the token-level skip connection, last stage first.
 
     Before::
@@ -27,17 +27,17 @@ class InsertMerge:
     After::
 
         add_3 = add_2 + blocks_1_mlp
-        stage_1_returned = skipvit.stage_1.merge(add_3, stage_1_bypassed, stage_1_kept, stage_1_dropped)
+        stage_1_returned = skipvit.stage_1.put_back(add_3, stage_1_bypassed, stage_1_kept, stage_1_dropped)
         blocks_2_norm1 = blocks.2.norm1(stage_1_returned)
         add_4 = stage_1_returned + squeeze_2
     """
 
-    name: ClassVar[str] = "insert-merge"
+    name: ClassVar[str] = "insert-return"
     requires: ClassVar[tuple[Condition, ...]] = (SKIPPING,)
     ensures: ClassVar[tuple[Condition, ...]] = (RETURNED,)
 
     def run(self, context: Context) -> None:
-        """Insert one merge per stage after the node where its span returns."""
+        """Put the tokens of each stage back after the node where its span returns."""
         for returns in context.spans.returns:
             if returns.node is not None:
                 _close(context, returns, returns.node)
@@ -50,5 +50,5 @@ def _close(context: Context, returns: Return, node: fx.Node) -> None:
     start = context.skips[last.index].kept_tokens if last.cut is node else node
     readers = list(start.users)
     context.editor.rewire_all(
-        readers, start, insert_merges(context, start, stages, "merge", "returned")
+        readers, start, insert_returns(context, start, stages, "put_back", "returned")
     )

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from torch import fx
 
 from skipvit_fx.analysis.spans import StageSpan
-from skipvit_fx.ops.skip import Merge
+from skipvit_fx.ops.skip import PutBack
 from skipvit_fx.rewriting.context import Context
 
 
-def insert_merges(
+def insert_returns(
     context: Context, node: fx.Node, stages: Iterable[StageSpan], path: str, name: str
 ) -> fx.Node:
     """The stream at ``node`` with the tokens of these stages in it again, the last to leave first.
@@ -23,7 +23,7 @@ def insert_merges(
         skip = context.skips[stage.index]
         node = context.editor.insert_module(
             f"{stage.name}.{path}",
-            Merge(*context.place, fused=stage.returns.span.fused),
+            PutBack(*context.place, fused=stage.returns.span.fused),
             (node, skip.bypassed, skip.kept, skip.dropped),
             after=node,
             name=f"{stage.name}_{name}",
