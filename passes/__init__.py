@@ -12,9 +12,11 @@ from skipvit_fx.passes.erase_dead import EraseDead
 from skipvit_fx.passes.fill_taps import FillTaps
 from skipvit_fx.passes.follow_token_sizes import FollowTokenSizes
 from skipvit_fx.passes.gather_positions import GatherPositionOperands
+from skipvit_fx.passes.insert_merge import InsertMerge
 from skipvit_fx.passes.insert_return import InsertReturn
 from skipvit_fx.passes.insert_score import InsertScore
 from skipvit_fx.passes.insert_skip import InsertSkip
+from skipvit_fx.passes.weigh_keys import WeighKeys
 from skipvit_fx.rewriting.passes import Pass
 
 
@@ -25,8 +27,10 @@ def passes_for(options: Options) -> tuple[Pass, ...]:
         FollowTokenSizes(),
         InsertScore(),
         InsertSkip(),
+        InsertMerge(),
         FillTaps(),
         GatherPositionOperands(),
+        WeighKeys(),
         InsertReturn(),
         *dead,
         EraseDead(),

@@ -18,7 +18,7 @@ from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.score import ScoreByQuery
 from skipvit_fx.ops.skip import PutBack
-from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
+from skipvit_fx.rewriting.conditions import MERGING, RETURNED, SKIPPING
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
 from skipvit_fx.rewriting.sizes import follow_input
@@ -52,7 +52,7 @@ class EliminateDeadTokens:
     """
 
     name: ClassVar[str] = "eliminate-dead-tokens"
-    requires: ClassVar[tuple[Condition, ...]] = (SKIPPING, RETURNED)
+    requires: ClassVar[tuple[Condition, ...]] = (MERGING, SKIPPING, RETURNED)
     ensures: ClassVar[tuple[Condition, ...]] = ()
 
     def run(self, context: Context) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipvit_fx.rewriting.conditions import SKIPPING, TAPS_FILLED
+from skipvit_fx.rewriting.conditions import MERGING, SKIPPING, TAPS_FILLED
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
 from skipvit_fx.rewriting.returning import insert_returns
@@ -30,7 +30,10 @@ class FillTaps:
     """
 
     name: ClassVar[str] = "fill-taps"
-    requires: ClassVar[tuple[Condition, ...]] = (SKIPPING,)
+    requires: ClassVar[tuple[Condition, ...]] = (
+        MERGING,
+        SKIPPING,
+    )
     ensures: ClassVar[tuple[Condition, ...]] = (TAPS_FILLED,)
 
     def run(self, context: Context) -> None:

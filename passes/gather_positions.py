@@ -11,7 +11,7 @@ from skipvit_fx.analysis.rules import Position
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.ops.positions import GatherPositions
-from skipvit_fx.rewriting.conditions import POSITIONS_GATHERED, SIZES_FOLLOW, SKIPPING
+from skipvit_fx.rewriting.conditions import MERGING, POSITIONS_GATHERED, SIZES_FOLLOW, SKIPPING
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
 
@@ -35,7 +35,7 @@ class GatherPositionOperands:
     """
 
     name: ClassVar[str] = "gather-positions"
-    requires: ClassVar[tuple[Condition, ...]] = (SIZES_FOLLOW, SKIPPING)
+    requires: ClassVar[tuple[Condition, ...]] = (SIZES_FOLLOW, MERGING, SKIPPING)
     ensures: ClassVar[tuple[Condition, ...]] = (POSITIONS_GATHERED,)
 
     def run(self, context: Context) -> None:

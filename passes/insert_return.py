@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from skipvit_fx.analysis.spans import Return
-from skipvit_fx.rewriting.conditions import RETURNED, SKIPPING
+from skipvit_fx.rewriting.conditions import MERGING, RETURNED, SKIPPING
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
 from skipvit_fx.rewriting.returning import insert_returns
@@ -33,7 +33,10 @@ class InsertReturn:
     """
 
     name: ClassVar[str] = "insert-return"
-    requires: ClassVar[tuple[Condition, ...]] = (SKIPPING,)
+    requires: ClassVar[tuple[Condition, ...]] = (
+        MERGING,
+        SKIPPING,
+    )
     ensures: ClassVar[tuple[Condition, ...]] = (RETURNED,)
 
     def run(self, context: Context) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx, nn
 
-from skipvit_fx.analysis.axes import Axes, Batch, Tokens, size, tokens_of
+from skipvit_fx.analysis.axes import Tokens, tokens_of
 from skipvit_fx.analysis.layers import AttentionSite
+from skipvit_fx.analysis.operands import heads_of
 from skipvit_fx.analysis.spans import StageSpan
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.attention_ops import AttentionArguments
@@ -47,8 +47,9 @@ class InsertScore:
             UnsupportedModelError: ``score="cls"`` on a model without a class token, ``score="auto"`` where it cannot be
                 told whether there is one, or an attention whose axes the score does not know.
         """
-        asking = _asking_row(context)
-        for stage in context.spans.stages:
+        scored = [s for s in context.spans.stages if not s.returns.span.merged]
+        asking = _asking_row(context, scored)
+        for stage in scored:
             scores = context.scores[stage.index] = {}
             if callable(context.options.score) or context.options.score == "random":
                 scores[None] = _score_stream(context, stage)
@@ -75,10 +76,10 @@ class InsertScore:
                 )
 
 
-def _asking_row(context: Context) -> int | None:
+def _asking_row(context: Context, scored: list[StageSpan]) -> int | None:
     """The row of the sequence whose attention scores; ``None`` for the mean of all."""
     token = context.stream.class_token
-    if context.options.score == "auto" and token.ambiguous and context.spans.stages:
+    if context.options.score == "auto" and token.ambiguous and scored:
         raise UnsupportedModelError(
             token.ambiguous,
             hint="pass score='cls' if the first row is the class token, score='mean' if there is none, or "
@@ -118,7 +119,7 @@ def _score_of(
         assert axes is not None
         assert keys is not None
         row = None if asking is None else _query_row(context, site, axes[-2], asking)
-        heads = _heads(site, axes[:-2])
+        heads = heads_of(site, axes[:-2])
         prefix, suffix = site.keys.prefix, site.keys.suffix
         args = (query, key) if mask is None else (query, key, mask)
         return ScoreByQuery(row, prefix, suffix, heads, given.scale), args
@@ -127,7 +128,7 @@ def _score_of(
     dims = [d for d, dim in enumerate(weights) if tokens_of(dim)]
     key_dim = next(d for d in dims if weights[d] == (site.keys._replace(weights=True),))
     query_dim = next(d for d in dims if d != key_dim)
-    heads = _heads(site, tuple(dim for d, dim in enumerate(weights) if d not in dims))
+    heads = heads_of(site, tuple(dim for d, dim in enumerate(weights) if d not in dims))
     row = None if asking is None else _query_row(context, site, weights[query_dim], asking)
     source = site.node.all_input_nodes[0] if asking is None else site.node
     rank = len(weights)
@@ -152,16 +153,3 @@ def _query_row(context: Context, site: AttentionSite, dim: Any, asking: int) -> 
             hint="use score='mean'",
         )
     return row
-
-
-def _heads(site: AttentionSite, leading: Axes) -> int:
-    """Heads per sample; the batch must come first, alone or with the heads merged into it."""
-    factors = [factor for dim in leading for factor in dim]
-    if not factors or not isinstance(factors[0], Batch):
-        raise UnsupportedModelError(
-            "the batch is not the first axis of this attention",
-            node=site.node.name,
-            module_path=site.module_path,
-            hint="use score='random' or a score function, which do not read the attention",
-        )
-    return math.prod(size(factor) for factor in factors[1:])

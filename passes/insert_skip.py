@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,6 +51,8 @@ class InsertSkip:
         """Insert the selection of every stage after its cut, and what takes tokens out."""
         before: dict[Return, fx.Node] = {}
         for stage in context.spans.stages:
+            if stage.returns.span.merged:
+                continue
             full = context.full_stream_readers(stage.cut)
             readers = [user for user in stage.cut.users if user not in full]
             skip = context.skips[stage.index] = _skip(context, stage, before.get(stage.returns))
@@ -68,12 +69,8 @@ def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
     choice = editor.insert_module(
         f"{stage.name}.select", selector, scores, after=stage.cut, name=f"{stage.name}_choice"
     )
-    kept = editor.insert_call(
-        operator.getitem, (choice, 0), before=choice.next, name=f"{stage.name}_kept"
-    )
-    dropped = editor.insert_call(
-        operator.getitem, (choice, 1), before=kept.next, name=f"{stage.name}_dropped"
-    )
+    kept = editor.insert_item(choice, 0, f"{stage.name}_kept")
+    dropped = editor.insert_item(choice, 1, f"{stage.name}_dropped")
     positions = kept
     if before is not None and not span.fused:
         positions = editor.insert_module(
@@ -91,7 +88,7 @@ def _skip(context: Context, stage: StageSpan, before: fx.Node | None) -> Skip:
         name=f"{stage.name}_kept_tokens",
     )
     if stage.returns.node is None and not span.fused and not context.spans.taps:
-        return Skip(selector, kept, dropped, positions, kept_tokens, None)
+        return Skip(selector, kept, dropped, positions, kept_tokens)
     bypassed = editor.insert_module(
         f"{stage.name}.around",
         PassAround(*context.place),

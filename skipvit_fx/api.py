@@ -46,6 +46,7 @@ def rewrite(
     eliminate_dead_tokens: bool = True,
     multiple_of: int = 1,
     train_only: bool = False,
+    proportional_attention: bool = True,
     validate: bool = True,
 ) -> SkipViTModule:
     """Give a Vision Transformer a token-level skip connection.
@@ -77,6 +78,8 @@ def rewrite(
             is a multiple of this. Attention kernels work in tiles of 8 or 16, and pad the last one.
         train_only: skip only while training. In eval mode every token passes through every layer, bit for bit as in the
             model.
+        proportional_attention: in a span with ``+merged``, add the logarithm of a token's size, the number of patches
+            in it, to its logit in every attention.
         validate: run the rewritten graph once on two images and compare it with the model with the same tokens masked,
             on the model's device. This takes about three forward passes, which leave no trace. It is not done if the
             model, or the example, is on the meta device. ``False`` is for models that are too large to run.
@@ -104,6 +107,7 @@ def rewrite(
         eliminate_dead_tokens=eliminate_dead_tokens,
         multiple_of=multiple_of,
         train_only=train_only,
+        proportional_attention=proportional_attention,
         validate=validate,
     )
     if any(isinstance(module, SkipViTModule) for module in model.modules()):

@@ -17,6 +17,14 @@ Cut = Literal["attention", "block"]
 NamedScore = Literal["auto", "cls", "mean", "random"]
 Score = NamedScore | Callable[[Tensor], Tensor]
 
+_FLAGS = (
+    "fill_taps",
+    "eliminate_dead_tokens",
+    "train_only",
+    "proportional_attention",
+    "validate",
+)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -35,11 +43,12 @@ class Options:
     eliminate_dead_tokens: bool = True
     multiple_of: int = 1
     train_only: bool = False
+    proportional_attention: bool = True
     validate: bool = True
 
     def __post_init__(self) -> None:
         check_prefix_tokens(self.prefix_tokens)
-        for name in ("fill_taps", "eliminate_dead_tokens", "train_only", "validate"):
+        for name in _FLAGS:
             check_flag(name, getattr(self, name))
         check_choice("frontend", self.frontend, ("auto", *get_args(Frontend)))
         check_choice("cut", self.cut, get_args(Cut))

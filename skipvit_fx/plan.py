@@ -1,11 +1,11 @@
 """Which layers drop how many tokens, and where these return: a small language, and its value.
 
 ``6(55%)+11`` drops 55 % of the patch tokens at layer 6 and returns them at the input of layer 11, in the paper's
-notation. ``1-12(8)`` drops 8 tokens in each of twelve layers. Spans that follow each other are joined by semicolons:
-``4(30%)+5;5(30%)+6``. The grammar, in which spaces do not matter::
+notation. ``1-12(8)+merged`` merges 8 tokens into others in each of twelve layers. Spans that follow each other are
+joined by semicolons: ``4(30%)+5;5(30%)+6``. The grammar, in which spaces do not matter::
 
     plan    = [span (";" span)*]
-    span    = layers "(" amounts ")" ["+" LAYER] ["+fused"]
+    span    = layers "(" amounts ")" ["+" LAYER] ["+fused" | "+merged"]
     layers  = (LAYER | LAYER "-" LAYER) ("," ...)*
     amounts = one for all layers, or one per layer: a percentage, or a number of tokens
 """
@@ -24,7 +24,7 @@ from skipvit_fx.errors import PlanError
 
 T = TypeVar("T")
 
-_EXAMPLES = "write it like 6(55%)+11, 4,7(30%,30%)+10, 1-12(8) or 4(30%)+5;5(30%)+6"
+_EXAMPLES = "write it like 6(55%)+11, 4,7(30%,30%)+10, 1-12(8)+merged or 4(30%)+5;5(30%)+6"
 _LAYER = re.compile(r"[0-9]{1,9}")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+|/[0-9]+)?")
 _AMOUNT = re.compile(rf"{_NUMBER.pattern}\s*%?")
@@ -86,11 +86,14 @@ class Span:
         stages: the drops, at least one.
         return_layer: may be depth + 1 (before the final norm); ``None`` if they never return.
         fused: whether an extra token, the score-weighted sum of the dropped ones, stands in for them.
+        merged: whether each of them becomes part of the most similar of those that stay, instead of leaving; when they
+            return, every patch gets the state of the token that it is part of.
     """
 
     stages: tuple[Stage, ...]
     return_layer: int | None = None
     fused: bool = False
+    merged: bool = False
 
     def __post_init__(self) -> None:
         if not _are(self.stages, Stage) or not self.stages:
@@ -98,9 +101,20 @@ class Span:
                 f"the stages of a span must be a tuple of one or more Stage, got {self.stages!r}",
                 hint="write Span((Stage(6, 0.55),), return_layer=11) or Plan.parse('6(55%)+11')",
             )
-        if not isinstance(self.fused, bool):
+        for name in ("fused", "merged"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PlanError(
+                    f"{name} must be True or False, got {value!r}", hint=f"pass {name}=True"
+                )
+        if self.fused and self.merged:
             raise PlanError(
-                f"fused must be True or False, got {self.fused!r}", hint="pass fused=True"
+                "a span is either fused or merged",
+                hint="merged tokens are part of those that stay, so nothing is left to fuse",
+            )
+        if self.merged and not self.stages[0].layer:
+            raise PlanError(
+                "tokens cannot be merged at layer 0, where no attention has run",
+                hint="merging compares the keys of an attention: begin at layer 1",
             )
         if self.return_layer is not None and not _is_int(self.return_layer):
             raise PlanError(
@@ -134,7 +148,8 @@ class Span:
         if len(set(amounts)) == 1 and len(ranges) < len(layers):
             layers, amounts = ranges, amounts[:1]
         returned = "" if self.return_layer is None else f"+{self.return_layer}"
-        return f"{','.join(layers)}({','.join(amounts)}){returned}{'+fused' if self.fused else ''}"
+        kind = "+fused" if self.fused else "+merged" if self.merged else ""
+        return f"{','.join(layers)}({','.join(amounts)}){returned}{kind}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,7 +236,7 @@ class _Reader:
             spans = (*plan.spans, self.span())
             plan = self.valid(functools.partial(Plan, spans), start)
         if self.rest():
-            self.fail("expected +LAYER, +fused, a semicolon or the end")
+            self.fail("expected +LAYER, +fused, +merged, a semicolon or the end")
         return plan
 
     def span(self) -> Span:
@@ -243,15 +258,10 @@ class _Reader:
         stages = tuple(Stage(*both) for both in zip(layers, amounts, strict=True))
         returns_at = self.at
         returns = self.return_layer()
-        fused = self.accept("+")
-        if fused and self.word() != "fused":
-            self.fail(
-                "expected fused",
-                hint="only +LAYER, +fused or +LAYER+fused may follow the amounts",
-            )
-        self.at += len("fused") * fused
-        drops = self.valid(lambda: Span(stages), start)
-        return self.valid(lambda: Span(drops.stages, returns, fused), returns_at)
+        kind = self.kind()
+        fused, merged = kind == "fused", kind == "merged"
+        self.valid(lambda: Span(stages, None, fused, merged), start)
+        return self.valid(lambda: Span(stages, returns, fused, merged), returns_at)
 
     def layers(self) -> Iterator[int]:
         while True:
@@ -285,6 +295,18 @@ class _Reader:
                 hint=f"end a percentage with a percent sign: {_EXAMPLES}",
             )
         return self.valid(lambda: _amount(text), start)
+
+    def kind(self) -> str:
+        if not self.accept("+"):
+            return ""
+        word = self.word()
+        if word not in ("fused", "merged"):
+            self.fail(
+                "expected fused or merged",
+                hint="only +LAYER, +fused or +merged may follow the amounts, the layer first",
+            )
+        self.at += len(word)
+        return word
 
     def return_layer(self) -> int | None:
         start = self.at

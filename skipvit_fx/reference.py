@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -126,7 +126,8 @@ class Run:
 class Left:
     """Where tokens are after a stage of the plan. A token has a slot: the index of a patch in the full sequence.
 
-    A fused token occupies the slot of a patch that it stands in for.
+    A fused token occupies the slot of a patch that it stands in for, and a merged one that of the patch that others
+    were merged into.
 
     Attributes:
         slots: ``[batch, present]``: those of the patches and fused tokens that are present, in their order in the
@@ -134,12 +135,16 @@ class Left:
         gone: ``[batch, patches]`` booleans: the empty slots.
         away: ``[batch, patches]`` booleans: the patches that left, whatever is in their slots now.
         frozen: a residual stream in which these have the state in which they left.
+        sizes: ``[batch, patches]``: the number of patches that are part of the token in each slot.
+        owner: ``[batch, patches]``: the slot of the token that each patch is part of.
     """
 
     slots: Tensor
     gone: Tensor
     away: Tensor
     frozen: Tensor
+    sizes: Tensor
+    owner: Tensor
 
     @classmethod
     def nothing(cls, state: Tensor, stream_dim: int, patches: int) -> Self:
@@ -148,7 +153,7 @@ class Left:
         none = torch.zeros(batch, patches, dtype=torch.bool, device=state.device)
         slots = torch.arange(patches, device=state.device).expand(batch, patches)
         # an in-place operator may change the state later
-        return cls(slots, none, none, state.clone())
+        return cls(slots, none, none, state.clone(), torch.ones_like(none, dtype=torch.long), slots)
 
 
 class Masked(Run):
@@ -247,15 +252,20 @@ class Masked(Run):
         return (flags if self.stream.dim == 1 else flags.T).unsqueeze(-1)
 
     def _fill(self, state: Tensor, left: Left | None) -> Tensor:
-        """The whole sequence, with the patches that left in the state in which they left."""
-        return state if left is None else torch.where(self._rows(left.away), left.frozen, state)
+        """The whole sequence: patches that left as they left, and those that were merged as what they are part of."""
+        if left is None:
+            return state
+        state = remaining_rows(state, self.stream.dim, self.stream.tokens, left.owner)
+        return torch.where(self._rows(left.away), left.frozen, state)
 
     def _leave(
         self, stage: StageSpan, selection: Selection, state: Tensor, left: Left | None
     ) -> tuple[Left, Tensor]:
-        """Where tokens are after a stage, and the stream with the fused token in it."""
+        """Where tokens are after a stage, and the stream with fused and merged tokens in it."""
         tokens, dim = self.stream.tokens, self.stream.dim
         before = Left.nothing(state, dim, tokens.patches) if left is None else left
+        if selection.into is not None:
+            return self._join(stage, selection, selection.into, state, before)
         slots = before.slots.gather(1, selection.kept)
         leaving = before.slots.gather(1, selection.dropped)
         own = torch.zeros_like(before.away).scatter(1, leaving, True) & ~before.away
@@ -271,8 +281,40 @@ class Masked(Run):
             first = first.scatter(1, at, fused)
             state = first if dim == 1 else first.transpose(0, 1)
         empty = torch.ones_like(own).scatter(1, slots, False)
-        self._left[stage.index] = now = Left(slots, empty, before.away | own, frozen)
+        away = before.away | own
+        self._left[stage.index] = now = replace(
+            before, slots=slots, gone=empty, away=away, frozen=frozen
+        )
         return now, state
+
+    def _join(
+        self, stage: StageSpan, selection: Selection, into: Tensor, state: Tensor, before: Left
+    ) -> tuple[Left, Tensor]:
+        """Where tokens are after some became part of others, and the stream with the means of these."""
+        slots = before.slots.gather(1, selection.kept)
+        source = before.slots.gather(1, selection.dropped)
+        target = slots.gather(1, into)
+        # which slot's token goes to which slot, as a matrix of zeros and ones
+        moved = torch.arange(before.gone.shape[1], device=slots.device).expand_as(before.gone)
+        moved = moved.scatter(1, source, target)
+        moves = nn.functional.one_hot(moved, moved.shape[1]).transpose(1, 2)
+        sizes = before.sizes.masked_fill(before.gone, 0)
+        total = (moves @ sizes.unsqueeze(-1)).squeeze(-1)
+        gone = torch.ones_like(before.gone).scatter(1, slots, False)
+        tokens, dim = self.stream.tokens, self.stream.dim
+        first = state if dim == 1 else state.transpose(0, 1)
+        prefix, patches, suffix = torch.split(
+            first, [tokens.prefix, tokens.patches, tokens.suffix], 1
+        )
+        sums = (moves * sizes.unsqueeze(1)).double() @ patches.double()
+        means = (sums / total.clamp(min=1).unsqueeze(-1)).to(state.dtype)
+        joined = torch.zeros_like(gone).scatter(1, target, True).unsqueeze(-1)
+        first = torch.cat([prefix, torch.where(joined, means, patches), suffix], 1)
+        owner = moved.gather(1, before.owner)
+        self._left[stage.index] = now = replace(
+            before, slots=slots, gone=gone, sizes=total, owner=owner
+        )
+        return now, first if dim == 1 else first.transpose(0, 1)
 
     # -- with every token in place --------------------------------------------------------------------------------
 
@@ -280,14 +322,14 @@ class Masked(Run):
         """Run a node with the keys of tokens that left masked in its logits, and their rows zeroed in its values."""
         node, facts = step.node, self.analysis[step.node]
         if node.target in SDPA:
-            return self._attention(step, left.gone)
+            return self._attention(step, left)
         replaced: dict[fx.Node, Tensor] = {}
         if node in self._attentions:
             logits, axes = step.reads[0], facts.axes or ()
             dims = [d for d, dim in enumerate(axes) if (t := tokens_of(dim)) and t.weights]
             if len(dims) == 1:
-                flags = _spread(left.gone, axes, dims[0], self.env[logits])
-                replaced[logits] = self.env[logits].masked_fill(flags, -math.inf)
+                added = _spread(self._added(left), axes, dims[0], self.env[logits])
+                replaced[logits] = self.env[logits] + added
         elif facts.sums_weights:
             for read in step.reads:
                 axes = self.analysis.axes(read) or ()
@@ -296,6 +338,13 @@ class Masked(Run):
                     flags = _spread(left.gone, axes, tokens[0][0], self.env[read])
                     replaced[read] = self.env[read].masked_fill(flags, 0.0)
         return self.execute(node, *self.arguments(step, replaced))
+
+    def _added(self, left: Left) -> Tensor:
+        """What is added to the logits of keys in the patches' slots, ``[batch, patches]``."""
+        added = left.frozen.new_zeros(left.gone.shape)
+        if self.spans.options.proportional_attention:
+            added = added + left.sizes.clamp(min=1).log().to(added.dtype)
+        return added.masked_fill(left.gone, -math.inf)
 
     def _spelled_out(self) -> set[fx.Node]:
         """The softmaxes over tokens whose weights are then summed with values, and meet no tokens before that."""
@@ -316,20 +365,20 @@ class Masked(Run):
         found = [tokens.weights for dim in axes if (tokens := tokens_of(dim))]
         return any(found) if weights else bool(found) and not any(found)
 
-    def _attention(self, step: Step, gone: Tensor) -> Any:
+    def _attention(self, step: Step, left: Left) -> Any:
         args, kwargs = self.arguments(step)
         given = AttentionArguments(*args, **kwargs)
         axes = self.analysis.axes(AttentionArguments(*step.args, **step.kwargs).key)
         if axes is None or self.analysis[step.node].softmax_over is None:
             return self.execute(step.node, args, kwargs)
-        flags = _spread(gone, axes, given.key.ndim - 2, given.key).transpose(-2, -1)
+        added = _spread(self._added(left), axes, given.key.ndim - 2, given.key).transpose(-2, -1)
         mask = given.attn_mask
         if mask is None:
-            mask = ~flags
+            mask = added.to(given.query.dtype)
         elif mask.dtype == torch.bool:
-            mask = mask & ~flags
+            mask = torch.where(mask, added.to(given.query.dtype), -math.inf)
         else:
-            mask = mask.masked_fill(flags, -math.inf)
+            mask = mask + added.to(mask.dtype)
         return step.node.target(**given._replace(attn_mask=mask)._asdict())  # type: ignore[operator]
 
     # -- after the last layer, without the tokens that left -------------------------------------------------------
@@ -434,14 +483,14 @@ def _take_positions(operand: Tensor, position: Position, slots: Tensor) -> Tenso
 
 
 def _spread(patches: Tensor, axes: Axes, dim: int, like: Tensor) -> Tensor:
-    """Flags ``[batch, patches]`` of rows along ``dim``, with as many axes as ``like``, samples along its batch axis.
+    """Values ``[batch, patches]`` of rows along ``dim``, with as many axes as ``like``, samples along its batch axis.
 
-    Nothing is flagged if that axis is not known; the two runs will then differ.
+    Zeros if that axis is not known; the two runs will then differ.
     """
     tokens = tokens_of(axes[dim])
     at = next((d for d, dims in enumerate(axes) if any(isinstance(f, Batch) for f in dims)), None)
     if tokens is None or at is None or at == dim:
-        return torch.zeros([1] * like.ndim, dtype=torch.bool, device=like.device)
+        return torch.zeros([1] * like.ndim, dtype=patches.dtype, device=like.device)
     flags = nn.functional.pad(patches, (tokens.prefix, tokens.suffix))
     times = like.shape[at] // flags.shape[0]
     first = isinstance(axes[at][0], Batch)

@@ -11,7 +11,7 @@ from torch import nn
 from skipvit_fx.api import check_rewritten, set_skipping, set_train_only
 from skipvit_fx.arguments import check_flag
 from skipvit_fx.errors import PlanError
-from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.select import Amount
 
 _STEPS = 1000
 """The share of an amount that applies is rounded to this many steps, so that ratios stay small exact fractions."""
@@ -77,7 +77,7 @@ class SkipSchedule:
         self.epoch = epoch
         set_skipping(self.fast, share > 0)
         for module in self.fast.modules():
-            if isinstance(module, Select):
+            if isinstance(module, Amount):
                 module.current = _part(module.amount, share)
 
     def state_dict(self) -> dict[str, int]:

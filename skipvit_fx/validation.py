@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from skipvit_fx.errors import GuardError, ValidationError
 from skipvit_fx.graph.inputs import Inputs
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.names import INSERTED_BY, OWN_CHILD
+from skipvit_fx.ops.merge import Match, Unmerge
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
 from skipvit_fx.ops.select import Select
 from skipvit_fx.ops.skip import PutBack
@@ -210,13 +211,15 @@ class _Rewritten(Run):
         part = self.parts[str(node.target)] if node.op == "call_module" else None
         if isinstance(part, Select):
             return self._select(step, part)
+        if isinstance(part, Match):
+            return self._match(step, part)
         drawing = isinstance(part, (ScoreAtRandom, ScoreByFunction))
         with generators_kept(self.devices) if drawing else contextlib.nullcontext():
             value = super().step(step)  # undo what the score draws: the captured graph has no score
         inserted = INSERTED_BY in node.meta
         self._edited |= inserted
         # copies: an in-place operator may change the value later
-        if inserted and isinstance(part, PutBack):
+        if inserted and isinstance(part, (PutBack, Unmerge)):
             self.filled[_filled_at(node)] = value.clone()
         elif self._edited and _place(self.context, node) is not None:
             self.noted[node] = value.clone()
@@ -225,17 +228,36 @@ class _Rewritten(Run):
     def _select(self, step: Step, part: Select) -> Any:
         """Select by random scores, and check that the kept patches have the highest scores and stay in order."""
         (scores, *others), _ = self.arguments(step)
-        samples, patches = scores.shape
-        drawn = torch.rand(patches, generator=torch.Generator().manual_seed(0), device="cpu")
-        drawn = torch.stack([drawn, 1 - drawn]).repeat(samples, 1)[:samples].to(scores.device)
+        drawn = self._draw(scores.shape[:1], scores.shape[1:]).to(scores.device)
         chosen = part(drawn)
-        selection = selection_of([drawn], *chosen)
-        assert selection is not None
-        _check_selection(self.context, str(step.node.target), selection)
         total = torch.stack([scores, *others]).mean(0)
-        path = str(step.node.target).rpartition(".")[0]
-        self.selections[path] = Selection(total, selection.kept, selection.dropped)
+        self._note(step, selection_of(total, chosen), _selection_fault(drawn, *chosen))
         return chosen
+
+    def _match(self, step: Step, part: Match) -> Any:
+        """Match random keys, and check that the most similar pairs are merged."""
+        metric = part.metric(*self.arguments(step)[0])
+        samples, patches, channels = metric.shape
+        drawn = self._draw((samples,), (patches, channels)).sub(0.5).to(metric)
+        chosen = part.choose(drawn)
+        scores = torch.full_like(metric[..., 0], -torch.inf)
+        self._note(step, selection_of(scores, chosen), _matching_fault(drawn, *chosen))
+        return chosen
+
+    def _draw(self, samples: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Random numbers, with the opposite ones for every other sample."""
+        drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        both = torch.stack([drawn, 1 - drawn if len(shape) == 1 else drawn.flip(0)])
+        return both[torch.arange(*samples) % 2]
+
+    def _note(self, step: Step, selection: Selection, fault: str) -> None:
+        path = str(step.node.target).rpartition(".")[0]
+        if fault:
+            names = {f"{OWN_CHILD}.{s.name}": s.layer.index for s in self.context.spans.stages}
+            raise ValidationError(
+                f"the choice in layer {names[path]} {fault}", layer=names[path], hint=_HINT
+            )
+        self.selections[path] = selection
 
 
 class _Compared(Masked):
@@ -301,28 +323,53 @@ def _filled_at(node: fx.Node) -> fx.Node:
     return node
 
 
-def _check_selection(context: Context, path: str, selection: Selection) -> None:
-    """Check that a stage's choice is an ordered partition that follows the given scores.
-
-    Raises:
-        ValidationError: it is not.
-    """
-    kept, dropped, scores = selection.kept, selection.dropped, selection.scores
-    both = torch.cat([kept, dropped], 1).sort(1).values
-    partition = both.shape == scores.shape and bool((both.diff(dim=1) == 1).all())
+def _selection_fault(scores: Tensor, kept: Tensor | None, dropped: Tensor | None) -> str:
+    """Why a stage's choice is not an ordered partition that follows the given scores; empty if it is."""
+    if kept is None or dropped is None:
+        return ""
     ordered = all(bool((part.diff(dim=1) > 0).all()) for part in (kept, dropped))
-    if partition and ordered and dropped.shape[1]:
-        lowest, highest = scores.gather(1, kept).amin(1), scores.gather(1, dropped).amax(1)
-        ordered = bool((lowest >= highest).all())
-    if not partition or not ordered:
-        layer = next(
-            s.layer.index for s in context.spans.stages if path == f"{OWN_CHILD}.{s.name}.select"
-        )
-        raise ValidationError(
-            f"the choice in layer {layer} does not keep the patches with the highest scores, in their order",
-            layer=layer,
-            hint=_HINT,
-        )
+    if _is_partition(scores, kept, dropped) and ordered:
+        lowest = scores.gather(1, kept.long()).amin(1)
+        highest = scores.gather(1, dropped.long()).amax(1)
+        if bool((lowest >= highest).all()):
+            return ""
+    return "does not keep the patches with the highest scores, in their order"
+
+
+def _matching_fault(
+    keys: Tensor,
+    kept: Tensor | None,
+    merged: Tensor | None,
+    into: Tensor | None,
+    similarity: Tensor | None,
+) -> str:
+    """Why a stage's choice does not merge the most similar of the patches with these keys; empty if it does."""
+    if kept is None or merged is None or into is None:
+        return ""
+    patches = keys.shape[1]
+    odd, even = torch.arange(1, patches, 2), torch.arange(0, patches, 2)
+    stay = kept.shape[1] - len(even)
+    halves = bool((merged % 2 == 1).all()) and bool((kept[:, :stay] % 2 == 1).all())
+    in_order = bool((kept[:, stay:].cpu() == even).all()) and all(
+        bool((part.diff(dim=1) > 0).all()) for part in (kept[:, :stay], merged)
+    )
+    if _is_partition(keys[..., 0], kept, merged) and halves and in_order:
+        unit = keys.double().cpu() / keys.double().cpu().norm(dim=-1, keepdim=True)
+        best, nearest = (unit[:, odd] @ unit[:, even].mT).max(-1)
+        chosen = (merged.long().cpu() - 1) // 2
+        others = (kept[:, :stay].long().cpu() - 1) // 2
+        right = torch.equal(into.long().cpu(), nearest.gather(1, chosen) + stay)
+        highest = best.gather(1, others).amax(1) if stay else torch.tensor(-torch.inf)
+        if right and bool((best.gather(1, chosen).amin(1) >= highest).all()):
+            return ""
+    return (
+        "does not merge the most similar patches, or not into those that they are most similar to"
+    )
+
+
+def _is_partition(every: Tensor, kept: Tensor, others: Tensor) -> bool:
+    both = torch.cat([kept, others], 1).sort(1).values
+    return both.shape == every.shape and bool((both.diff(dim=1) == 1).all())
 
 
 # -- comparisons ------------------------------------------------------------------------------------------------------

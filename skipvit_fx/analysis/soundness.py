@@ -8,6 +8,7 @@ from torch import fx
 
 from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.masks import is_causal
+from skipvit_fx.analysis.residual import is_softmax
 from skipvit_fx.analysis.spans import Spans
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
@@ -64,6 +65,8 @@ def span_refusal(spans: Spans, node: fx.Node) -> str:
     analysis = spans.analysis
     if reason := why_not_apart(analysis, node) or _causal_operand(analysis, node):
         return reason
+    if spans.weighs(node) and not is_softmax(analysis, node):
+        return "attention inside a module or function, in which the sizes of merged tokens do not count"
     if analysis[node].positions and any(s.returns.span.fused for s in spans.active(node)):
         return "a fused token has no position, but here every token needs one"
     cuts = [stage.cut for stage in spans.stages]

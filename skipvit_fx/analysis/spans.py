@@ -10,6 +10,7 @@ from torch import fx
 
 from skipvit_fx.analysis.axes import tensors_in
 from skipvit_fx.analysis.layers import Layer, Stream
+from skipvit_fx.analysis.operands import Operands, find_operands
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.module_paths import module_after, module_before, module_path
@@ -44,6 +45,7 @@ class StageSpan:
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
         nodes: the author's nodes that work on fewer tokens because of this stage.
+        operands: of each attention of the layer, if tokens are merged by their keys.
         leave_after, leave_before: paths of the modules before and after the cut.
     """
 
@@ -55,6 +57,7 @@ class StageSpan:
     nodes: frozenset[fx.Node]
     leave_after: str
     leave_before: str
+    operands: tuple[Operands, ...] = ()
 
     @property
     def name(self) -> str:
@@ -92,6 +95,12 @@ class Spans:
     def active(self, node: fx.Node) -> tuple[StageSpan, ...]:
         """The stages whose drop the author's node is under."""
         return tuple(stage for stage in self.stages if node in stage.nodes)
+
+    def weighs(self, node: fx.Node) -> bool:
+        """Whether an attention's keys may be merged tokens, whose sizes count."""
+        merged = any(stage.returns.span.merged for stage in self.active(node))
+        attends = self.analysis[node].softmax_over is not None
+        return merged and attends and self.options.proportional_attention
 
     def is_after_the_layers(self, node: fx.Node) -> bool:
         """Whether the node belongs to the head, and dropped tokens never return."""
@@ -139,9 +148,19 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
             sites = [site.node for site in layer.sites] if cut is layer.cut else []
             leave_after = module_before(cut, stream.on_path, layer.input, sites)
             leave_before = module_after(cut, stream.on_path)
-            index = len(stages) + 1
+            operands = _operands(analysis, layer) if span.merged else ()
             stages.append(
-                StageSpan(index, back, stage, layer, cut, under, leave_after, leave_before)
+                StageSpan(
+                    index=len(stages) + 1,
+                    returns=back,
+                    stage=stage,
+                    layer=layer,
+                    cut=cut,
+                    nodes=under,
+                    leave_after=leave_after,
+                    leave_before=leave_before,
+                    operands=operands,
+                )
             )
     spans = Spans(analysis, stream, options, tuple(returns), tuple(stages), {})
     taps = _taps(spans, reads)
@@ -155,6 +174,22 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
 def _embedding(first: Layer) -> Layer:
     """What is in front of the first layer, as a layer that has no attention."""
     return replace(first, index=0, cut=first.input, end=first.input, sites=(), unsure="")
+
+
+def _operands(analysis: TokenAnalysis, layer: Layer) -> tuple[Operands, ...]:
+    """What each attention of a layer multiplies.
+
+    Raises:
+        UnsupportedModelError: it cannot be told.
+    """
+    if layer.unclear:
+        raise UnsupportedModelError(
+            f"the keys of the attention of layer {layer.index} cannot be told: {layer.unclear}",
+            node=layer.cut.name,
+            module_path=module_path(layer.cut),
+            hint="merge at another layer, or drop tokens by score='random' or a score function",
+        )
+    return tuple(find_operands(analysis, site) for site in layer.sites)
 
 
 def _return(stream: Stream, span: Span) -> Return:

@@ -61,12 +61,13 @@ def _check_ties(model: nn.Module, inputs: Arguments) -> None:
         ):
             continue  # nothing was chosen, or there is a fused token, whose score is not known here
         scores = stage.scores.sort(1, descending=True).values
-        kept = stage.kept.shape[1]
-        gap = scores[:, kept - 1] - scores[:, kept]
-        if bool((gap < TIE * scores[:, 0]).any()):
+        chosen = stage.kept if stage.owner is None else stage.dropped  # the most similar are merged
+        edge = chosen.shape[1]
+        gap = scores[:, edge - 1] - scores[:, edge]
+        if bool((gap < TIE * scores[:, 0].abs()).any()):
             raise ExportError(
-                f"the file and the module keep different patches at layer {stage.layer}: the scores at the edge differ "
-                "by no more than rounding",
+                f"the file and the module choose different patches at layer {stage.layer}: the scores at the edge "
+                "differ by no more than rounding",
                 hint="fresh weights often make patches equally important; load trained ones, or leave verify out",
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -62,6 +63,13 @@ class GraphEditor:
         with self.graph.inserting_before(before):
             node = self.graph.create_node(kind, target, args, name=name)
         return self._inserted(node)
+
+    def insert_item(self, values: fx.Node, i: int, name: str) -> fx.Node:
+        """Insert the ``i``-th value of ``values``, after those before it; ``name`` as above."""
+        before = values.next
+        while before.target is operator.getitem and before.args[0] is values:
+            before = before.next
+        return self.insert_call(operator.getitem, (values, i), before=before, name=name)
 
     def rewire(self, user: fx.Node, old: fx.Node, new: Any) -> None:
         """Let ``user`` read ``new`` where it read ``old``."""

@@ -11,7 +11,7 @@ from torch import nn
 from skipvit_fx.graph.calls import Call, Form, form_of, signature_of
 from skipvit_fx.graph.inputs import places_of
 from skipvit_fx.graph.traced_through import Traced
-from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.select import Amount
 from skipvit_fx.ops.switch import Switchable
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Settings(NamedTuple):
 
 def settings_of(own: Own) -> Settings:
     """The settings that apply now."""
-    amounts = {path: m.current for path, m in own.named_modules() if isinstance(m, Select)}
+    amounts = {path: m.current for path, m in own.named_modules() if isinstance(m, Amount)}
     return Settings(own.enabled, own.train_only, amounts)
 
 
@@ -108,5 +108,5 @@ def set_settings(inserted: nn.Module, settings: Settings) -> None:
     for path, module in inserted.named_modules():
         if isinstance(module, Switchable):
             module.enabled, module.train_only = settings.enabled, settings.train_only
-        if isinstance(module, Select):
+        if isinstance(module, Amount):
             module.current = settings.amounts.get(path, module.current)

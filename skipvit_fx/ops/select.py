@@ -12,10 +12,8 @@ from skipvit_fx.ops.rows import ascending, rows_of
 from skipvit_fx.plan import leaving
 
 
-class Select(nn.Module):
-    """Keeps the patches with the highest scores, ``ceil((1 - ratio) * n)`` of them, in their original order.
-
-    Ties are broken in favour of the earlier patch. No gradient flows through the choice.
+class Amount(nn.Module):
+    """How many of the patches that are present leave.
 
     Args:
         amount: the ratio of the present patches that leave, or their number, as in the plan.
@@ -34,11 +32,29 @@ class Select(nn.Module):
         self.multiple_of = multiple_of
         self.others = others
 
+    def most(self, n: int) -> int:
+        """How many of ``n`` patches may leave."""
+        return n
+
     def dropped(self, n: int) -> int:
         """How many of ``n`` patches leave."""
-        stay = n - leaving(self.current, n) + self.others
+        stay = n - min(leaving(self.current, n), self.most(n)) + self.others
         aligned = -(-stay // self.multiple_of) * self.multiple_of
         return max(0, n + self.others - aligned)
+
+    def extra_repr(self) -> str:
+        aligned = f", multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
+        amount = (
+            f"{float(self.current):.1%}" if isinstance(self.current, Fraction) else self.current
+        )
+        return f"drop {amount}{aligned}"
+
+
+class Select(Amount):
+    """Keeps the patches with the highest scores, ``ceil((1 - ratio) * n)`` of them, in their original order.
+
+    Ties are broken in favour of the earlier patch. No gradient flows through the choice.
+    """
 
     @kept_whole
     def forward(self, *scores: Tensor | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -54,13 +70,6 @@ class Select(nn.Module):
         n = sizes(total)[1]
         dropped = self.dropped(n)
         return (None, None) if dropped == 0 else partition(total, n - dropped)
-
-    def extra_repr(self) -> str:
-        aligned = f", multiple of {self.multiple_of}" if self.multiple_of > 1 else ""
-        amount = (
-            f"{float(self.current):.1%}" if isinstance(self.current, Fraction) else self.current
-        )
-        return f"drop {amount}{aligned}"
 
 
 def partition(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,8 @@ class _Looked:
 
     def _dropped_in(self, layer: int) -> int:
         leaving = [stage for stage in self.record.stages if stage.layer == layer]
-        return -sum(self._gained(f"{stage.path}.keep") for stage in leaving)
+        ways = (f"{stage.path}.{way}" for stage in leaving for way in ("keep", "merge"))
+        return -sum(map(self._gained, ways))
 
     def _returned_in(self, region: int) -> int:
         spans, stages = self.record.plan.spans, self.record.stages
@@ -125,5 +126,6 @@ class _Looked:
         """Rows that the only node calling this module adds to its first argument; 0 if there is no such node."""
         shapes, dim = self.now.shapes, self.record.token_dim
         for node in self.fast.graph.find_nodes(op="call_module", target=target):
-            return int(shapes[node.name][dim] - shapes[node.all_input_nodes[0].name][dim])
+            now, before = (shapes[n.name] for n in (node, node.all_input_nodes[0]))
+            return int((now if isinstance(now[0], int) else now[0])[dim] - before[dim])
         return 0

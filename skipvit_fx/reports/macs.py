@@ -20,7 +20,7 @@ from skipvit_fx.errors import GuardError, TraceError
 from skipvit_fx.graph.attention_ops import SDPA_KERNELS
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.ops.guard import guard
-from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.select import Amount
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.torch_internals import (
     TorchDispatchMode,
@@ -118,7 +118,7 @@ def skip_as_planned(copy: nn.Module, on: bool) -> None:
     for switch in switches(copy):
         switch.enabled, switch.train_only = on, False
     for module in copy.modules():
-        if isinstance(module, Select):
+        if isinstance(module, Amount):
             module.current = module.amount
 
 

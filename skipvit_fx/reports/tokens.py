@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from skipvit_fx.capture.example import arguments_of
 from skipvit_fx.errors import SkipViTError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
+from skipvit_fx.ops.merge import Match
 from skipvit_fx.ops.switch import switches
 
 
@@ -28,9 +29,15 @@ class TokenTrace:
 
     Attributes:
         layer: the layer that scored, from 1.
-        kept: ``[batch, K]`` int64, ascending.
-        dropped: ``[batch, N - K]`` int64, ascending.
-        scores: ``[batch, N]``, those of the N patches present at this stage, ascending by position.
+        kept: ``[batch, K]`` int64, in the order of the shorter sequence, which is ascending if nothing was merged. A
+            merged token has the position of the one that others were merged into.
+        dropped: ``[batch, N - K]`` int64, in the order of the sequence before; in a span with ``+merged``, those that
+            became part of others.
+        scores: ``[batch, N]``, those of the N patches present at this stage, in the order of the sequence before. In a
+            span with ``+merged``, how similar the key of each that may become part of another is to the nearest of
+            these, and -inf for the others.
+        owner: in a span with ``+merged``, ``[batch, patches]`` int64: for every patch of the full grid, the place in
+            the sequence, prefix tokens counted, of the token that it is part of after this stage; else ``None``.
         fused_kept: ``[batch, F]`` bool: whether the fused token of each of the F earlier stages that dropped something
             is still present after this stage; ``None`` in a span without ``+fused``.
     """
@@ -39,6 +46,7 @@ class TokenTrace:
     kept: Tensor
     dropped: Tensor
     scores: Tensor
+    owner: Tensor | None = None
     fused_kept: Tensor | None = None
 
 
@@ -50,27 +58,44 @@ class Selection:
 
     Attributes:
         scores: ``[batch, n]``, of the patches present.
-        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` indices, int64, ascending.
+        kept, dropped: ``[batch, k]`` and ``[batch, n - k]`` indices, int64, ascending unless tokens were merged.
+        into: for each of the dropped ones, the place among the kept of the one that it was merged into.
     """
 
     scores: Tensor
     kept: Tensor
     dropped: Tensor
+    into: Tensor | None = None
 
 
-def selection_of(
-    scores: Sequence[Tensor | None], kept: Tensor | None, dropped: Tensor | None
-) -> Selection | None:
-    """What :class:`skipvit_fx.ops.select.Select` was given and returned; ``None`` if there was no score."""
-    present = [score.detach() for score in scores if score is not None]
-    if not present:
-        return None
-    total = torch.stack(present).mean(0)
-    batch, n = total.shape
-    here = torch.arange(n, device=total.device).expand(batch, n)
+def selection_of(scores: Tensor, chosen: Sequence[Tensor | None]) -> Selection:
+    """What a stage chose.
+
+    Args:
+        scores: ``[batch, n]``, of the patches present.
+        chosen: what :class:`skipvit_fx.ops.select.Select` or :class:`skipvit_fx.ops.merge.Match` returned.
+    """
+    kept, dropped, *merged = chosen
     if kept is None or dropped is None:
-        return Selection(total, here, here[:, :0])
-    return Selection(total, kept.long(), dropped.long())
+        here = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+        return Selection(scores, here, here[:, :0])
+    if not merged:
+        return Selection(scores, kept.long(), dropped.long())
+    into, similarity = merged
+    assert into is not None
+    assert similarity is not None
+    return Selection(similarity, kept.long(), dropped.long(), into.long())
+
+
+def _scores_of(chooser: nn.Module, given: Sequence[Tensor | None]) -> Tensor | None:
+    """The scores by which a stage chose; none of merged tokens; ``None`` if skipping was off."""
+    if isinstance(chooser, Match):
+        keys = [key for key in given if key is not None]
+        return (
+            torch.full_like(chooser.metric(*keys)[..., 0], -torch.inf) if chooser.active else None
+        )
+    scores = [score.detach() for score in given if score is not None]
+    return torch.stack(scores).mean(0) if scores else None
 
 
 @dataclass
@@ -93,10 +118,11 @@ def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
     """Fill the yielded object while ``fast`` runs once, with an existing graph."""
     noted = Noted(record_of(fast), [None] * len(record_of(fast).stages))
 
-    def note(record: RewriteRecord, i: int, module: nn.Module, scores: Any, chosen: Any) -> None:
+    def note(record: RewriteRecord, i: int, module: nn.Module, given: Any, chosen: Any) -> None:
         if noted.record is not record:
             noted.record, noted.selections = record, [None] * len(record.stages)
-        noted.selections[i] = selection_of(scores, *chosen)
+        scores = _scores_of(module, given)
+        noted.selections[i] = None if scores is None else selection_of(scores, chosen)
 
     def note_return(span: int, module: nn.Module, given: Any, stream: Tensor) -> None:
         noted.returned[span] = stream  # by the last of its stages
@@ -141,32 +167,66 @@ def traces_of(noted: Noted) -> list[TokenTrace]:
     """The same in terms of patches, whatever other tokens were in the sequence."""
     record, selections = noted.record, noted.selections
     traces: list[TokenTrace] = []
-    span, names, patches, fused = -1, torch.empty(0), 0, 0
+    here = _Present.all_of(-1, torch.empty(0, 0))
     for stage, chosen in zip(record.stages, selections, strict=True):
         if chosen is None:
             raise _switched_off()
-        if stage.span != span:  # all patches are there again
-            batch, patches = chosen.scores.shape
-            names = torch.arange(patches, device=chosen.scores.device).expand(batch, patches)
-            span, fused = stage.span, 0
-        fuses = record.plan.spans[span].fused
+        if stage.span != here.span:  # all patches are there again
+            here = _Present.all_of(stage.span, chosen.scores)
+        names, patches = here.names, here.owner.shape[1]
+        span = record.plan.spans[stage.span]
         still, gone = names.gather(1, chosen.kept), names.gather(1, chosen.dropped)
+        if chosen.into is not None:
+            here.join(chosen.kept, chosen.dropped, chosen.into)
         traces.append(
             TokenTrace(
                 stage.layer,
                 _patches_of(still, still, patches),
                 _patches_of(gone, gone, patches),
                 _patches_of(names, chosen.scores, patches, fill=torch.nan),
-                _fused_of(still, patches, fused) if fuses else None,
+                here.owner + record.prefix if span.merged else None,
+                _fused_of(still, patches, here.fused) if span.fused else None,
             )
         )
-        names = still
-        if (
-            fuses and gone.shape[1]
-        ):  # one more token, after the patches and numbered after all of them
-            names = torch.cat([names, torch.full_like(names[:, :1], patches + fused)], 1)
-            fused += 1
+        here.names = still
+        if span.fused and gone.shape[1]:
+            here.add_fused()
     return traces
+
+
+@dataclass
+class _Present:
+    """The tokens that are present between two stages of a span.
+
+    Attributes:
+        span: of the plan.
+        names: ``[batch, present]``: the position of each token; fused ones are numbered after all patches.
+        owner: ``[batch, patches]``: the place among these of the one that each patch is part of, if any is merged.
+        fused: the number of fused tokens so far.
+    """
+
+    span: int
+    names: Tensor
+    owner: Tensor
+    fused: int = 0
+
+    @classmethod
+    def all_of(cls, span: int, scores: Tensor) -> Self:
+        """All patches, where there are as many as scores ``[batch, patches]``."""
+        names = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
+        return cls(span, names, names)
+
+    def join(self, kept: Tensor, dropped: Tensor, into: Tensor) -> None:
+        """Some tokens become parts of others; all are given by their places."""
+        places = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+        now = torch.zeros_like(self.names).scatter(1, kept, places).scatter(1, dropped, into)
+        self.owner = now.gather(1, self.owner)
+
+    def add_fused(self) -> None:
+        """One more token, after the patches and numbered after all of them."""
+        number = self.owner.shape[1] + self.fused
+        self.names = torch.cat([self.names, torch.full_like(self.names[:, :1], number)], 1)
+        self.fused += 1
 
 
 def check_skips(fast: nn.Module) -> SkipViTModule:

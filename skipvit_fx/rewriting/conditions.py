@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from skipvit_fx.analysis.axes import tokens_of
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.editor import is_pure
 from skipvit_fx.graph.sizes import RESHAPES
 from skipvit_fx.names import INSERTED_BY
@@ -31,19 +32,43 @@ def _unscored(context: Context) -> str:
     nodes = set(context.editor.graph.nodes)
     for stage in context.spans.stages:
         scores = context.scores.get(stage.index, {})
+        if stage.returns.span.merged:
+            continue
         if not scores or not nodes.issuperset(scores.values()):
             return f"{stage.name} has no score node"
     return ""
 
 
 def _unskipped(context: Context) -> str:
+    return _unshortened(context, merged=False)
+
+
+def _unmerged(context: Context) -> str:
+    return _unshortened(context, merged=True)
+
+
+def _unshortened(context: Context, *, merged: bool) -> str:
     for stage in context.spans.stages:
+        if stage.returns.span.merged is not merged:
+            continue
         if stage.index not in context.skips:
             return f"{stage.name} takes no tokens out of the sequence"
         full = context.full_stream_readers(stage.cut)
         for reader in stage.cut.users:
             if INSERTED_BY not in reader.meta and reader in stage.nodes and reader not in full:
                 return f"{reader.name} reads {stage.cut.name}, with all tokens, under the drop"
+    return ""
+
+
+def _unweighed(context: Context) -> str:
+    for node in context.spans.nodes():
+        if not context.spans.weighs(node):
+            continue
+        fused = node.target in SDPA
+        given = AttentionArguments(*node.args, **node.kwargs).attn_mask if fused else None
+        read = given if fused else node.all_input_nodes[0]
+        if read is None or INSERTED_BY not in read.meta:
+            return f"{node.name} does not know the sizes of its keys"
     return ""
 
 
@@ -91,6 +116,12 @@ SCORED = Condition("scored", _unscored)
 
 SKIPPING = Condition("skipping", _unskipped)
 """At every cut, the author's nodes under the drop read the sequence without the dropped tokens."""
+
+MERGING = Condition("merging", _unmerged)
+"""The same where tokens are merged."""
+
+KEYS_WEIGHED = Condition("keys-weighed", _unweighed)
+"""Every attention over merged tokens adds something to its logits."""
 
 TAPS_FILLED = Condition("taps-filled", _unfilled)
 """Nodes that read the stream off the path to the return read all tokens."""

@@ -16,7 +16,7 @@ from skipvit_fx.analysis.tokens import NodeFacts, TokenAnalysis
 from skipvit_fx.capture.capture import Capture
 from skipvit_fx.capture.opening import OpenModules
 from skipvit_fx.graph.editor import GraphEditor
-from skipvit_fx.ops.select import Select
+from skipvit_fx.ops.select import Amount
 from skipvit_fx.options import Options
 from skipvit_fx.plan import Plan
 
@@ -30,14 +30,18 @@ class Skip(NamedTuple):
         positions: positions of the kept patches in the full sequence.
         kept_tokens: the sequence without the dropped rows, with the fused token if the plan has one.
         bypassed: the dropped rows; ``None`` if they are not needed again.
+        into: of merged tokens: the places of those that they are part of now.
+        sizes: the number of patches in each token of the shorter sequence; ``None`` if it is one.
     """
 
-    selector: Select
+    selector: Amount
     kept: fx.Node
     dropped: fx.Node
     positions: fx.Node
     kept_tokens: fx.Node
-    bypassed: fx.Node | None
+    bypassed: fx.Node | None = None
+    into: fx.Node | None = None
+    sizes: fx.Node | None = None
 
 
 @dataclass

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import fx
 
 from skipvit_fx.analysis.spans import StageSpan
-from skipvit_fx.ops.skip import PutBack
+from skipvit_fx.ops.merge import Unmerge
+from skipvit_fx.ops.skip import OnStream, PutBack
 from skipvit_fx.rewriting.context import Context
 
 
@@ -21,10 +22,16 @@ def insert_returns(
     """
     for stage in reversed(tuple(stages)):
         skip = context.skips[stage.index]
+        if stage.returns.span.merged:
+            op: OnStream = Unmerge(*context.place)
+            parts = [skip.kept, skip.dropped, skip.into]
+        else:
+            op = PutBack(*context.place, fused=stage.returns.span.fused)
+            parts = [skip.bypassed, skip.kept, skip.dropped]
         node = context.editor.insert_module(
             f"{stage.name}.{path}",
-            PutBack(*context.place, fused=stage.returns.span.fused),
-            (node, skip.bypassed, skip.kept, skip.dropped),
+            op,
+            (node, *parts),
             after=node,
             name=f"{stage.name}_{name}",
         )

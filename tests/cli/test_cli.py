@@ -157,7 +157,7 @@ class TestFailures:
     @pytest.mark.parametrize(
         ("args", "words"),
         [
-            (["rewrite", VIT, "1(30)+3"], ["'30' is not a percentage", "hint: "]),
+            (["rewrite", VIT, "1(3.5)+3"], ["3.5 is neither a percentage nor a number", "hint: "]),
             (["rewrite", VIT, "9(30%)", *SMALL], ["layer 9 is out of range", "layers 1 to 3"]),
             (["rewrite", VIT], ["PLAN"]),
             (["rewrite", "vit_tny_patch16_224", PLAN], ["close to it: vit_tiny_patch16_224"]),
