@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from skipvit_fx.analysis.axes import Batch, size, tokens_of
+from skipvit_fx.analysis.axes import Axes, Batch, size, tokens_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.module_paths import module_path
@@ -80,15 +80,10 @@ def _weigh_softmax(context: Context, node: fx.Node, made: dict[Any, fx.Node]) ->
 def _log_sizes(context: Context, node: fx.Node, like: fx.Node, made: dict[Any, fx.Node]) -> fx.Node:
     """What is added to the logits of an attention: one node for all that are alike."""
     stage = context.spans.active(node)[-1]
-    sizes = context.skips[stage.index].sizes
-    facts = context.analysis[node]
-    axes, keys = facts.axes, facts.softmax_over
+    sizes, keys = context.skips[stage.index].sizes, context.analysis[node].softmax_over
+    axes, key_dim = _logits(context, node)
     assert sizes is not None
-    assert axes is not None
     assert keys is not None
-    rank = len(axes)
-    weights = [d for d, dim in enumerate(axes) if (t := tokens_of(dim)) and t.weights]
-    key_dim = weights[0] if weights else rank - 1  # a fused attention has its channels there
     batch_dim = next(d for d, dim in enumerate(axes) if any(isinstance(f, Batch) for f in dim))
     samples, *heads = axes[batch_dim]
     if not isinstance(samples, Batch):
@@ -98,7 +93,9 @@ def _log_sizes(context: Context, node: fx.Node, like: fx.Node, made: dict[Any, f
             module_path=module_path(node),
             hint="pass proportional_attention=False, with which sizes do not count",
         )
-    op = LogSizes((rank, batch_dim, key_dim), math.prod(map(size, heads)), keys.prefix, keys.suffix)
+    op = LogSizes(
+        (len(axes), batch_dim, key_dim), math.prod(map(size, heads)), keys.prefix, keys.suffix
+    )
     key = stage.index, str(op), keys, context.analysis[like].value.dtype
     if key not in made:
         made[key] = context.editor.insert_module(
@@ -109,3 +106,15 @@ def _log_sizes(context: Context, node: fx.Node, like: fx.Node, made: dict[Any, f
             name=f"{stage.name}_log_sizes",
         )
     return made[key]
+
+
+def _logits(context: Context, node: fx.Node) -> tuple[Axes, int]:
+    """The axes of an attention's logits, and which of them is that of the keys; that of the queries may be another."""
+    fused = node.target in SDPA
+    axes = context.analysis.axes(
+        AttentionArguments(*node.args, **node.kwargs).key if fused else node
+    )
+    assert axes is not None
+    if fused:
+        return (*axes[:-2], (), axes[-2]), len(axes) - 1
+    return axes, next(d for d, dim in enumerate(axes) if (t := tokens_of(dim)) and t.weights)

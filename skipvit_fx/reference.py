@@ -322,14 +322,10 @@ class Masked(Run):
         """Run a node with the keys of tokens that left masked in its logits, and their rows zeroed in its values."""
         node, facts = step.node, self.analysis[step.node]
         if node.target in SDPA:
-            return self._attention(step, left)
+            return self._attention(step, {}, self._added(left))
         replaced: dict[fx.Node, Tensor] = {}
         if node in self._attentions:
-            logits, axes = step.reads[0], facts.axes or ()
-            dims = [d for d, dim in enumerate(axes) if (t := tokens_of(dim)) and t.weights]
-            if len(dims) == 1:
-                added = _spread(self._added(left), axes, dims[0], self.env[logits])
-                replaced[logits] = self.env[logits] + added
+            replaced = self._logits(step, self._added(left))
         elif facts.sums_weights:
             for read in step.reads:
                 axes = self.analysis.axes(read) or ()
@@ -365,13 +361,22 @@ class Masked(Run):
         found = [tokens.weights for dim in axes if (tokens := tokens_of(dim))]
         return any(found) if weights else bool(found) and not any(found)
 
-    def _attention(self, step: Step, left: Left) -> Any:
-        args, kwargs = self.arguments(step)
+    def _logits(self, step: Step, added: Tensor) -> dict[fx.Node, Tensor]:
+        """The logits of a softmax with these ``[batch, patches]`` added to those of each key."""
+        logits, axes = step.reads[0], self.analysis.axes(step.node) or ()
+        dims = [d for d, dim in enumerate(axes) if (t := tokens_of(dim)) and t.weights]
+        if len(dims) != 1:
+            return {}
+        return {logits: self.env[logits] + _spread(added, axes, dims[0], self.env[logits])}
+
+    def _attention(self, step: Step, replaced: Mapping[fx.Node, Tensor], patches: Tensor) -> Any:
+        """A fused attention with these ``[batch, patches]`` added to the logits of each key."""
+        args, kwargs = self.arguments(step, replaced)
         given = AttentionArguments(*args, **kwargs)
         axes = self.analysis.axes(AttentionArguments(*step.args, **step.kwargs).key)
         if axes is None or self.analysis[step.node].softmax_over is None:
             return self.execute(step.node, args, kwargs)
-        added = _spread(self._added(left), axes, given.key.ndim - 2, given.key).transpose(-2, -1)
+        added = _spread(patches, axes, given.key.ndim - 2, given.key).transpose(-2, -1)
         mask = given.attn_mask
         if mask is None:
             mask = added.to(given.query.dtype)
@@ -392,6 +397,11 @@ class Masked(Run):
                 if self.analysis[read].value is position.operand:
                     whole = replaced.get(read, self.env[read])
                     replaced[read] = _take_positions(whole, position, left.slots)
+        weights = self._added(left).gather(1, left.slots)
+        if node.target in SDPA:
+            return self._attention(step, replaced, weights)
+        if node in self._attentions:
+            replaced |= self._logits(step, weights)
         args, kwargs = self.arguments(step, replaced)
         if node.target in RESHAPES and facts.axes is not None:
             return self._reshape(node, args, kwargs, left)
