@@ -27,8 +27,8 @@ from support.reference import (
     MaskedRun,
     Ratio,
     ReferenceResult,
-    Stages,
     StageResult,
+    Stages,
     assert_same_tokens,
     drop_count,
 )
@@ -178,7 +178,7 @@ class MergingRun(MaskedRun):
                 assert self.factors is not None, "no product before this softmax"
                 assert self.gone is not None
                 keys = self.factors[1].mT  # [B * heads, N, D]
-                self.keys.append(keys.unflatten(0, (self.gone.shape[0], -1)))
+                self.keys.append(keys.reshape(self.gone.shape[0], -1, *keys.shape[1:]))
                 self.factors = None
             sizes = self.logits_sizes()
             if sizes is not None:
@@ -256,12 +256,16 @@ class MergingRun(MaskedRun):
 
     def _take(self, state: Tensor, positions: Tensor) -> Tensor:
         """The rows of these patches, with what stands before and after them."""
-        token_dim, first = self.layout.token_dim, self.layout.prefix
-        last = state.shape[token_dim] - self.layout.suffix
-        state = state.transpose(0, token_dim - 1)  # batch first
-        patches = torch.stack([rows[at] for rows, at in zip(state[:, first:last], positions)])  # noqa: B905
-        state = torch.cat([state[:, :first], patches, state[:, last:]], dim=1)
-        return state.transpose(0, token_dim - 1)
+        state = self._batch_first(state)
+        first, last = self.layout.prefix, state.shape[1] - self.layout.suffix
+        patches = torch.stack(
+            [rows[at] for rows, at in zip(state[:, first:last], positions, strict=True)]
+        )
+        return self._batch_first(torch.cat([state[:, :first], patches, state[:, last:]], dim=1))
+
+    def _batch_first(self, state: Tensor) -> Tensor:
+        """`[B, N, C]`, and the way back."""
+        return state.transpose(0, 1) if self.layout.token_dim == 0 else state
 
     def _merge(self, layer: int, state: Tensor) -> Tensor:
         """The state of all, in which the rows of destinations hold means."""
@@ -304,7 +308,9 @@ class MergingRun(MaskedRun):
                 sizes[b, destination] = sizes[b, members].sum()
             staying = torch.ones(len(sources), dtype=torch.bool)
             staying[leaving] = False
-            orders.append(self.following(sources[staying], destinations))
+            orders.append(
+                self.following(sources[staying], destinations) if amount else self.order[b]
+            )
             leavers.append(sources[leaving])
         self.order, self.sizes, self.owner, self.gone = torch.stack(orders), sizes, owner, gone
         place = self.order.argsort(dim=1)  # of each position that is left, among those left
@@ -319,8 +325,7 @@ class MergingRun(MaskedRun):
                 min(margins),
             )
         )
-        batch_first = state.transpose(0, layout.token_dim - 1)
-        return (mix @ batch_first).transpose(0, layout.token_dim - 1)
+        return self._batch_first(mix @ self._batch_first(state))
 
     def __call__(self, *args: Any, **kwargs: Any) -> ReferenceResult:
         with _Heads(self), _Products(self):
@@ -380,10 +385,17 @@ def assert_same_merges(got: Sequence[Any], wanted: Sequence[StageResult | MergeR
             assert torch.equal(a, b), (
                 f"layer {theirs.layer}: {name} differ: {a.tolist()} != {b.tolist()}"
             )
-        assert mine.scores.shape == (len(theirs.kept), theirs.kept.shape[1] + theirs.dropped.shape[1])
+        assert mine.scores.shape == (
+            len(theirs.kept),
+            theirs.kept.shape[1] + theirs.dropped.shape[1],
+        )
 
 
 # -- for timm's plain VisionTransformer: to the letter ----------------------------------------------------------------
+
+
+Tokens = list[list[int]]
+"""The tokens of an image, each a list of the patches in it."""
 
 
 @dataclass(frozen=True)
@@ -394,7 +406,7 @@ class MergedImages:
     """
 
     output: Tensor
-    tokens: list[list[list[list[int]]]]
+    tokens: list[list[Tokens]]
 
 
 def tome_vit(
@@ -403,24 +415,32 @@ def tome_vit(
     """timm's plain `VisionTransformer` with tokens merged, as the paper says it.
 
     Args:
-        model: in eval mode; its head reads one token or averages.
+        model: in eval mode.
         x: images.
         r_per_layer: how many tokens each layer merges away; 0 is none.
         return_layer: at whose input every patch gets the state of the token that it is part of.
     """
     assert not model.training
-    assert model.attn_pool is None
+    prefix = model.num_prefix_tokens
     embedded = model.norm_pre(model._pos_embed(model.patch_embed(x)))
     ends = [_one_image(model, sample, r_per_layer, return_layer) for sample in embedded]
-    states = torch.stack([state for state, _ in ends])
-    per_layer = [list(images) for images in zip(*(history for _, history in ends), strict=True)]
-    return MergedImages(model.forward_head(model.norm(states)), per_layer)
+    states = model.norm(torch.stack([state for state, _, _ in ends]))
+    if model.attn_pool is None:
+        output = model.forward_head(states)
+    else:
+        pooled = [
+            _attention_pool(model.attn_pool, state, _sizes(tokens, prefix))
+            for state, (_, tokens, _) in zip(states, ends, strict=True)
+        ]
+        output = model.head(model.fc_norm(torch.stack(pooled)))
+    per_layer = [list(images) for images in zip(*(history for _, _, history in ends), strict=True)]
+    return MergedImages(output, per_layer)
 
 
 def _one_image(
     model: Any, state: Tensor, r_per_layer: Sequence[int], return_layer: int | None
-) -> tuple[Tensor, list[list[list[int]]]]:
-    """Its state `[N, C]` behind the last layer, and its tokens after each layer."""
+) -> tuple[Tensor, Tokens, list[Tokens]]:
+    """Its state `[N, C]` behind the last layer, its tokens there, and its tokens after each layer."""
     prefix = model.num_prefix_tokens
     n_patches = len(state) - prefix
     tokens = [[patch] for patch in range(n_patches)]
@@ -436,32 +456,50 @@ def _one_image(
         history.append(tokens)
     if return_layer == len(model.blocks) + 1:
         state, tokens = _unmerged(state, tokens, prefix, n_patches)
-    return state, history
+    return state, tokens, history
+
+
+def _sizes(tokens: Tokens, prefix: int) -> Tensor:
+    return torch.tensor([1.0] * prefix + [float(len(token)) for token in tokens])
+
+
+def _attention_pool(pool: Any, x: Tensor, sizes: Tensor) -> Tensor:
+    """timm's pooling by the attention of one latent query."""
+    assert pool.pos_embed is None
+    q = pool.q_norm(pool.q(pool.latent[0]).reshape(1, pool.num_heads, -1).transpose(0, 1))
+    k, v = pool.kv(x).reshape(len(x), 2, pool.num_heads, -1).permute(1, 2, 0, 3)
+    logits = q @ pool.k_norm(k).transpose(1, 2) / math.sqrt(q.shape[-1]) + torch.log(sizes)
+    y = pool.proj((torch.softmax(logits, dim=-1) @ v).reshape(-1))
+    out: Tensor = y + pool.mlp(pool.norm(y))
+    return out
 
 
 def _proportional_attention(
-    attn: Any, x: Tensor, tokens: list[list[int]], prefix: int
+    attn: Any, x: Tensor, tokens: Tokens, prefix: int
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d) + log s) v, and the keys, averaged over the heads."""
     n = len(x)
     q, k, v = attn.qkv(x).reshape(n, 3, attn.num_heads, -1).permute(1, 2, 0, 3)
     q, k = attn.q_norm(q), attn.k_norm(k)
-    sizes = torch.tensor([1.0] * prefix + [float(len(token)) for token in tokens])
-    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + torch.log(sizes)
+    sizes = torch.log(_sizes(tokens, prefix))
+    logits = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1]) + sizes
     y = torch.softmax(logits, dim=-1) @ v  # heads, tokens, channels of a head
     return attn.proj(attn.norm(y.transpose(0, 1).reshape(n, -1))), k.mean(dim=0)
 
 
 def _bipartite_merge(
-    state: Tensor, tokens: list[list[int]], keys: Tensor, prefix: int, r: int
-) -> tuple[Tensor, list[list[int]]]:
+    state: Tensor, tokens: Tokens, keys: Tensor, prefix: int, r: int
+) -> tuple[Tensor, Tokens]:
     """The r most similar pairs of one token of either half become one."""
     n = len(tokens)
     half_a, half_b = list(range(1, n, 2)), list(range(0, n, 2))
     directions = keys[prefix:] / keys[prefix:].norm(dim=-1, keepdim=True)
     cosines = (directions @ directions.T).tolist()
 
-    edge = {a: max(half_b, key=lambda b, a=a: (cosines[a][b], -b)) for a in half_a}
+    def nearest(a: int) -> int:
+        return max(half_b, key=lambda b: (cosines[a][b], -b))
+
+    edge = {a: nearest(a) for a in half_a}
     closest = sorted(half_a, key=lambda a: (-cosines[a][edge[a]], a))
     merged = closest[:r]
 
@@ -478,9 +516,7 @@ def _bipartite_merge(
     return torch.cat([state[:prefix], torch.stack(rows)]), after
 
 
-def _unmerged(
-    state: Tensor, tokens: list[list[int]], prefix: int, n_patches: int
-) -> tuple[Tensor, list[list[int]]]:
+def _unmerged(state: Tensor, tokens: Tokens, prefix: int, n_patches: int) -> tuple[Tensor, Tokens]:
     """Every patch again, with the state of the token that it is part of."""
     row = {patch: prefix + at for at, token in enumerate(tokens) for patch in token}
     rows = [state[row[patch]] for patch in range(n_patches)]
