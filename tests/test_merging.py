@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,8 @@ PLANS: dict[str, Reference] = {
         "stages": [(1, 4), (3, 5), (4, 5)],
         "return_layer": (3,),
     },
-    "1,2(4,20%)+3+merged;3(30%)": {
-        "stages": [(1, 4), (2, "0.2"), (3, "0.3")],
+    "1,2(3,10%)+3+merged;3(30%)": {
+        "stages": [(1, 3), (2, "0.1"), (3, "0.3")],
         "return_layer": (3,),
         "merging": (1, 2),
     },
@@ -63,7 +64,7 @@ PLANS: dict[str, Reference] = {
     },
 }
 BLOCKS: dict[str, Reference] = {
-    "1,2(5,3)+4+merged": {"stages": [(1, 5), (2, 3)], "return_layer": 4, "cut": "block"},
+    "1,2(4,3)+4+merged": {"stages": [(1, 4), (2, 3)], "return_layer": 4, "cut": "block"},
     "1,4(5,25%)+merged": {"stages": [(1, 5), (4, "0.25")], "cut": "block"},
     "1(4)+2+merged;2(30%)+5": {
         "stages": [(1, 4), (2, "0.3")],
@@ -107,17 +108,28 @@ LITERAL: list[tuple[tuple[int, ...], int | None]] = [
 ]
 EXACT = 1e-5
 MARGIN = 1e-5
-"""How far apart the similarities must be that decide, so that rounding decides nothing."""
+"""How far apart similarities and scores must be that decide, so that rounding decides nothing."""
 
 
-def reference_of(model: nn.Module, x: Any, layout: Any, plan: Reference) -> ReferenceResult:
-    """The reference's result, which must be worth comparing with."""
-    result = merging_reference(model, x, layout, **plan)
-    for stage in result.stages:
-        assert stage.margin > (MARGIN if isinstance(stage, MergeResult) else 1e-6), (
-            "the reference is at a tie: choose another seed"
-        )
-    return result
+def reference_of(
+    model: nn.Module,
+    plan: Reference,
+    layout: Any = None,
+    make: Callable[..., Tensor] = image,
+    batch: int = 3,
+) -> tuple[Tensor, ReferenceResult]:
+    """An input for which no choice of the reference is close, and what the reference makes of it.
+
+    After a return, patches that were one token are equal, and stay equal in layers that know no positions. Where one
+    of them had to be dropped and another not, neither would be wrong.
+    """
+    layout = layout_of(model) if layout is None else layout
+    for seed in range(1, 50):
+        x = make(batch=batch, seed=seed)
+        result = merging_reference(model, x, layout, **plan)
+        if all(stage.margin > MARGIN for stage in result.stages):
+            return x, result
+    raise AssertionError("the reference is at a tie for every seed")
 
 
 def rewritten(
@@ -280,11 +292,12 @@ def test_exact_to_the_letter(name: str, amounts: tuple[int, ...], back: int | No
 @pytest.mark.parametrize("plan", PLANS)
 def test_exact_then_off(plan: str, name: str) -> None:
     family = BY_NAME[name]
-    model, x = family.build(rate=0.1), family.input()
+    model = family.build(rate=0.1)
     keys = list(model.state_dict())
     fast = rewritten(model, plan, family.input(batch=2), PLANS[plan])
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, layout_of(model), PLANS[plan]))
+        x, wanted = reference_of(model, PLANS[plan], make=family.input)
+        assert_merges(fast, x, wanted)
         with sv.skipping(fast, False):
             assert torch.equal(fast(x), model(x))
             assert torch.equal(fast.graph_forward(x), model(x)), "the graph itself"
@@ -301,24 +314,24 @@ def test_exact_then_off(plan: str, name: str) -> None:
 )
 def test_exact_if_whole_layers_merge(name: str, plan: str) -> None:
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
-    fast = rewritten(model, plan, x, BLOCKS[plan])
+    model = family.build()
+    fast = rewritten(model, plan, family.input(), BLOCKS[plan])
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, layout_of(model), BLOCKS[plan]))
+        assert_merges(fast, *reference_of(model, BLOCKS[plan], make=family.input))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["1-4(3)+merged", "1,3(30%,5)+4+merged"])
 @pytest.mark.parametrize("family", ALL, ids=names(ALL))
 def test_exact_for_every_family(family: Family, plan: str) -> None:
-    model, x = family.build(), family.input()
+    model = family.build()
     try:
         fast = rewritten(model, plan, family.input(batch=2))
     except UnsupportedModelError:
         assert family.name not in NAMES
         return
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, layout_of(model), PLANS[plan]))
+        assert_merges(fast, *reference_of(model, PLANS[plan], make=family.input))
 
 
 @pytest.mark.slow
@@ -326,10 +339,10 @@ def test_exact_for_every_family(family: Family, plan: str) -> None:
 @pytest.mark.parametrize("plan", ["1-4(3)+merged", "1-3(3)+5+merged"])
 def test_exact_if_exported_first(plan: str, name: str) -> None:
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
+    model = family.build()
     fast = rewritten(model, plan, family.input(batch=2), frontend="export")
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, layout_of(model), PLANS[plan]))
+        assert_merges(fast, *reference_of(model, PLANS[plan], make=family.input))
 
 
 class BaddbmmAttention(Projections):
@@ -441,12 +454,35 @@ WHOLE = ("grid-output", "flatten-head")  # these read every patch at the end
 
 
 def check_odd(example: Example, plan: str, reference: Reference) -> None:
-    model, x = example.build(), image(batch=3)
+    model = example.build()
     fast = rewritten(model, plan, image(), score="cls", cut=reference.get("cut", "attention"))
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, model.layout(), reference))
+        x, wanted = reference_of(model, reference, model.layout())
+        assert_merges(fast, x, wanted)
         with sv.skipping(fast, False):
             assert torch.equal(fast.graph_forward(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ("plain", "einsum", "heads-last", "merged-heads", "sequence-first", "literal-sizes"),
+        ("plain", "transposed-logits", "transposed-values"),
+        ("grouped-fused", "grouped-repeated", "grouped-expanded"),
+    ],
+    ids=lambda alike: alike[1],
+)
+@torch.no_grad()
+def test_the_reference_finds_keys_in_any_spelling(alike: tuple[str, ...]) -> None:
+    examples = {example.name: example for example in (*GOOD, *SPELLINGS)}
+    first, *others = (
+        reference_of(model, PLANS["1-4(3)+merged"], model.layout())[1]
+        for model in (examples[name].build() for name in alike)
+    )
+    for other in others:
+        assert relative_error(other.output, first.output) < 2e-6
+        for a, b in zip(other.stages, first.stages, strict=True):
+            assert torch.equal(a.kept, b.kept)
 
 
 @pytest.mark.parametrize("example", [*GOOD, *SPELLINGS], ids=str)
@@ -462,42 +498,38 @@ def test_exact_in_any_spelling(plan: str, example: Example) -> None:
     "example", [e for e in (*GOOD, *SPELLINGS) if e.name not in WHOLE], ids=str
 )
 def test_exact_in_any_spelling_of_whole_layers(example: Example) -> None:
-    check_odd(example, "1,2(5,3)+4+merged", BLOCKS["1,2(5,3)+4+merged"])
+    check_odd(example, "1,2(4,3)+4+merged", BLOCKS["1,2(4,3)+4+merged"])
 
 
 @pytest.mark.parametrize("example", EITHER, ids=str)
 def test_exact_or_refused(example: Example) -> None:
     plan = "1-3(3)+5+merged"
-    model, x = example.build(), image(batch=3)
+    model = example.build()
     try:
         fast = rewritten(model, plan, image())
-    except UnsupportedModelError as error:
-        assert error.reason
-        assert error.hint
+    except UnsupportedModelError:
         return
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, model.layout(), PLANS[plan]))
+        assert_merges(fast, *reference_of(model, PLANS[plan], model.layout()))
 
 
 @pytest.mark.parametrize("name", ["siglip-map", "reg4-map", "cait", "naflex-map", "pe-core"])
 def test_the_head_attends_in_proportion(name: str) -> None:
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
-    plan = PLANS["1-4(3)+merged"]
+    model = family.build()
+    fast = rewritten(model, "1-4(3)+merged", family.input())
     with torch.no_grad():
-        wanted = reference_of(model, x, layout_of(model), plan)
-        assert_merges(rewritten(model, "1-4(3)+merged", x), x, wanted)
+        assert_merges(fast, *reference_of(model, PLANS["1-4(3)+merged"], make=family.input))
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip-map", "rope-axial", "eva-gqa"])
 def test_without_proportional_attention(name: str) -> None:
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
-    plan = PLANS["1-4(3)+merged"]
-    fast = rewritten(model, "1-4(3)+merged", x, proportional_attention=False)
+    model = family.build()
+    plan = {**PLANS["1-4(3)+merged"], "proportional": False}
+    fast = rewritten(model, "1-4(3)+merged", family.input(), proportional_attention=False)
     with torch.no_grad():
-        wanted = reference_of(model, x, layout_of(model), {**plan, "proportional": False})
-        assert_merges(fast, x, wanted)
+        assert_merges(fast, *reference_of(model, plan, make=family.input))
 
 
 @pytest.mark.parametrize("name", ["vit-no-pos", "siglip-map", "siglip-gap", "cait"])
@@ -522,10 +554,10 @@ def test_equal_tokens_lose_nothing_by_merging(name: str) -> None:
 def test_gradients(plan: str, name: str) -> None:
     """Through the means as through the rest, and not through the choice."""
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
-    fast = rewritten(model, plan, x)
-    reference = partial(merging_reference, model, x, layout_of(model), **PLANS[plan])
-    wanted = gradients(model, lambda: reference().output)
+    model = family.build()
+    fast = rewritten(model, plan, family.input())
+    x, result = reference_of(model, PLANS[plan], make=family.input)
+    wanted = gradients(model, lambda: result.output)
     assert_same_gradients(gradients(model, lambda: fast(x)), wanted)
 
 
@@ -606,10 +638,10 @@ def test_each_image_is_merged_alone() -> None:
 def test_another_image_size() -> None:
     model = BY_NAME["vit-dynamic"].build()
     fast = rewritten(model, "1-3(25%)+5+merged", BY_NAME["vit-dynamic"].input())
-    x = torch.randn(2, 3, 96, 80, generator=torch.Generator().manual_seed(2))
+    larger = Family("larger", "vit_tiny_patch16_224", image=(96, 80))
     plan: Reference = {"stages": [(i, "0.25") for i in (1, 2, 3)], "return_layer": 5}
     with torch.no_grad():
-        wanted = reference_of(model, x, layout_of(model), plan)
+        x, wanted = reference_of(model, plan, make=larger.input)
         assert relative_error(fast(x), wanted.output) < TOLERANCE
 
 
@@ -620,11 +652,18 @@ def test_low_precision(dtype: torch.dtype) -> None:
     fast = rewritten(model, "1-4(3)+merged", x, validate=False)
     with torch.no_grad():
         out = fast(x)
-        assert out.dtype == dtype
-        assert out.isfinite().all()
-        with torch.autocast("cpu", torch.bfloat16):
-            again = rewritten(BY_NAME["vit"].build(), "1-4(3)+merged", BY_NAME["vit"].input())
-            assert again(BY_NAME["vit"].input()).isfinite().all()
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+    assert relative_error(out, model(x)) < 0.2  # merging as such changes 5 %
+
+
+def test_autocast() -> None:
+    model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
+    fast = rewritten(model, "1-4(3)+merged", x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = fast(x)
+    assert out.dtype == torch.bfloat16
+    assert relative_error(out, model(x).to(out.dtype)) < 0.2
 
 
 # -- plans, schedules, reports, files ---------------------------------------------------------------------------------
@@ -694,7 +733,7 @@ def test_a_schedule_raises_amounts() -> None:
     assert counts == [[], [4, 6, 4], [9, 12, 6]]
     plan: Reference = {"stages": [(1, 9), (2, "0.5"), (3, "0.5")], "return_layer": 2}
     with torch.no_grad():
-        assert_merges(fast, x, reference_of(model, x, layout_of(model), plan))
+        assert_merges(fast, *reference_of(model, plan, make=BY_NAME["vit"].input))
         schedule.step(1)
         assert torch.equal(fast(x), model(x))
 
@@ -715,7 +754,7 @@ def test_files_and_copies(plan: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("plan", ["1-4(3)+merged", "1,2(4,20%)+3+merged;3(30%)"])
+@pytest.mark.parametrize("plan", ["1-4(3)+merged", "1,2(3,10%)+3+merged;3(30%)"])
 def test_compiled(plan: str, backend: str) -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     fast = rewritten(model, plan, x, PLANS[plan])
@@ -733,7 +772,9 @@ def test_onnx(plan: str, name: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     family = BY_NAME[name]
-    model, x = family.build(), family.input()
+    model = family.build()
+    with torch.no_grad():
+        x, wanted = reference_of(model, PLANS[plan], make=family.input)
     fast = rewritten(model, plan, x)
     sv.export_onnx(fast, tmp_path / "fast.onnx", example_inputs=x)
     proto = onnx.load(tmp_path / "fast.onnx")
@@ -742,6 +783,4 @@ def test_onnx(plan: str, name: str, tmp_path: Path) -> None:
     assert not {name for name in operators if "Scatter" in name}
     session = onnxruntime.InferenceSession(tmp_path / "fast.onnx")
     (out, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.no_grad():
-        wanted = reference_of(model, x, layout_of(model), PLANS[plan])
     assert relative_error(torch.from_numpy(out), wanted.output) < TOLERANCE
