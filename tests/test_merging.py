@@ -651,19 +651,19 @@ def test_low_precision(dtype: torch.dtype) -> None:
     x = BY_NAME["vit"].input().to(dtype)
     fast = rewritten(model, "1-4(3)+merged", x, validate=False)
     with torch.no_grad():
-        out = fast(x)
+        out, whole = fast(x), model(x)
     assert out.dtype == dtype
     assert out.isfinite().all()
-    assert relative_error(out, model(x)) < 0.2  # merging as such changes 5 %
+    assert relative_error(out, whole) < 0.2  # merging as such changes 5 %
 
 
 def test_autocast() -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     fast = rewritten(model, "1-4(3)+merged", x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = fast(x)
+        out, whole = fast(x), model(x)
     assert out.dtype == torch.bfloat16
-    assert relative_error(out, model(x).to(out.dtype)) < 0.2
+    assert relative_error(out, whole) < 0.2
 
 
 # -- plans, schedules, reports, files ---------------------------------------------------------------------------------
