@@ -35,7 +35,7 @@ class WeighKeys:
 
     With a mask the two are added, as are the logits of an attention that is spelled out. What has the same layout in
     many layers is computed once per stage.
-    """
+    """  # noqa: E501 - a line of the graph as it is
 
     name: ClassVar[str] = "weigh-keys"
     requires: ClassVar[tuple[Condition, ...]] = (MERGING, POSITIONS_GATHERED)
