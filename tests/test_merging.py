@@ -784,3 +784,24 @@ def test_onnx(plan: str, name: str, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "fast.onnx")
     (out, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert relative_error(torch.from_numpy(out), wanted.output) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "vit-unfused", "rope-axial", "beit"])
+def test_the_file_for_ascend_says_what_one_without_merging_says(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    family = BY_NAME[name]
+    model, x = family.build(), family.input(batch=2)
+    found = {}
+    for plan in ("1,2(30%)+4", "1,2(30%)+4+merged"):
+        fast = sv.rewrite(model, plan, example_inputs=x)
+        path = tmp_path / "fast.onnx"
+        written = sv.export_onnx(fast, path, target="ascend", example_inputs=x, verify=True)
+        assert written.difference is not None
+        assert written.check is not None
+        assert written.difference < TOLERANCE
+        assert not written.check.of("fail")
+        assert written.check.attentions[0] == written.check.attentions[1]
+        found[plan] = {finding.rule.id for finding in written.check.findings}
+    dropped, merged = found.values()
+    assert merged == dropped
