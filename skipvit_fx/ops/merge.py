@@ -179,7 +179,9 @@ class Unmerge(OnStream):
     def on_tokens(self, tokens: Tensor, kept: Tensor, merged: Tensor, into: Tensor) -> Tensor:
         """``[batch, prefix + k + suffix, channels]`` to ``[batch, tokens, channels]``."""
         rows = sequence_rows(owners(kept, merged, into), self.prefix, kept.shape[1], self.suffix)
-        return take_rows(tokens, rows)
+        return rows_of(
+            tokens, rows
+        )  # a row is taken for each of its patches, and gets the gradients of all
 
 
 def owners(kept: Tensor, merged: Tensor, into: Tensor) -> Tensor:
