@@ -31,6 +31,7 @@ from support.odd_models import (
     image,
 )
 from support.reference import ReferenceResult, relative_error
+from support.tiny import Tiny
 from support.token_merging import (
     MergedImages,
     MergeResult,
@@ -816,3 +817,38 @@ def test_the_file_for_ascend_says_what_one_without_merging_says(name: str, tmp_p
         found[plan] = {finding.rule.id for finding in written.check.findings}
     dropped, merged = found.values()
     assert merged == dropped
+
+
+def test_the_length_is_a_multiple() -> None:
+    family = BY_NAME["vit"]
+    model, x = family.build(), family.input()
+    fast = sv.rewrite(model, "1-3(30%)+merged", example_inputs=x, multiple_of=4)
+    lengths = [layer.ffn_tokens for layer in sv.inspect(fast).layers]
+    assert lengths[:3] == [20, 16, 12]
+
+
+def test_hidden_states_under_a_merge_have_the_state_of_the_owner_for_every_patch() -> None:
+    model, x = Tiny(hidden=1).eval(), torch.rand(2, 3, 16, 16)
+    fast = sv.rewrite(model, "1(50%)+3+merged", example_inputs=x, fill_taps=True)
+    (stage,) = sv.trace_tokens(fast, x)
+    assert stage.owner is not None
+    with torch.no_grad():
+        hidden = fast(x)[1][:, 1:]
+    for state, owner in zip(hidden, stage.owner, strict=True):
+        same = (state[:, None] == state).all(-1)
+        assert torch.equal(same, owner[:, None] == owner)
+        assert len(owner.unique()) == 8
+
+
+@pytest.mark.slow
+def test_the_file_for_onnx_names_the_patches_that_are_left(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = Tiny().eval(), torch.rand(2, 3, 16, 16)
+    fast = sv.rewrite(model, "1,2(4)+merged", example_inputs=x)
+    sv.export_onnx(fast, tmp_path / "fast.onnx", example_inputs=x, expose_kept=True)
+    session = onnxruntime.InferenceSession(tmp_path / "fast.onnx")
+    _, *kept = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    traces = sv.trace_tokens(fast, x)
+    assert len(kept) == len(traces) == 2
+    for positions, stage in zip(kept, traces, strict=True):
+        assert torch.equal(torch.from_numpy(positions).long(), stage.kept)
