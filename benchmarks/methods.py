@@ -344,9 +344,10 @@ def in_short(plan: str) -> str:
 
 def described(method: sv.Method) -> Iterator[str]:
     """One method, with its whole plan."""
-    arguments = ", ".join(["model", f'"{method.plan}"', *options(method)])
     yield from ("", f"### {method.name}", "", f"[{method.paper}]({method.url})", "")
-    yield from ("```python", f"sv.rewrite({arguments})", "```", "")
+    yield from ("```", method.plan, "```", "")
+    if method.options:
+        yield f"- **Options**: {', '.join(f'`{option}`' for option in options(method))}"
     yield from (f"- **Equal**: {method.equal}", f"- **Different**: {method.differs}")
 
 
