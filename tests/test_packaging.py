@@ -17,6 +17,7 @@ OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxs
 
 LAYERS = [
     *("errors", "names", "torch_internals", "differences", "arguments", "plan", "options"),
+    "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
     *("reports", "reference", "validation", "api", "saving", "testing", "training"),
     *("ascend", "export", "__init__", "cli", "__main__"),
