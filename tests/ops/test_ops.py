@@ -345,9 +345,9 @@ def test_score_is_a_row_of_attention(
         logits = logits + mask
     row = logits[:, :, 0] if by_class_token else logits.mean(2)
     wanted = row.softmax(-1).mean(1)[:, case.lead : case.lead + case.n]
-    score = ScoreByQuery(0 if by_class_token else None, case.lead, case.tail, heads, None)
+    score = ScoreByQuery(0 if by_class_token else "mean", case.lead, case.tail, heads, None)
     torch.testing.assert_close(score(query, key, mask), wanted)
-    weights = ScoreByWeights(score.query, -2, -1, case.lead, case.tail, heads)
+    weights = ScoreByWeights(score.asking, -2, -1, case.lead, case.tail, heads)
     torch.testing.assert_close(weights(logits.softmax(-1) if by_class_token else logits), wanted)
 
 
@@ -361,8 +361,8 @@ def test_the_mean_query_of_a_sliding_window(kind: str) -> None:
     logits = (query @ key.mT / 2).masked_fill(~sees, -math.inf)
     wanted = torch.stack([logits[:, :, sees[:, j], j].mean(2) for j in range(5)], 2).softmax(2)
     wanted = torch.cat([wanted, torch.zeros(2, 3, 1)], 2).mean(1)[:, 1:]
-    torch.testing.assert_close(ScoreByQuery(None, 1, 0, 3, None)(query, key, mask), wanted)
-    torch.testing.assert_close(ScoreByWeights(None, -2, -1, 1, 0, 3)(logits), wanted)
+    torch.testing.assert_close(ScoreByQuery("mean", 1, 0, 3, None)(query, key, mask), wanted)
+    torch.testing.assert_close(ScoreByWeights("mean", -2, -1, 1, 0, 3)(logits), wanted)
 
 
 def test_scores_of_half_precision_are_float32() -> None:
