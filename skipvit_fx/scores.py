@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.errors import PlanError
-from skipvit_fx.ops.following import sizes
 
 ScoreFunction: TypeAlias = Callable[..., Tensor]
 """From patch tokens ``[batch, patches, channels]``, given by position, to scores ``[batch, patches]``.
@@ -98,7 +97,7 @@ def by_keys(tokens: Tensor, *, keys: Tensor) -> Tensor:
     key = keys.mean(1, dtype=_wide(keys))
     unit = key / _length(key).unsqueeze(-1).clamp_min(1e-12)
     others = unit.sum(1, keepdim=True) - unit
-    similarity: Tensor = (unit * others).sum(-1) / max(sizes(key)[1] - 1, 1)
+    similarity: Tensor = (unit * others).sum(-1) / (key.shape[1] - 1)  # NaN for one patch alone, which stays
     return -similarity
 
 
