@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -156,23 +157,43 @@ def other_names() -> list[str]:
     return names
 
 
-def default_plan(depth: int) -> str:
-    """Two stages of 30 % and a return before the end, or as much of this as the layers allow."""
+class Kind(StrEnum):
+    """What the plan of every model does."""
+
+    DROPPED = "dropped"
+    SPANS = "spans"
+    MERGED = "merged"
+
+
+def default_plan(depth: int, kind: Kind = Kind.DROPPED) -> str:
+    """A plan for a model with so many layers, or as much of it as these allow.
+
+    Two stages of 30 % and a return before the end; or two spans, the second of which begins where the first returns; or
+    10 % merged in every layer but the last two, and returned before the last.
+    """
     first = max(1, depth // 3)
     second = max(first + 1, 2 * depth // 3)
+    if kind is Kind.MERGED:
+        last = max(1, depth - 2)
+        layers = f"1-{last}" if last > 1 else "1"
+        return f"{layers}(10%)+{min(last + 2, depth + 1)}+merged"
     if second > depth:
         return f"{first}(30%)+{first + 1}"
+    if kind is Kind.SPANS:
+        return f"{first}(30%)+{second};{second}(9)+{min(second + 2, depth + 1)}"
     return f"{first},{second}(30%,30%)+{min(second + 2, depth + 1)}"
 
 
-def survey(name: str, *, limit: float, seed: int = 0, **options: Any) -> Row:
+def survey(
+    name: str, *, limit: float, seed: int = 0, kind: Kind = Kind.DROPPED, **options: Any
+) -> Row:
     """Build, rewrite and check one model. Never raises because of a model; see :data:`FAILURES`."""
     note = ""
     try:
         options, note = _fit(name, limit, options)
         torch.manual_seed(seed)
         model = randomize(parse_spec(name, **options).build(), seed)
-        return _check(name, model, seed, note)
+        return _check(name, model, seed, note, kind)
     except SpecError as error:
         return Row(name, "skipped", reason=error.message, note=note)
     except SkipViTError as error:
@@ -209,11 +230,11 @@ def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, An
     )
 
 
-def _check(name: str, model: nn.Module, seed: int, note: str) -> Row:
+def _check(name: str, model: nn.Module, seed: int, note: str, kind: Kind) -> Row:
     (example, *_), _ = example_of(model, None)
     x = torch.randn(example.shape, generator=torch.Generator().manual_seed(seed))
     reference = Reference(model, x)
-    plan = default_plan(reference.depth)
+    plan = default_plan(reference.depth, kind)
     start = perf_counter()
     fast = skipvit_fx.rewrite(model, plan, example_inputs=x)
     seconds = perf_counter() - start
@@ -345,8 +366,9 @@ def page(rows: Sequence[Row], command: str) -> str:
         "",
         "All weights are random, moved far from initialisation so that every term matters; they say nothing about "
         "accuracy. Each model is rewritten, run on random images and compared with a reference that keeps all tokens "
-        "in place, masks the dropped ones and freezes their state; with skipping off it must equal the model to the "
-        "last bit. The reference shares the finding of layers with the compiler; see `skipvit_fx/testing.py`.",
+        "in place, masks the dropped ones and freezes their state, or holds the mean of merged ones; with skipping off "
+        "it must equal the model to the last bit. The reference shares the finding of layers with the compiler; see "
+        "`skipvit_fx/testing.py`.",
         "",
         *(f"- {count} {status}: {_MEANING[status]}" for status, count in counts.items() if count),
         "",
@@ -413,6 +435,9 @@ def main(
     limit: Annotated[
         float, typer.Option(help="GiB of parameters; larger models are made shallower")
     ] = 3.0,
+    kind: Annotated[
+        Kind, typer.Option(help="what plans do: two stages dropped, two spans, or tokens merged")
+    ] = Kind.DROPPED,
     img_size: ImgSize = None,
     depth: Depth = None,
     fresh: Annotated[
@@ -435,7 +460,7 @@ def main(
     log = out.with_suffix(".jsonl")
     if fresh:
         log.unlink(missing_ok=True)
-    options = {"img_size": img_size, "depth": depth}
+    options = {"img_size": img_size, "depth": depth, "kind": kind}
     rows = _with_progress(list(dict.fromkeys(wanted)), log, limit, options)
     text = page(rows, " ".join(["python benchmarks/zoo.py", *map(shlex.quote, sys.argv[1:])]))
     out.write_text(text, encoding="utf-8")

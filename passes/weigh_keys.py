@@ -24,16 +24,18 @@ class WeighKeys:
 
     Before::
 
-        sdpa = scaled_dot_product_attention(q, k, v)            # under a merge
+        getitem_4 = blocks_1_q[:, None]                         # under a merge
+        scaled_dot_product_attention_1 = scaled_dot_product_attention(getitem_4, getitem_5, getitem_6)
 
     After::
 
-        stage_1_log_sizes = skipvit.stage_1.log_sizes_1(stage_1_sizes, q)
-        sdpa = scaled_dot_product_attention(q, k, v, attn_mask = stage_1_log_sizes)
+        getitem_4 = blocks_1_q[:, None]
+        stage_1_log_sizes = skipvit.stage_1.log_sizes_1(stage_1_sizes, getitem_4)
+        scaled_dot_product_attention_1 = scaled_dot_product_attention(getitem_4, getitem_5, getitem_6, stage_1_log_sizes)
 
     With a mask the two are added, as are the logits of an attention that is spelled out. What has the same layout in
     many layers is computed once per stage.
-    """
+    """  # noqa: E501 - a line of the graph as it is
 
     name: ClassVar[str] = "weigh-keys"
     requires: ClassVar[tuple[Condition, ...]] = (MERGING, POSITIONS_GATHERED)
@@ -61,8 +63,9 @@ def _weigh_fused(context: Context, node: fx.Node, made: dict[Any, fx.Node]) -> N
         mask = context.editor.insert_call(
             weighed, (given.attn_mask, mask), before=node, name=f"{node.name}_mask"
         )
-    args, kwargs = node.args, node.kwargs
-    if len(args) > 3:
+    args = node.args
+    kwargs = {name: value for name, value in node.kwargs.items() if name != "attn_mask"}
+    if len(args) >= 3:
         context.editor.set_args(node, (*args[:3], mask, *args[4:]), kwargs)
     else:
         context.editor.set_args(node, args, {**kwargs, "attn_mask": mask})

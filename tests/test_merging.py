@@ -31,6 +31,7 @@ from support.odd_models import (
     image,
 )
 from support.reference import ReferenceResult, relative_error
+from support.tiny import Tiny
 from support.token_merging import (
     MergedImages,
     MergeResult,
@@ -539,6 +540,9 @@ def test_equal_tokens_lose_nothing_by_merging(name: str) -> None:
     model = family.build()
     if getattr(model, "pos_embed", None) is not None:
         nn.init.zeros_(model.pos_embed)
+    for key, parameter in model.named_parameters():
+        if key.endswith("proj_w.bias"):  # what CaiT adds to the weight of each token, of any size
+            nn.init.zeros_(parameter)
     x = torch.ones(2, 3, *family.image) * torch.tensor([0.5, -1.0]).view(2, 1, 1, 1)
     fast = rewritten(model, "1-4(5)+merged", family.input(batch=2))
     with torch.no_grad():
@@ -558,6 +562,14 @@ def test_gradients(plan: str, name: str) -> None:
     fast = rewritten(model, plan, family.input())
     x, result = reference_of(model, PLANS[plan], make=family.input)
     wanted = gradients(model, lambda: result.output)
+    assert_same_gradients(gradients(model, lambda: fast(x)), wanted)
+
+
+def test_gradients_of_patches_that_return() -> None:
+    """Each token is the state of several patches there, and gets the gradients of all."""
+    model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
+    fast = rewritten(model, "1,2(8,5)+3+merged", x)
+    wanted = gradients(model, lambda: tome_vit(model, x, (8, 5, 0, 0), 3).output)
     assert_same_gradients(gradients(model, lambda: fast(x)), wanted)
 
 
@@ -784,3 +796,59 @@ def test_onnx(plan: str, name: str, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "fast.onnx")
     (out, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert relative_error(torch.from_numpy(out), wanted.output) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit", "vit-unfused", "rope-axial", "beit"])
+def test_the_file_for_ascend_says_what_one_without_merging_says(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    family = BY_NAME[name]
+    model, x = family.build(), family.input(batch=2)
+    found = {}
+    for plan in ("1,2(30%)+4", "1,2(30%)+4+merged"):
+        fast = sv.rewrite(model, plan, example_inputs=x)
+        path = tmp_path / "fast.onnx"
+        written = sv.export_onnx(fast, path, target="ascend", example_inputs=x, verify=True)
+        assert written.difference is not None
+        assert written.check is not None
+        assert written.difference < TOLERANCE
+        assert not written.check.of("fail")
+        assert written.check.attentions[0] == written.check.attentions[1]
+        found[plan] = {finding.rule.id for finding in written.check.findings}
+    dropped, merged = found.values()
+    assert merged == dropped
+
+
+def test_the_length_is_a_multiple() -> None:
+    family = BY_NAME["vit"]
+    model, x = family.build(), family.input()
+    fast = sv.rewrite(model, "1-3(30%)+merged", example_inputs=x, multiple_of=4)
+    lengths = [layer.ffn_tokens for layer in sv.inspect(fast).layers]
+    assert lengths[:3] == [20, 16, 12]
+
+
+def test_hidden_states_under_a_merge_have_the_state_of_the_owner_for_every_patch() -> None:
+    model, x = Tiny(hidden=1).eval(), torch.rand(2, 3, 16, 16)
+    fast = sv.rewrite(model, "1(50%)+3+merged", example_inputs=x, fill_taps=True)
+    (stage,) = sv.trace_tokens(fast, x)
+    assert stage.owner is not None
+    with torch.no_grad():
+        hidden = fast(x)[1][:, 1:]
+    for state, owner in zip(hidden, stage.owner, strict=True):
+        same = (state[:, None] == state).all(-1)
+        assert torch.equal(same, owner[:, None] == owner)
+        assert len(owner.unique()) == 8
+
+
+@pytest.mark.slow
+def test_the_file_for_onnx_names_the_patches_that_are_left(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = Tiny().eval(), torch.rand(2, 3, 16, 16)
+    fast = sv.rewrite(model, "1,2(4)+merged", example_inputs=x)
+    sv.export_onnx(fast, tmp_path / "fast.onnx", example_inputs=x, expose_kept=True)
+    session = onnxruntime.InferenceSession(tmp_path / "fast.onnx")
+    _, *kept = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    traces = sv.trace_tokens(fast, x)
+    assert len(kept) == len(traces) == 2
+    for positions, stage in zip(kept, traces, strict=True):
+        assert torch.equal(torch.from_numpy(positions).long(), stage.kept)

@@ -15,13 +15,17 @@ from skipvit_fx.torch_internals import aten
 
 
 def decompose(program: ExportedProgram, *, norms: bool) -> ExportedProgram:
-    """Attention as MatMul, Mul, (Add,) Softmax, MatMul; GELU through Erf; with ``norms``, LayerNorm spelled out."""
+    """Attention as MatMul, Mul, (Add,) Softmax, MatMul; GELU through Erf.
+
+    With ``norms``, LayerNorm spelled out, and a new axis as a reshape: whether ATC accepts Unsqueeze is less known.
+    """
     table: dict[Any, Callable[..., Any]] = {
         aten.scaled_dot_product_attention.default: _attention,
         aten.gelu.default: _gelu,
     }
     if norms:
         table |= {aten.layer_norm.default: _layer_norm, aten.rms_norm.default: _rms_norm}
+        table[aten.unsqueeze.default] = _unsqueeze
     decomposed: ExportedProgram = program.run_decompositions(table)
     return decomposed
 
@@ -52,6 +56,14 @@ def _rms_norm(
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
+
+
+def _unsqueeze(x: Tensor, dim: int) -> Any:
+    if not all(isinstance(size, int) for size in x.shape):
+        return NotImplemented
+    shape = [*x.shape]
+    shape.insert(dim % (x.ndim + 1), 1)
+    return x.reshape(shape)
 
 
 def _gelu(x: Tensor, approximate: str = "none") -> Tensor:

@@ -68,7 +68,9 @@ class Match(Amount, Switchable):
         if merged == 0:
             return None, None, None, None
         sources, destinations = n // 2, n - n // 2
-        metric = F.normalize(metric, dim=-1)
+        metric = metric / metric.norm(dim=-1, keepdim=True).clamp(
+            min=torch.finfo(metric.dtype).tiny
+        )
         similarity = metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)
         best = similarity.amax(-1)
         nearest = similarity.argmax(-1).to(torch.int32)  # the first of equal ones
@@ -131,7 +133,7 @@ class Merge(OnStream):
         """
         n = self.patch_count(tokens)
         if before is None:
-            before = tokens.new_ones(tokens.shape[0], n, dtype=torch.float32)
+            before = torch.ones(tokens.shape[0], n, device=tokens.device)
         first = kept.shape[1] - (
             n - n // 2
         )  # the place of the first one that others are merged into
@@ -158,7 +160,9 @@ class Unmerge(OnStream):
     def on_tokens(self, tokens: Tensor, kept: Tensor, merged: Tensor, into: Tensor) -> Tensor:
         """``[batch, prefix + k + suffix, channels]`` to ``[batch, tokens, channels]``."""
         rows = sequence_rows(owners(kept, merged, into), self.prefix, kept.shape[1], self.suffix)
-        return take_rows(tokens, rows)
+        return rows_of(
+            tokens, rows
+        )  # a row is taken for each of its patches, and gets the gradients of all
 
 
 def owners(kept: Tensor, merged: Tensor, into: Tensor) -> Tensor:
@@ -194,13 +198,23 @@ class LogSizes(nn.Module):
         """From ``[batch, k]``: as many axes as the logits have, of length 1 except two, and the dtype of ``like``."""
         if sizes is None:
             return None
-        logs = F.pad(sizes.log(), (self.prefix, self.suffix)).to(like.dtype)
+        logs = self._with_others(sizes.log().to(like.dtype))
         logs = logs.repeat_interleave(self.repeat, 0) if self.repeat > 1 else logs
         rank, batch_dim, key_dim = self.shape
         batch, keys = logs.shape
         shape = [1] * rank
         shape[batch_dim], shape[key_dim] = batch, keys
         return (logs if batch_dim < key_dim else logs.T).reshape(shape)
+
+    def _with_others(self, patches: Tensor) -> Tensor:
+        """With zeros for the keys before and after the patches; ATC is not known to accept padding."""
+        if not self.prefix + self.suffix:
+            return patches
+        before, after = (
+            torch.zeros(patches.shape[0], n, dtype=patches.dtype, device=patches.device)
+            for n in (self.prefix, self.suffix)
+        )
+        return torch.cat([before, patches, after], 1)
 
     def extra_repr(self) -> str:
         return f"rank={self.shape[0]}, batch={self.shape[1]}, keys={self.shape[2]}"

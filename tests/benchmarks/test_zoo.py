@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from skipvit_fx.testing import Reference, check_rewrite, randomize, relative_err
 from support.models import BY_NAME, layout_of
 from support.once import made_once
 from support.reference import masked_reference
-from zoo import Row, default_plan, expand, page, parameter_bytes, read_rows, survey
+from zoo import Kind, Row, default_plan, expand, page, parameter_bytes, read_rows, survey
 
 VIT = "vit_tiny_patch16_224"
 TINY = {"img_size": 64, "depth": 4}
@@ -236,8 +237,16 @@ class TestSpecs:
 )
 def test_default_plan_fits(depth: int, plan: str) -> None:
     assert default_plan(depth) == plan
-    for layers in range(1, 50):
-        Plan.parse(default_plan(layers)).check(layers)
+    for layers, kind in product(range(1, 50), Kind):
+        Plan.parse(default_plan(layers, kind)).check(layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan"), [(Kind.SPANS, "1(30%)+2;2(9)+4"), (Kind.MERGED, "1-2(10%)+4+merged")]
+)
+def test_other_kinds_of_plans(kind: Kind, plan: str) -> None:
+    row = survey("timm:vit_tiny_patch16_224", limit=GIB, kind=kind, **TINY)
+    assert (row.status, row.plan) == ("exact", plan)
 
 
 def test_exact_refused_skipped_and_failed() -> None:

@@ -87,14 +87,14 @@ def test_what_another_pass_broke_is_seen() -> None:
         ),
         (conditions.SCORED, 1, "stage_1 has no score node"),
         (conditions.SKIPPING, 2, "stage_1 takes no tokens out of the sequence"),
-        (conditions.TAPS_FILLED, 3, "output reads add_1, where tokens are gone"),
+        (conditions.TAPS_FILLED, 4, "output reads add_1, where tokens are gone"),
         (
             conditions.POSITIONS_GATHERED,
-            4,
+            5,
             "mul_2 reads blocks_1_table, which has a row for every position",
         ),
-        (conditions.RETURNED, 5, "blocks_2_norm1 reads add_3, where tokens have not returned"),
-        (conditions.NOTHING_DEAD, 7, "nothing reads "),
+        (conditions.RETURNED, 7, "blocks_2_norm1 reads add_3, where tokens have not returned"),
+        (conditions.NOTHING_DEAD, 9, "nothing reads "),
     ],
 )
 def test_what_is_ensured_must_hold_after(condition: Condition, up_to: int, fault: str) -> None:
@@ -106,6 +106,26 @@ def test_what_is_ensured_must_hold_after(condition: Condition, up_to: int, fault
     with pytest.raises(PassError, match=f"'idle' ensures '{condition.name}', but {fault}"):
         run(*steps[:up_to], Idle((condition,)), model=model, options=options)
     run(*steps, Idle((condition,)), model=model, options=options)
+
+
+@pytest.mark.parametrize(
+    ("condition", "up_to", "fault"),
+    [
+        (conditions.MERGING, 3, "stage_1 takes no tokens out of the sequence"),
+        (
+            conditions.KEYS_WEIGHED,
+            6,
+            "scaled_dot_product_attention_1 does not know the sizes of its keys",
+        ),
+    ],
+)
+def test_the_same_where_tokens_are_merged(condition: Condition, up_to: int, fault: str) -> None:
+    options = Options(Plan.parse("1(50%)+3+merged"))
+    steps = passes_for(options)
+    assert condition in steps[up_to].ensures
+    with pytest.raises(PassError, match=f"'idle' ensures '{condition.name}', but {fault}"):
+        run(*steps[:up_to], Idle((condition,)), options=options)
+    run(*steps, Idle((condition,)), options=options)
 
 
 def test_every_edit_is_on_record() -> None:

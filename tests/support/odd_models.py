@@ -404,10 +404,14 @@ class ScaledResidual(Block):
         super().__init__()
         self.keep = nn.Parameter(torch.ones(DIM))
         self.gain = nn.Parameter(torch.ones(DIM))
+        self.between = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.keep * x + self.gain * self.attn(self.norm1(x))
+        x = self.between(self.keep * x + self.gain * self.attn(self.norm1(x)))
         return x * 0.5 + self.mlp(self.norm2(x)) * self.gain
+
+    def middle(self) -> Point:
+        return Point(self.between, "output")  # the input of norm2 comes after half of the sum
 
 
 class SubPostNorm(Block):

@@ -231,7 +231,7 @@ class MergingRun(MaskedRun):
 
     def _at_mid(self, state: Tensor) -> Tensor:
         if self.cut == "attention" and self.layer in self.merging:
-            # in place, as the residual of the FFN reads the same tensor and passes no module
+            # in place, as the residual of the FFN passes no module; it must be read from this tensor, and later
             return state.copy_(self._merge(self.layer, state))
         return super()._at_mid(state)
 
