@@ -97,7 +97,9 @@ def by_keys(tokens: Tensor, *, keys: Tensor) -> Tensor:
     key = keys.mean(1, dtype=_wide(keys))
     unit = key / _length(key).unsqueeze(-1).clamp_min(1e-12)
     others = unit.sum(1, keepdim=True) - unit
-    similarity: Tensor = (unit * others).sum(-1) / (key.shape[1] - 1)  # NaN for one patch alone, which stays
+    similarity: Tensor = (unit * others).sum(-1) / (
+        key.shape[1] - 1
+    )  # NaN for one patch alone, which stays
     return -similarity
 
 
