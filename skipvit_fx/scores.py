@@ -41,7 +41,7 @@ def asked_by(function: ScoreFunction) -> tuple[Asked, ...]:
     kinds = inspect.Parameter
     takes_tokens = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.VAR_POSITIONAL)
     if not parameters or parameters[0].kind not in takes_tokens:
-        raise _not_callable(function, "takes no tokens by position")
+        raise _not_callable("takes no tokens by position")
     asked: list[Asked] = []
     for parameter in parameters[1:]:
         by_name = parameter.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
@@ -52,14 +52,14 @@ def asked_by(function: ScoreFunction) -> tuple[Asked, ...]:
             kinds.VAR_POSITIONAL,
             kinds.VAR_KEYWORD,
         ):
-            raise _not_callable(function, f"asks for {parameter.name!r}")
+            raise _not_callable(f"asks for {parameter.name!r}")
     return tuple(asked)
 
 
-def _not_callable(function: ScoreFunction, why: str) -> PlanError:
+def _not_callable(why: str) -> PlanError:
     allowed = ", ".join(get_args(Asked))
     return PlanError(
-        f"the score function {getattr(function, '__name__', function)!r} {why}; it is called with the patch tokens, "
+        f"the score function {why}; it is called with the patch tokens, "
         f"and by name with those of {allowed} that it names",
         hint="write def score(tokens) or, for example, def score(tokens, *, keys, attention); give other parameters "
         "defaults, or bind them by functools.partial",
