@@ -121,7 +121,7 @@ def register_score(name: str, function: Function) -> Function:
 
     Args:
         name: letters, digits, ``_``, ``-`` and ``.``; not that of another score.
-        function: as ``score`` of :func:`rewrite` takes it.
+        function: as :func:`rewrite` takes it for ``score``.
 
     Returns:
         ``function``.
