@@ -162,9 +162,9 @@ class _Liveness:
         op = self._op(node)
         if isinstance(op, PutBack) and need <= 0:
             return [(node.all_input_nodes[0], need)]
-        if isinstance(op, ScoreByQuery) and op.query is not None:
+        if isinstance(op, ScoreByQuery) and isinstance(op.asking, int):
             query = node.all_input_nodes[0]
-            row = op.query + 1 - _tokens(self.analysis.axes(query)).prefix
+            row = op.asking + 1 - _tokens(self.analysis.axes(query)).prefix
             return [(a, row if a is query else ALL) for a in arguments]
         facts = self.analysis.facts.get(node)
         if facts is None:

@@ -63,7 +63,7 @@ class GatherPositionOperands:
                         after=last.get(stage.index, skip.kept_tokens),
                         name=f"{stage.name}_{operand.name}",
                     )
-                readers = [node, *_scores_at(context, node)]
+                readers = [node, *context.beside.get(node, ())]
                 context.editor.rewire_all(readers, operand, gathered[key])
 
 
@@ -104,13 +104,3 @@ def _gather(node: fx.Node, meets: list[Position]) -> GatherPositions:
         first.per_sample,
         first.repeat,
     )
-
-
-def _scores_at(context: Context, node: fx.Node) -> list[fx.Node]:
-    """Score nodes that read the same operands as the attention at ``node``."""
-    return [
-        score
-        for scores in context.scores.values()
-        for site, score in scores.items()
-        if site and site.node is node
-    ]

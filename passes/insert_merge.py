@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipvit_fx.analysis.operands import heads_of
 from skipvit_fx.analysis.spans import Return, StageSpan
-from skipvit_fx.errors import UnsupportedModelError
-from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.ops.merge import KeyLayout, Match, Merge
+from skipvit_fx.ops.merge import Match, Merge
 from skipvit_fx.ops.select import Survivors
 from skipvit_fx.rewriting.conditions import MERGING, SIZES_FOLLOW
 from skipvit_fx.rewriting.context import Context, Skip
+from skipvit_fx.rewriting.operands import layouts_of
 from skipvit_fx.rewriting.passes import Condition
 
 
@@ -73,7 +71,7 @@ def _merge(context: Context, stage: StageSpan, before: Skip | None) -> Skip:
         stage.stage.amount,
         context.options.multiple_of,
         tokens.prefix + tokens.suffix,
-        _layouts(context, stage),
+        layouts_of(context, stage, "keys", [operands.key for operands in stage.operands]),
     )
     keys = [operands.key.node for operands in stage.operands]
     choice = editor.insert_module(
@@ -103,24 +101,3 @@ def _merge(context: Context, stage: StageSpan, before: Skip | None) -> Skip:
             name=f"{stage.name}_positions",
         )
     return Skip(matcher, kept, dropped, positions, kept_tokens, into=into, sizes=sizes_now)
-
-
-def _layouts(context: Context, stage: StageSpan) -> tuple[KeyLayout, ...]:
-    """Where the keys of each attention of the layer lie."""
-    layouts, channels = [], set()
-    for site, (_, key, _) in zip(stage.layer.sites, stage.operands, strict=True):
-        axes = context.analysis.axes(key.node)
-        assert axes is not None
-        others = (key.tokens % len(axes), key.channels % len(axes))
-        heads = heads_of(site, tuple(dim for d, dim in enumerate(axes) if d not in others))
-        prefix, suffix = site.keys.prefix, site.keys.suffix
-        layouts.append(KeyLayout(key.tokens, key.channels, heads, prefix, suffix))
-        channels.add(context.analysis[key.node].value.shape[key.channels])
-    if len(channels) > 1:
-        raise UnsupportedModelError(
-            f"the keys of its parallel attentions have different numbers of channels, {sorted(channels)}",
-            node=stage.cut.name,
-            module_path=module_path(stage.cut),
-            hint="merge at another layer, or drop tokens instead",
-        )
-    return tuple(layouts)

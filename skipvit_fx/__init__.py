@@ -33,6 +33,7 @@ from skipvit_fx.reports.latency import measure_latency
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.tokens import TokenTrace, trace_tokens
 from skipvit_fx.saving import load, save
+from skipvit_fx.scores import register_score
 from skipvit_fx.training import SkipSchedule
 
 try:
@@ -79,6 +80,7 @@ __all__ = [
     "inspect",
     "load",
     "measure_latency",
+    "register_score",
     "rewrite",
     "save",
     "set_skipping",

@@ -63,10 +63,15 @@ def rewrite(
             and ``"auto"`` exports what cannot be traced.
         cut: ``"attention"`` cuts after the attention of the layer, before its feed-forward network (as EViT does);
             ``"block"`` cuts after the whole layer.
-        score: what makes a patch important. ``"cls"``: the attention that the class token pays it in that layer;
+        score: what makes a patch important, in that layer. ``"cls"``: the attention that the class token pays it;
             ``"mean"``: the attention of the mean query; ``"auto"``: the first if there is a class token, else the
-            second; ``"random"``; or a function from patch tokens ``[batch, patches, channels]`` to scores
-            ``[batch, patches]``.
+            second; ``"received"``: the attention that it gets from all tokens, on average, for which the attention
+            matrix is computed beside a fused attention; ``"values"``: the length of its value, mean over heads;
+            ``"keys"``: how unlike those of the other patches its key is; ``"random"``. Or a function from patch tokens
+            ``[batch, patches, channels]`` to scores ``[batch, patches]``, or the name of one that
+            :func:`register_score` knows. If the function has parameters named ``keys``, ``queries``, ``values``
+            (``[batch, heads, patches, channels]``) or ``attention`` (``[batch, heads, patches]``, of the class token,
+            or of the mean query if there is none), it gets these of the layer's attention, by name.
         prefix_tokens: the number of leading tokens that are not patches (class, distillation, registers). Default:
             found.
         fill_taps: outputs besides the last result (hidden states, a token grid of an earlier layer) that are computed

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
-
-from torch import Tensor
+from typing import Any, Literal, TypeAlias, get_args
 
 from skipvit_fx.arguments import check_choice, check_flag, check_prefix_tokens
 from skipvit_fx.errors import PlanError
 from skipvit_fx.plan import Plan
+from skipvit_fx.scores import (
+    OF_ATTENTION,
+    ScoreFunction,
+    asked_by,
+    check_score,
+    function_of,
+    name_of,
+)
 
 Frontend = Literal["symbolic", "export"]
 Cut = Literal["attention", "block"]
-NamedScore = Literal["auto", "cls", "mean", "random"]
-Score = NamedScore | Callable[[Tensor], Tensor]
+Score: TypeAlias = str | ScoreFunction
+"""A name, built in or registered, or a function."""
 
 _FLAGS = (
     "fill_taps",
@@ -52,8 +57,7 @@ class Options:
             check_flag(name, getattr(self, name))
         check_choice("frontend", self.frontend, ("auto", *get_args(Frontend)))
         check_choice("cut", self.cut, get_args(Cut))
-        if not callable(self.score):
-            check_choice("score", self.score, get_args(NamedScore))
+        check_score(self.score)
         multiple = self.multiple_of
         if isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
             raise PlanError(
@@ -72,11 +76,28 @@ class Options:
         return self.eliminate_dead_tokens and self.drops
 
     @property
+    def score_function(self) -> ScoreFunction | None:
+        """The function that scores; ``None`` if attention does, or chance.
+
+        Raises:
+            PlanError: it is registered in another process only.
+        """
+        return function_of(self.score)
+
+    @property
+    def score_asks(self) -> tuple[str, ...]:
+        """What the score reads of the layer's attention: empty if it needs none."""
+        if self.score in OF_ATTENTION:
+            return ("attention",)
+        function = self.score_function
+        return asked_by(function) if function is not None else ()
+
+    @property
     def score_name(self) -> str:
         """The name of the score, even if it is a function."""
         if isinstance(self.score, str):
             return self.score
-        return str(getattr(self.score, "__name__", "function"))
+        return name_of(self.score) or str(getattr(self.score, "__name__", "function"))
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain values, with the plan in the paper's notation and a score function by its name."""

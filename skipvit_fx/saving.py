@@ -30,8 +30,8 @@ from skipvit_fx.graph.fingerprint import (
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.names import RECORD
-from skipvit_fx.ops.score import ScoreByFunction
 from skipvit_fx.ops.switch import switches
+from skipvit_fx.scores import known_scores, name_of
 
 _FORMAT = 3
 
@@ -70,8 +70,8 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
-        SavedModelError: the rewrite holds something that a file cannot (a score function), or the file cannot be
-            written.
+        SavedModelError: the rewrite holds something that a file cannot (a score function without a name), or the file
+            cannot be written.
     """
     record = record_of(fast)
     state = fast.state_dict()
@@ -134,6 +134,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
             hint="give a file that skipvit_fx.save wrote",
         ) from error
     _check_parts(header, model)
+    _check_score(header)
     args, kwargs = (_build(inputs, model) for inputs in header.inputs)
     fast = rewrite(
         model,
@@ -147,11 +148,12 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
 
 
 def _check_savable(fast: nn.Module, record: RewriteRecord, state: Mapping[str, Any]) -> None:
-    by_function = any(isinstance(m, ScoreByFunction) for m in fast.modules())
-    if by_function or callable(record.options.score):
+    score = record.options.score
+    if callable(score) and name_of(score) is None:
         raise SavedModelError(
             f"the score is a function ({record.options.score_name}), and code is not saved",
-            hint="save fast.state_dict(), and rewrite with the function again before loading it",
+            hint="give it a name by skipvit_fx.register_score(name, function); or save fast.state_dict(), and rewrite "
+            "with the function again before loading it",
         )
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
@@ -232,6 +234,17 @@ def _check_parts(header: _Header, model: nn.Module) -> None:
         if difference := first_difference(stored, found):
             what = "{!r} in the file, {!r} in the model".format(*difference)
             raise _another_model(header, prefix + what)
+
+
+def _check_score(header: _Header) -> None:
+    """Check that the score of the file is known here, as its code is not in the file."""
+    score = header.options.get("score")
+    if score not in known_scores():
+        raise SavedModelError(
+            f"the score {score!r} of the file is not registered",
+            hint=f"call skipvit_fx.register_score({score!r}, function), with the function that it was saved with, "
+            "before loading",
+        )
 
 
 def _check_graph(header: _Header, fast: SkipViTModule) -> None:

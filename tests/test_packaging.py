@@ -16,7 +16,16 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich"}
 
 LAYERS = [
-    *("errors", "names", "torch_internals", "differences", "arguments", "plan", "options"),
+    *(
+        "errors",
+        "names",
+        "torch_internals",
+        "differences",
+        "arguments",
+        "plan",
+        "scores",
+        "options",
+    ),
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
     *("reports", "reference", "validation", "api", "saving", "testing", "training"),

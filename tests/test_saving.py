@@ -224,6 +224,7 @@ def test_a_score_function_is_refused(plan: str, score: Any, tmp_path: Path) -> N
     with pytest.raises(skipvit_fx.SavedModelError, match="score is a function") as caught:
         skipvit_fx.save(fast, tmp_path / "fast")
     assert "state_dict" in caught.value.hint
+    assert "register_score" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 

@@ -57,6 +57,14 @@ class Operands(NamedTuple):
     key: Operand
     value: Operand
 
+    def named(self, name: str) -> Operand:
+        """By a name of ``OPERANDS``."""
+        return self[OPERANDS.index(name)]
+
+
+OPERANDS = ("queries", "keys", "values")
+"""What a score calls them."""
+
 
 def find_operands(analysis: TokenAnalysis, site: AttentionSite) -> Operands:
     """The operands of an attention; the graph must be as it was captured.
@@ -89,7 +97,7 @@ def heads_of(site: AttentionSite, leading: Axes) -> int:
             "the batch is not the first axis of this attention",
             node=site.node.name,
             module_path=site.module_path,
-            hint="drop tokens by score='random' or a score function, which do not read the attention",
+            hint="drop tokens by score='random' or by a function of the tokens alone, which do not read the attention",
         )
     return math.prod(size(factor) for factor in factors[1:])
 

@@ -10,7 +10,7 @@ from torch import fx
 
 from skipvit_fx.analysis.axes import tensors_in
 from skipvit_fx.analysis.layers import Layer, Stream
-from skipvit_fx.analysis.operands import Operands, find_operands
+from skipvit_fx.analysis.operands import OPERANDS, Operands, find_operands
 from skipvit_fx.analysis.tokens import TokenAnalysis, carries_tokens
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.graph.module_paths import module_after, module_before, module_path
@@ -45,7 +45,7 @@ class StageSpan:
         layer: the layer that it scores in.
         cut: the author's node whose rows leave.
         nodes: the author's nodes that work on fewer tokens because of this stage.
-        operands: of each attention of the layer, if tokens are merged by their keys.
+        operands: of each attention of the layer, if tokens are merged by their keys, or a score reads them.
         leave_after, leave_before: paths of the modules before and after the cut.
     """
 
@@ -131,6 +131,7 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
     plan.check(len(layers))
     _refuse_unsure_end(stream, options)
     reads = _reads(analysis.module.graph)
+    scored_by = not set(OPERANDS).isdisjoint(options.score_asks)
     returns: list[Return] = []
     stages: list[StageSpan] = []
     for span in plan.spans:
@@ -148,7 +149,7 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
             sites = [site.node for site in layer.sites] if cut is layer.cut else []
             leave_after = module_before(cut, stream.on_path, layer.input, sites)
             leave_before = module_after(cut, stream.on_path)
-            operands = _operands(analysis, layer) if span.merged else ()
+            operands = _operands(analysis, layer) if span.merged or scored_by else ()
             stages.append(
                 StageSpan(
                     index=len(stages) + 1,
@@ -173,7 +174,9 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
 
 def _embedding(first: Layer) -> Layer:
     """What is in front of the first layer, as a layer that has no attention."""
-    return replace(first, index=0, cut=first.input, end=first.input, sites=(), unsure="")
+    return replace(
+        first, index=0, cut=first.input, end=first.input, sites=(), unclear="", unsure=""
+    )
 
 
 def _operands(analysis: TokenAnalysis, layer: Layer) -> tuple[Operands, ...]:
@@ -184,10 +187,10 @@ def _operands(analysis: TokenAnalysis, layer: Layer) -> tuple[Operands, ...]:
     """
     if layer.unclear:
         raise UnsupportedModelError(
-            f"the keys of the attention of layer {layer.index} cannot be told: {layer.unclear}",
+            f"queries, keys and values of the attention of layer {layer.index} cannot be told: {layer.unclear}",
             node=layer.cut.name,
             module_path=module_path(layer.cut),
-            hint="merge at another layer, or drop tokens by score='random' or a score function",
+            hint="choose another layer, or drop tokens by score='random' or by a function of the tokens alone",
         )
     return tuple(find_operands(analysis, site) for site in layer.sites)
 

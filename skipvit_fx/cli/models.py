@@ -173,18 +173,26 @@ def _open_clip(spec: Spec) -> nn.Module:
     return visual
 
 
-def _own(spec: Spec) -> nn.Module:
-    place, colon, factory = spec.name.rpartition(":")
+def imported(place: str, text: str, kind: str) -> Any:
+    """What ``pkg.mod:name`` names: a ``kind``; ``text`` is what was written.
+
+    Raises:
+        SpecError: it cannot be imported.
+    """
+    module, colon, name = place.rpartition(":")
     if not colon:
-        raise SpecError(f"cannot read {str(spec)!r}", hint="write module:package.module:factory")
+        raise SpecError(f"cannot read {text!r}", hint=f"write module:package.module:{kind}")
     try:
-        make = getattr(importlib.import_module(place), factory)
+        return getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise SpecError(
-            f"{factory!r} cannot be imported from {place!r}: {error}",
+            f"{name!r} cannot be imported from {module!r}: {error}",
             hint="the current directory is not on the path unless PYTHONPATH says so",
         ) from error
-    return _call(spec, make, **spec.options)
+
+
+def _own(spec: Spec) -> nn.Module:
+    return _call(spec, imported(spec.name, str(spec), "factory"), **spec.options)
 
 
 BUILDERS: dict[str, Callable[[Spec], nn.Module]] = {

@@ -10,9 +10,10 @@ import typer
 from torch import nn
 
 import skipvit_fx
-from skipvit_fx.cli.models import SOURCES, SpecError, parse_spec
+from skipvit_fx.cli.models import SOURCES, SpecError, imported, parse_spec
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan
+from skipvit_fx.scores import BUILT_IN, ScoreFunction, known_scores
 
 BAD_INPUT = 2
 """Exit status if the command line, a file or a plan is at fault."""
@@ -35,7 +36,12 @@ PrefixTokens = Annotated[
     int | None, typer.Option(min=0, help="leading tokens that are not patches", show_default=False)
 ]
 Cut = Annotated[str, typer.Option(help="attention or block")]
-Score = Annotated[str, typer.Option(help="auto, cls, mean or random")]
+Score = Annotated[
+    str,
+    typer.Option(
+        help=f"{', '.join(BUILT_IN)}, a name that the model's module registers, or module:pkg.mod:function"
+    ),
+]
 KeepDead = Annotated[
     bool, typer.Option("--keep-dead-tokens", help="also compute rows that nothing reads")
 ]
@@ -78,23 +84,40 @@ def rewritten(
         SpecError: ``cut`` or ``score`` is not known.
         SkipViTError: as :func:`skipvit_fx.rewrite` does.
     """
-    for name, value, known in (
-        ("--cut", cut, ("attention", "block")),
-        ("--score", score, ("auto", "cls", "mean", "random")),
-    ):
-        if value not in known:
-            raise SpecError(
-                f"{name} {value!r} is not known", hint=f"choose from {', '.join(known)}"
-            )
+    if cut not in ("attention", "block"):
+        raise SpecError(f"--cut {cut!r} is not known", hint="choose from attention, block")
     return skipvit_fx.rewrite(
         model,
         plan,
         prefix_tokens=prefix_tokens,
         cut=cut,  # type: ignore[arg-type]
-        score=score,  # type: ignore[arg-type]
+        score=score_named(score),
         eliminate_dead_tokens=not keep_dead,
         validate=validate,
     )
+
+
+def score_named(text: str) -> str | ScoreFunction:
+    """The score that a name, or ``module:pkg.mod:function``, stands for.
+
+    Raises:
+        SpecError: there is none.
+    """
+    source, colon, place = text.partition(":")
+    if colon and source == "module":
+        function = imported(place, text, "function")
+        if not callable(function):
+            raise SpecError(
+                f"--score {text!r} is not a function", hint="name a function, or an object to call"
+            )
+        return function  # type: ignore[no-any-return]
+    if text not in known_scores():
+        known = ", ".join(known_scores())
+        raise SpecError(
+            f"--score {text!r} is not known",
+            hint=f"choose from {known}, or write module:package.module:function",
+        )
+    return text
 
 
 def show(value: Any, text: str, as_json: bool) -> None:

@@ -64,7 +64,7 @@ def _check_ties(model: nn.Module, inputs: Arguments) -> None:
         chosen = stage.kept if stage.owner is None else stage.dropped  # the most similar are merged
         edge = chosen.shape[1]
         gap = scores[:, edge - 1] - scores[:, edge]
-        if bool((gap < TIE * scores[:, 0].abs()).any()):
+        if bool((gap < TIE * scores.abs().amax(1)).any()):
             raise ExportError(
                 f"the file and the module choose different patches at layer {stage.layer}: the scores at the edge "
                 "differ by no more than rounding",

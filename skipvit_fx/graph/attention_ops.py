@@ -68,7 +68,7 @@ class AttentionArguments(NamedTuple):
             raise UnsupportedModelError(
                 "the scale of an attention is computed, not constant",
                 node=node.name,
-                hint="use score='random' or a score function, which do not need it",
+                hint="use score='random' or a function of tokens, keys, queries or values, which do not need it",
             )
         return given
 

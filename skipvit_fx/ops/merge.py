@@ -5,33 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from skipvit_fx.ops.following import kept_whole, recorded, sizes
+from skipvit_fx.ops.operands import OperandLayout
 from skipvit_fx.ops.rows import inverse_order, rows_of, sequence_rows, take_rows
 from skipvit_fx.ops.select import Amount, partition
 from skipvit_fx.ops.skip import OnStream
 from skipvit_fx.ops.switch import Switchable
-
-
-class KeyLayout(NamedTuple):
-    """Where the keys of an attention lie.
-
-    Attributes:
-        tokens, channels: their dimensions, from the right: negative. Samples come first, and heads are all the others.
-        heads: heads per sample.
-        prefix, suffix: the numbers of keys before and after the patches.
-    """
-
-    tokens: int
-    channels: int
-    heads: int
-    prefix: int
-    suffix: int
 
 
 class Match(Amount, Switchable):
@@ -52,7 +36,7 @@ class Match(Amount, Switchable):
         amount: Fraction | int,
         multiple_of: int,
         others: int,
-        layouts: tuple[KeyLayout, ...],
+        layouts: tuple[OperandLayout, ...],
     ) -> None:
         super().__init__(amount, multiple_of, others)
         self.layouts = layouts
@@ -104,12 +88,9 @@ class Match(Amount, Switchable):
 
         In float32 if the keys are narrower, so that close ones stay apart.
         """
-        parts = []
-        for key, layout in zip(keys, self.layouts, strict=True):
-            key = key.detach().movedim((layout.tokens, layout.channels), (-2, -1))
-            count, channels = sizes(key)[-2:]
-            patches = key.reshape(-1, layout.heads, count, channels)
-            parts.append(patches[:, :, layout.prefix : count - layout.suffix])
+        parts = [
+            layout.patches(key.detach()) for key, layout in zip(keys, self.layouts, strict=True)
+        ]
         heads = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         narrow = heads.dtype in (torch.float16, torch.bfloat16)
         return heads.mean(1, dtype=torch.float32 if narrow else None)

@@ -54,6 +54,7 @@ class Context:
         analysis: what is known about the author's nodes. Passes do not change it.
         spans: the plan on the author's graph.
         scores: by stage, the score nodes, one per site; one that reads the stream has the key ``None``.
+        beside: by attention, inserted nodes that compute a part of it again, and read its operands.
         skips: by stage, what was inserted where its tokens leave.
         narrow: the author's nodes that compute only the rows that are read.
     """
@@ -63,6 +64,7 @@ class Context:
     analysis: TokenAnalysis
     spans: Spans
     scores: dict[int, dict[AttentionSite | None, fx.Node]] = field(default_factory=dict)
+    beside: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     skips: dict[int, Skip] = field(default_factory=dict)
     narrow: set[fx.Node] = field(default_factory=set)
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from skipvit_fx import scores
 from skipvit_fx.cli.app import app
 from support.commands import share_rewrites
 
@@ -26,6 +27,23 @@ BAD_INPUT, REFUSED = 2, 1
 @pytest.fixture(autouse=True)
 def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
     share_rewrites(monkeypatch)
+
+
+@pytest.fixture
+def own_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with scores; what it registers is forgotten afterwards."""
+    (tmp_path / "own_score.py").write_text(
+        "import skipvit_fx as sv\n"
+        "NUMBER = 1\n"
+        "def unnamed(tokens, *, keys):\n    return keys.mean((1, 3))\n"
+        "def named(tokens):\n    return tokens.sum(-1)\n"
+        "def greedy(tokens, everything):\n    return tokens\n"
+        "sv.register_score('own-name', named)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_score", raising=False)
+    monkeypatch.setattr(scores, "_functions", dict(scores._functions))
+    return "own_score"
 
 
 def skipvit(*args: str) -> Result:
@@ -105,6 +123,32 @@ class TestRewrite:
         )
         monkeypatch.syspath_prepend(tmp_path)
         assert len(said_as_json("rewrite", "module:own_vit:make", PLAN)["layers"]) == 3
+
+    @pytest.mark.parametrize("score", ["received", "keys", "values"])
+    def test_named_scores(self, score: str) -> None:
+        assert said_as_json("rewrite", VIT, PLAN, *SMALL, "--score", score)["score"] == score
+
+    def test_own_score(self, own_score: str, tmp_path: Path) -> None:
+        """From a module, by the name that the module gave it, so that it can be saved; and by that name."""
+        target, place = tmp_path / "fast", f"module:{own_score}:"
+        said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--score", f"{place}unnamed")
+        assert said["score"] == "unnamed"
+        for score in (f"{place}named", "own-name"):
+            args = ("--score", score, "--save", str(target))
+            assert said_as_json("rewrite", VIT, PLAN, *SMALL, *args)["score"] == "own-name"
+            assert target.exists()
+            target.unlink()
+
+    def test_own_scores_that_are_none(self, own_score: str) -> None:
+        for score, words in {
+            f"module:{own_score}": ["cannot read", "module:package.module:function"],
+            f"module:{own_score}:none": ["'none' cannot be imported", "PYTHONPATH"],
+            "module:no_such:named": ["'named' cannot be imported", "No module named 'no_such'"],
+            f"module:{own_score}:NUMBER": ["is not a function"],
+            f"module:{own_score}:greedy": ["asks for 'everything'", "keys, queries, values"],
+        }.items():
+            result = skipvit("rewrite", VIT, PLAN, *SMALL, "--score", score)
+            assert_fails(result, BAD_INPUT, *words)
 
 
 class TestDiff:

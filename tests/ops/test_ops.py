@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.positions import GatherPositions
@@ -19,6 +20,7 @@ from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction, ScoreByQuery, S
 from skipvit_fx.ops.select import Select, Survivors
 from skipvit_fx.ops.skip import Fuse, Keep, PassAround, PutBack
 from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.scores import by_keys, by_values
 
 CHANNELS = 3
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
@@ -345,9 +347,9 @@ def test_score_is_a_row_of_attention(
         logits = logits + mask
     row = logits[:, :, 0] if by_class_token else logits.mean(2)
     wanted = row.softmax(-1).mean(1)[:, case.lead : case.lead + case.n]
-    score = ScoreByQuery(0 if by_class_token else None, case.lead, case.tail, heads, None)
+    score = ScoreByQuery(0 if by_class_token else "mean", case.lead, case.tail, heads, None)
     torch.testing.assert_close(score(query, key, mask), wanted)
-    weights = ScoreByWeights(score.query, -2, -1, case.lead, case.tail, heads)
+    weights = ScoreByWeights(score.asking, -2, -1, case.lead, case.tail, heads)
     torch.testing.assert_close(weights(logits.softmax(-1) if by_class_token else logits), wanted)
 
 
@@ -361,13 +363,47 @@ def test_the_mean_query_of_a_sliding_window(kind: str) -> None:
     logits = (query @ key.mT / 2).masked_fill(~sees, -math.inf)
     wanted = torch.stack([logits[:, :, sees[:, j], j].mean(2) for j in range(5)], 2).softmax(2)
     wanted = torch.cat([wanted, torch.zeros(2, 3, 1)], 2).mean(1)[:, 1:]
-    torch.testing.assert_close(ScoreByQuery(None, 1, 0, 3, None)(query, key, mask), wanted)
-    torch.testing.assert_close(ScoreByWeights(None, -2, -1, 1, 0, 3)(logits), wanted)
+    torch.testing.assert_close(ScoreByQuery("mean", 1, 0, 3, None)(query, key, mask), wanted)
+    torch.testing.assert_close(ScoreByWeights("mean", -2, -1, 1, 0, 3)(logits), wanted)
 
 
-def test_scores_of_half_precision_are_float32() -> None:
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_what_all_queries_pay_is_what_the_fused_attention_weighs_by(kind: str) -> None:
+    """Its matrix is what it makes of an identity matrix as values; a query that sees no key pays nothing."""
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    sees = torch.rand(2, 1, 6, 6) > 0.4
+    sees[0, 0, 3] = False
+    bias = torch.randn(2, 1, 6, 6).masked_fill(~sees, -math.inf)
+    mask = {"none": None, "bool": sees, "float": bias}[kind]
+    matrix = F.scaled_dot_product_attention(
+        query, key, torch.eye(6).expand(2, 2, 6, 6), mask, scale=0.4, enable_gqa=True
+    )
+    wanted = matrix.mean(2)[:, :, 1:5]
+    for each_head, scores in ((True, wanted), (False, wanted.mean(1))):
+        score = ScoreByQuery("all", 1, 1, 4, 0.4, each_head)
+        torch.testing.assert_close(score(query, key, mask), scores)
+        weights = ScoreByWeights("all", -1, -2, 1, 1, 4, each_head)
+        torch.testing.assert_close(weights(matrix.mT), scores)
+
+
+@pytest.mark.parametrize("asking", [0, "mean", "all"])
+def test_scores_of_half_precision_are_float32(asking: Any) -> None:
     query, key = (torch.randn(2, 2, 5, 4).to(torch.bfloat16) for _ in "qk")
-    assert ScoreByQuery(0, 1, 0, 2, None)(query, key).dtype == torch.float32
+    assert ScoreByQuery(asking, 1, 0, 2, None)(query, key).dtype == torch.float32
+
+
+def test_keys_and_values_of_half_precision_score_in_float32() -> None:
+    """Lengths whose squares half precision does not hold, and directions that are almost the same."""
+    values = torch.full((1, 2, 3, 4), 300.0, dtype=torch.float16)
+    assert torch.equal(by_values(values, values=values), torch.full((1, 3), 600.0))
+    keys = torch.ones(1, 1, 4, 64, dtype=torch.bfloat16)
+    keys[0, 0, 3, 0] = 1.125
+    (close,) = by_keys(keys, keys=keys).tolist()
+    assert close[3] > close[0] == close[1] == close[2]
+
+
+def test_a_patch_alone_has_no_others() -> None:
+    assert by_keys(torch.ones(2, 1, 3), keys=torch.ones(2, 1, 1, 3)).isnan().all()
 
 
 def test_key_heads_may_be_shared() -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from torch import Tensor
 
 from skipvit_fx.passes.eliminate_dead_tokens import EliminateDeadTokens
 from support.tiny import Tiny, assert_documented, run_up_to
+
+
+def by_queries(tokens: Tensor, *, queries: Tensor) -> Tensor:
+    return queries.mean((1, 3))
 
 
 def test_as_documented() -> None:
@@ -19,6 +26,15 @@ def test_keys_and_values_stay_whole() -> None:
     names = {node.name for node in ran.context.narrow}
     assert {"blocks_2_q", "blocks_2_mlp", "norm"} <= names
     assert names.isdisjoint({"blocks_2_k", "blocks_2_v", "blocks_1_mlp"})
+
+
+@pytest.mark.parametrize("score", ["received", by_queries])
+def test_queries_that_score_are_not_left_out(score: Any) -> None:
+    """In the last layer, where the head reads one row."""
+    ran = run_up_to(EliminateDeadTokens, Tiny(), "3(50%)", score=score)
+    names = {node.name for node in ran.context.narrow}
+    assert "blocks_2_mlp" in names
+    assert names.isdisjoint({"blocks_2_q", "blocks_2_k", "blocks_2_v"})
 
 
 def test_tokens_that_nobody_reads_do_not_return() -> None:

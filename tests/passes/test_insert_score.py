@@ -33,6 +33,30 @@ def test_what_does_not_read_the_attention_reads_the_stream(score: object) -> Non
     assert "stage_1_scores = skipvit.stage_1.score(add)" in ran.after
 
 
+def by_all(
+    tokens: Tensor, *, attention: Tensor, queries: Tensor, values: Tensor, keys: Tensor
+) -> Tensor:
+    return tokens.norm(dim=-1)
+
+
+def test_what_a_function_asks_for_is_read() -> None:
+    """In the order of its parameters; attention is computed beside the layer's own."""
+    ran = run_up_to(InsertScore, Tiny(), score=by_all)
+    query, key, value = "getitem_1", "getitem_2", "getitem_3"
+    beside = f"stage_1_attention = skipvit.stage_1.attention({query}, {key})"
+    scored = (
+        f"stage_1_scores = skipvit.stage_1.score(add, stage_1_attention, {query}, {value}, {key})"
+    )
+    assert set(ran.after) - set(ran.before) == {beside, scored}
+    for score, line in {
+        "keys": f"skipvit.stage_1.score(add, {key})",
+        "values": f"skipvit.stage_1.score(add, {value})",
+        "received": f"skipvit.stage_1.score({query}, {key})",
+    }.items():
+        ran = run_up_to(InsertScore, Tiny(), score=score)
+        assert set(ran.after) - set(ran.before) == {f"stage_1_scores = {line}"}
+
+
 def test_a_score_that_the_model_has_not_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="needs a class token"):
         run_up_to(InsertScore, Tiny(), score="cls", prefix_tokens=0)
