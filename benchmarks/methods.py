@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import skipvit_fx as sv
 from skipvit_fx.cli.environment import hardware, versions
-from skipvit_fx.cli.picture import dim_dropped, patch_grid, read_image
+from skipvit_fx.cli.picture import after_stage, patch_grid, read_image
 from throughput import Result, Setting, measure, rows, sections, tables, write, write_json
 
 MODEL = "vit_small_patch16_224"
@@ -202,28 +202,13 @@ def save_picture(path: Path, model: nn.Module, image: Path) -> None:
         fast = sv.rewrite(model, method.plan, **method.options).train(only_trains(method))
         with torch.no_grad():
             stage = sv.trace_tokens(fast, x.to(next(model.parameters()).device))[-1]
-        panels[f"{method.name}: {stage.kept.shape[1]} of {math.prod(grid)}"] = (
-            dim_dropped(picture, stage.kept[0].cpu(), grid)
-            if stage.owner is None
-            else mean_colours(picture, stage.owner[0].cpu(), grid)
-        )
+        title = f"{method.name}: {stage.kept.shape[1]} of {math.prod(grid)}"
+        panels[title] = after_stage(picture, stage, grid)
     figure = draw(panels)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     with Image.open(path) as drawn:
         drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-
-
-def mean_colours(picture: Tensor, owner: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture ``[3, H, W]`` with every patch in the mean colour of the token that it is part of."""
-    rows_, columns = grid
-    _, height, width = picture.shape
-    size = (height // rows_, width // columns)
-    patches = picture.unflatten(2, (columns, size[1])).unflatten(1, (rows_, size[0]))
-    colours = patches.mean((2, 4)).flatten(1)
-    sums = torch.zeros(3, int(owner.max()) + 1).index_add(1, owner, colours)
-    means = (sums / owner.bincount().clamp(min=1))[:, owner].view(3, rows_, columns)
-    return means.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)
 
 
 def draw(panels: Mapping[str, Tensor], columns: int = 5) -> Figure:

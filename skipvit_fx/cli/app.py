@@ -34,6 +34,7 @@ from skipvit_fx.cli.options import (
 )
 from skipvit_fx.errors import ExportError, PlanError, SkipViTError
 from skipvit_fx.plan import Plan
+from skipvit_fx.reports.tokens import TokenTrace
 
 
 class _Group(TyperGroup):
@@ -135,7 +136,7 @@ def trace(
     validate: Validate = True,
     as_json: Json = False,
 ) -> None:
-    """Show which patches of an image are kept and dropped."""
+    """Show which patches of an image are kept, and dropped or merged."""
     wanted = Plan.parse(plan)
     if not wanted.stages:
         raise PlanError("the plan drops nothing", hint="give one that does, such as 6(55%)+11")
@@ -145,25 +146,28 @@ def trace(
     fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead=False, validate=validate)
     traces = skipvit_fx.trace_tokens(fast, x)
     if out is not None:
-        _draw(shown, [stage.kept[0] for stage in traces], traces[0].scores.shape[1], out)
+        _draw(shown, traces, out)
     lines = []
     stages = []
     for stage in traces:
         kept, dropped = stage.kept[0].tolist(), stage.dropped[0].tolist()
-        lines.append(f"layer {stage.layer}: kept {len(kept)}, dropped {len(dropped)}")
-        lines.append(f"  dropped: {' '.join(map(str, dropped))}")
-        stages.append({"layer": stage.layer, "kept": kept, "dropped": dropped})
+        left = "dropped" if stage.owner is None else "merged into others"
+        lines.append(f"layer {stage.layer}: kept {len(kept)}, {left} {len(dropped)}")
+        lines.append(f"  {left}: {' '.join(map(str, dropped))}")
+        found = {"layer": stage.layer, "kept": kept, "dropped": dropped}
+        stages.append(found if stage.owner is None else found | {"owner": stage.owner[0].tolist()})
     show({"plan": str(wanted), "stages": stages}, "\n".join(lines), as_json)
 
 
-def _draw(shown: Tensor, kept: list[Tensor], patches: int, out: Path) -> None:
+def _draw(shown: Tensor, traces: list[TokenTrace], out: Path) -> None:
     _, height, width = shown.shape
+    patches = traces[0].scores.shape[1]
     grid = picture.patch_grid(patches, height, width)
     if grid is None:
         raise SpecError(
             f"{patches} patches do not form a grid over {height} x {width} pixels, so no picture is drawn",
             hint="leave out --out; the indices are right anyway",
         )
-    panels = [picture.dim_dropped(shown, indices, grid) for indices in kept]
+    panels = [picture.after_stage(shown, stage, grid) for stage in traces]
     picture.write_picture([shown, *panels], out)
     typer.echo(f"picture written to {out}", err=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from skipvit_fx.cli.models import SpecError, need
+from skipvit_fx.reports.tokens import TokenTrace
 
 DIMMED = 0.25
 
@@ -64,6 +65,25 @@ def dim_dropped(picture: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
     _, height, width = picture.shape
     spread = light.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
     return picture * spread
+
+
+def mean_colours(picture: Tensor, owner: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The picture ``[3, H, W]`` with every patch in the mean colour of the token that it is part of."""
+    rows, columns = grid
+    _, height, width = picture.shape
+    size = (height // rows, width // columns)
+    patches = picture.unflatten(2, (columns, size[1])).unflatten(1, (rows, size[0]))
+    colours = patches.mean((2, 4)).flatten(1)
+    sums = torch.zeros(3, int(owner.max()) + 1).index_add(1, owner, colours)
+    means = (sums / owner.bincount().clamp(min=1))[:, owner].view(3, rows, columns)
+    return means.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)
+
+
+def after_stage(picture: Tensor, stage: TokenTrace, grid: tuple[int, int]) -> Tensor:
+    """What is left of the picture ``[3, H, W]`` of the first sample: dropped patches dark, merged ones of one colour."""
+    if stage.owner is None:
+        return dim_dropped(picture, stage.kept[0].cpu(), grid)
+    return mean_colours(picture, stage.owner[0].cpu(), grid)
 
 
 def write_picture(panels: list[Tensor], path: Path) -> None:

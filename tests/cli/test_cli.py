@@ -180,6 +180,22 @@ class TestTrace:
             place = (16 * column + 8, 16 * row + 8)
             assert kept.getpixel(place) == shown.getpixel(place)
 
+    def test_merged_patches_have_one_colour(self, tmp_path: Path) -> None:
+        out = tmp_path / "kept.png"
+        said = said_as_json("trace", VIT, PICTURE, "1(25%)+3+merged", *SMALL, "--out", str(out))
+        (stage,) = said["stages"]
+        assert (len(stage["kept"]), len(stage["dropped"])) == (12, 4)
+        with Image.open(out) as drawn:
+            kept = drawn.crop((64, 0, 128, 64))
+        places = [(16 * (i % 4) + 8, 16 * (i // 4) + 8) for i in range(16)]
+        colours = [kept.getpixel(place) for place in places]
+        for owner in set(stage["owner"]):
+            own = {c for c, other in zip(colours, stage["owner"], strict=True) if other == owner}
+            assert len(own) == 1
+        assert len(set(colours)) > 8
+        text = skipvit("trace", VIT, PICTURE, "1(25%)+3+merged", *SMALL).stdout
+        assert text.startswith("layer 1: kept 12, merged into others 4\n  merged into others: ")
+
     def test_text(self) -> None:
         result = skipvit("trace", VIT, PICTURE, PLAN, *SMALL)
         assert result.stdout.startswith("layer 1: kept 12, dropped 4\n  dropped: ")
