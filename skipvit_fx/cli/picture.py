@@ -72,7 +72,7 @@ def mean_colours(picture: Tensor, owner: Tensor, grid: tuple[int, int]) -> Tenso
     rows, columns = grid
     _, height, width = picture.shape
     size = (height // rows, width // columns)
-    patches = picture.unflatten(2, (columns, size[1])).unflatten(1, (rows, size[0]))
+    patches = picture.reshape(3, rows, size[0], columns, size[1])
     colours = patches.mean((2, 4)).flatten(1)
     sums = torch.zeros(3, int(owner.max()) + 1).index_add(1, owner, colours)
     means = (sums / owner.bincount().clamp(min=1))[:, owner].view(3, rows, columns)
@@ -80,7 +80,7 @@ def mean_colours(picture: Tensor, owner: Tensor, grid: tuple[int, int]) -> Tenso
 
 
 def after_stage(picture: Tensor, stage: TokenTrace, grid: tuple[int, int]) -> Tensor:
-    """What is left of the picture ``[3, H, W]`` of the first sample: dropped patches dark, merged ones of one colour."""
+    """What is left of the first sample's picture ``[3, H, W]``: dropped patches dark, merged ones of one colour."""
     if stage.owner is None:
         return dim_dropped(picture, stage.kept[0].cpu(), grid)
     return mean_colours(picture, stage.owner[0].cpu(), grid)
