@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 import skipvit_fx as sv
 from support.models import scramble
 
-PLAN = "1,3(30%,30%)+4"
+PLAN = "1(30%)+2;2,3(30%,20%)+4+merged"
 BATCH = 4
 
 
