@@ -102,11 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(f"{args.model} {args.plan}", *tables(results), sep="\n")
     console.print(caption, highlight=False)
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(args.model, args.plan, results, caption), encoding="utf-8")
-        lines = [asdict(result) | {"reached": result.reached} for result in results]
-        text = json.dumps({"on": caption, "results": lines}, indent=1)
-        args.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        write(args.out, page(args.model, args.plan, results, caption))
+        write_json(args.out.with_suffix(".json"), {"on": caption, "results": rows(results)})
     missed = list(misses(args, results))
     for line in missed:
         console.print(line, highlight=False)
@@ -279,12 +276,34 @@ def page(model: str, plan: str, results: Sequence[Result], caption: str) -> str:
         "ratio of multiply-adds. Reached: the former over the latter. MB of a training step: the allocator's peak on "
         "CUDA, what is saved for the backward pass on a CPU. `plan` computes rows that nothing reads; `0 %` and "
         "`skipping off` drop nothing and show what the inserted nodes cost.",
+        *sections(results),
+        "",
     ]
+    return "\n".join(lines)
+
+
+def sections(results: Sequence[Result]) -> Iterator[str]:
+    """Lines of Markdown: a heading and a table per setting."""
     for setting, group in groupby(results, key=lambda result: result.setting):
-        lines += ["", f"## {setting}", "", f"| {' | '.join(HEADINGS)} |"]
-        lines.append("|---|" + "---:|" * (len(HEADINGS) - 1))
-        lines += [f"| {' | '.join(cells(result))} |" for result in group]
-    return "\n".join([*lines, ""])
+        yield from ("", f"## {setting}", "", f"| {' | '.join(HEADINGS)} |")
+        yield "|---|" + "---:|" * (len(HEADINGS) - 1)
+        yield from (f"| {' | '.join(cells(result))} |" for result in group)
+
+
+def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """The results as values of JSON."""
+    return [asdict(result) | {"reached": result.reached} for result in results]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """The same with a value."""
+    write(path, json.dumps(value, indent=1) + "\n")
 
 
 def misses(args: argparse.Namespace, results: Sequence[Result]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from skipvit_fx.errors import (
 )
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.graph.module import SkipViTModule
+from skipvit_fx.methods import METHODS, Method
 from skipvit_fx.plan import Plan, Span, Stage
 from skipvit_fx.reports.attention import find_attention
 from skipvit_fx.reports.attention_report import AttentionReport, FoundLayer, Site
@@ -42,6 +43,7 @@ except PackageNotFoundError:  # a checkout that is not installed
 del version, PackageNotFoundError
 
 __all__ = [
+    "METHODS",
     "AtcReport",
     "AttentionReport",
     "ExportError",
@@ -53,6 +55,7 @@ __all__ = [
     "LatencyReport",
     "LayerLatency",
     "LayerReport",
+    "Method",
     "NodeReport",
     "NotRewrittenError",
     "Plan",

@@ -26,6 +26,7 @@ LAYERS = [
         "scores",
         "options",
     ),
+    "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
     *("reports", "reference", "validation", "api", "saving", "testing", "training"),
     *("ascend", "export", "__init__", "cli", "__main__"),

@@ -37,7 +37,7 @@ def test_the_comparison_sees_both_mistakes() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    for name in set(skipvit_fx.__all__) - {"__version__"}:
+    for name in set(skipvit_fx.__all__) - {"METHODS", "__version__"}:  # which are values
         assert getattr(skipvit_fx, name).__doc__, name
 
 

@@ -27,6 +27,9 @@ _HANDED_ON = frozenset(
 )
 """Methods that torch calls in the middle of the author's code, and that call torch again on its behalf."""
 
+_AUTHORS_CALL = "authors_method"
+"""The function of :mod:`skipvit_fx.graph.nodes` that calls a method in the author's place: its frame does not count."""
+
 _LIBRARIES = frozenset({"torch", "sympy", *sys.stdlib_module_names}) - {"__main__"}
 
 _NEVER_REFUSED = (SkipViTError, MemoryError, torch.OutOfMemoryError)
@@ -83,7 +86,8 @@ def _places(traceback: TracebackType | None) -> Iterator[_Place]:
     while traceback is not None:
         frame = traceback.tb_frame
         code = frame.f_code
-        yield _Place(_owner(frame), code.co_name, code.co_filename, traceback.tb_lineno)
+        if code.co_name != _AUTHORS_CALL:
+            yield _Place(_owner(frame), code.co_name, code.co_filename, traceback.tb_lineno)
         traceback = traceback.tb_next
 
 

@@ -31,7 +31,10 @@ def callee(node: fx.Node, part: Callable[[str], nn.Module]) -> Callable[..., Any
 
 
 def _method(name: str) -> Callable[..., Any]:
-    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+    def authors_method(owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(owner, name)(*args, **kwargs)
+
+    return authors_method
 
 
 def leading_to(nodes: Iterable[fx.Node], follow: Callable[[fx.Node], bool]) -> set[fx.Node]:

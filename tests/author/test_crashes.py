@@ -25,9 +25,11 @@ import skipvit_fx
 from skipvit_fx.analysis import layers, leaves
 from skipvit_fx.analysis.tokens import AxisMode, TokenAnalysis
 from skipvit_fx.author import attributes
+from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.capture import exported, fakes, modes, mutations, symbolic, watch
 from skipvit_fx.errors import SkipViTError, TraceError, UnsupportedModelError
 from skipvit_fx.graph import inputs
+from skipvit_fx.graph.nodes import callee
 from skipvit_fx.ops.skip import Keep
 from skipvit_fx.reports import macs
 from support.checks import rewrite
@@ -69,6 +71,13 @@ def ours(kind: type[Exception], how: str) -> Callable[..., Any]:
     return function
 
 
+def test_a_method_that_a_graph_calls_fails_in_the_authors_place() -> None:
+    graph = fx.Graph()
+    node = graph.call_method("view", (graph.placeholder("x"), 7))
+    with pytest.raises(AuthorError, match="RuntimeError: shape"), author_code():
+        callee(node, lambda _: nn.Identity())(torch.ones(3), 7)
+
+
 PLACES: dict[str, tuple[Any, str, list[str]]] = {
     "a branch": (symbolic.SymbolicTracer, "concrete", ["symbolic"]),
     "an iteration": (symbolic.SymbolicTracer, "iter", ["symbolic"]),
@@ -84,7 +93,7 @@ PLACES: dict[str, tuple[Any, str, list[str]]] = {
     "a translation": (exported._Translation, "_place_call", ["export"]),
     "a translated leaf": (exported._Translation, "_place_leaf", ["export"]),
     "fakes": (fakes.TracelessFakeMode, "twin", FRONTENDS),
-    "inputs": (inputs.Inputs, "placed", FRONTENDS),
+    "inputs": (inputs.Inputs, "taken", FRONTENDS),
     "watching": (watch._Watch, "__torch_dispatch__", FRONTENDS),
     "an operator": (mutations.WatchWrites, "__torch_dispatch__", FRONTENDS),
     "memory": (attributes, "_leaves", FRONTENDS),
