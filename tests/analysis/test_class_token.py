@@ -311,7 +311,24 @@ def test_what_cannot_be_told_is_refused_with_the_ways_out(
         skipvit_fx.rewrite(model, "1(50%)+3", example_inputs=(image(),))
     for way_out in ("score='cls'", "score='mean'", "prefix_tokens=N"):
         assert way_out in caught.value.hint
+    with pytest.raises(UnsupportedModelError, match=named) as caught:
+        skipvit_fx.rewrite(
+            model,
+            "1(50%)+3",
+            example_inputs=(image(),),
+            score=lambda tokens, attention: attention.mean(1),
+        )
+    assert caught.value.hint.startswith("pass prefix_tokens=N")
     assert not find_attention(model, example_inputs=(image(),)).class_token
+
+
+@pytest.mark.parametrize(
+    "score", ["received", "keys", "values", lambda tokens, *, keys: keys.mean((1, 3))]
+)
+def test_scores_that_need_no_class_token_need_not_know_it(score: Any) -> None:
+    model = build(AMBIGUOUS)
+    fast = skipvit_fx.rewrite(model, "1(50%)+3", example_inputs=(image(),), score=score)
+    assert "validated" in str(skipvit_fx.inspect(fast))
 
 
 @pytest.mark.parametrize(("score", "row"), [("cls", 0), ("mean", None)])
