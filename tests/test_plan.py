@@ -35,7 +35,9 @@ def plans(draw: st.DrawFn) -> Plan:
         stages = [Stage(n, draw(AMOUNTS) if amounts is None else amounts) for n in sorted(layers)]
         returns = st.integers(max(layers) + 1, max(layers) + 9)
         back = draw(returns | st.none() if last == count - 1 else returns)
-        spans.append(Span(tuple(stages), back, draw(st.booleans())))
+        kinds = ["", "fused", "merged"] if min(layers) else ["", "fused"]
+        kind = draw(st.sampled_from(kinds))
+        spans.append(Span(tuple(stages), back, fused=kind == "fused", merged=kind == "merged"))
         first = back or 0
     return Plan(tuple(spans))
 
@@ -110,7 +112,7 @@ def test_text_round_trip(plan: Plan) -> None:
 
 
 @settings(deadline=None)
-@given(st.text("0123456789,;()%+.-/ fused", max_size=20))
+@given(st.text("0123456789,;()%+.-/ fusedmrg", max_size=20))
 def test_text_is_read_or_refused(text: str) -> None:
     try:
         plan = Plan.parse(text)
@@ -224,7 +226,7 @@ def test_counts_of_a_symbolic_size() -> None:
         ("+11", 1, "expected a layer number"),
         ("6(55%", 6, "expected ')'"),
         ("6((55%))", 3, "expected an amount"),
-        ("6(55%)+11(5%)", 10, "expected +LAYER, +fused, a semicolon or the end"),
+        ("6(55%)+11(5%)", 10, "expected +LAYER, +fused, +merged, a semicolon or the end"),
         ("(55%)", 1, "expected a layer number"),
         ("six(55%)", 1, "expected a layer number"),
         ("1 1(55%)", 3, "expected '('"),
@@ -252,12 +254,15 @@ def test_counts_of_a_symbolic_size() -> None:
         ("7,4(30%,30%)+10", 1, "layer 4 comes after layer 7"),
         ("6(55%)+6", 7, "return at layer 6, but layer 6 still drops"),
         ("4,7(30%,30%)+5", 13, "return at layer 5, but layer 7 still drops"),
-        ("6(55%)11", 7, "expected +LAYER, +fused, a semicolon or the end"),
-        ("6(55%)+11+12", 11, "expected fused"),
-        ("6(55%)+fused+11", 13, "expected +LAYER, +fused, a semicolon or the end"),
-        ("6(55%)+fused+fused", 13, "expected +LAYER, +fused, a semicolon or the end"),
-        ("6(55%)+", 8, "expected fused"),
-        ("6(55%)+fuse", 8, "expected fused"),
+        ("6(55%)11", 7, "expected +LAYER, +fused, +merged, a semicolon or the end"),
+        ("6(55%)+11+12", 11, "expected fused or merged"),
+        ("6(55%)+fused+11", 13, "expected +LAYER, +fused, +merged, a semicolon or the end"),
+        ("6(55%)+fused+fused", 13, "expected +LAYER, +fused, +merged, a semicolon or the end"),
+        ("6(55%)+", 8, "expected fused or merged"),
+        ("6(55%)+fuse", 8, "expected fused or merged"),
+        ("6(55%)+merge", 8, "expected fused or merged"),
+        ("6(55%)+fused+merged", 13, "expected +LAYER, +fused, +merged, a semicolon or the end"),
+        ("1(5)+2;0(5)+merged", 8, "cannot be merged at layer 0"),
         ("6(55%);", 8, "expected a layer number"),
         (";6(55%)", 1, "expected a layer number"),
         ("6(55%)+7;;7(5)", 10, "expected a layer number"),
@@ -334,6 +339,12 @@ def test_bad_layer(layer: Any, message: str) -> None:
         ({"stages": (Stage(6, 0.5),), "return_layer": "11"}, "return layer '11' is not an integer"),
         ({"stages": (Stage(6, 0.5),), "return_layer": True}, "return layer True is not an integer"),
         ({"stages": (Stage(6, 0.5),), "fused": 1}, "fused must be True or False, got 1"),
+        ({"stages": (Stage(6, 0.5),), "merged": 1}, "merged must be True or False, got 1"),
+        (
+            {"stages": (Stage(6, 0.5),), "fused": True, "merged": True},
+            "a span is either fused or merged",
+        ),
+        ({"stages": (Stage(0, 0.5),), "merged": True}, "cannot be merged at layer 0"),
         ({"stages": (Stage(6, 0.5),), "return_layer": 6}, "return at layer 6, but layer 6 still"),
         ({"stages": (Stage(0, 0.5),), "return_layer": 0}, "return at layer 0, but layer 0 still"),
         ({"stages": (Stage(6, 0.5), Stage(6, 0.5))}, "layer 6 is repeated"),

@@ -26,6 +26,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for shown, used in (
         ('"vit_small_patch16_224"', '"vit_tiny_patch16_224", img_size=64, depth=4'),
         ("6(55%)+11", "2(55%)+4"),
+        ("1-12(8)+merged", "1-4(2)+merged"),
+        ("4,7,10(30%)+fused", "1,2,3(30%)+fused"),
+        ("4(30%)+5;5(30%)+6;6(30%)+7", "1(30%)+2;2(30%)+3;3(30%)+4"),
         ("224, 224", "64, 64"),
         (
             "Dinov2Config()",
