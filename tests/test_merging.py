@@ -309,6 +309,7 @@ def test_exact_then_off(plan: str, name: str) -> None:
     assert list(fast.state_dict()) == keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", BLOCKS)
 @pytest.mark.parametrize(
     "name", ["vit", "dinov2-reg4", "beit", "rope-axial", "cait", "parallel-scaling"]
@@ -502,6 +503,7 @@ def test_exact_in_any_spelling_of_whole_layers(example: Example) -> None:
     check_odd(example, "1,2(4,3)+4+merged", BLOCKS["1,2(4,3)+4+merged"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EITHER, ids=str)
 def test_exact_or_refused(example: Example) -> None:
     plan = "1-3(3)+5+merged"
@@ -533,6 +535,7 @@ def test_without_proportional_attention(name: str) -> None:
         assert_merges(fast, *reference_of(model, plan, make=family.input))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-no-pos", "siglip-map", "siglip-gap", "cait"])
 def test_equal_tokens_lose_nothing_by_merging(name: str) -> None:
     """As many equal tokens weigh as much as one of their size, in all layers and in the head."""
@@ -636,6 +639,7 @@ def test_every_patch_is_in_one_token(name: str) -> None:
     assert sizes.max() > 2
 
 
+@pytest.mark.slow
 def test_each_image_is_merged_alone() -> None:
     model, x = BY_NAME["rope-axial"].build(), BY_NAME["rope-axial"].input()
     fast = rewritten(model, "1-4(3)+merged", x)
@@ -715,6 +719,7 @@ def test_no_attention_has_keys_in_front_of_the_first_layer() -> None:
     assert error.value.hint
 
 
+@pytest.mark.slow
 def test_a_plan_that_merges_nothing_is_the_model() -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     fast = rewritten(model, "1,3(0)+merged", x)
@@ -734,6 +739,7 @@ def test_reports_count_tokens() -> None:
     assert [layer.ffn_tokens for layer in back.layers] == [20, 15, 15, 25]
 
 
+@pytest.mark.slow
 def test_a_schedule_raises_amounts() -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     fast = rewritten(model, "1(9)+2+merged;2,3(50%)+merged", x)
@@ -819,6 +825,7 @@ def test_the_file_for_ascend_says_what_one_without_merging_says(name: str, tmp_p
     assert merged == dropped
 
 
+@pytest.mark.slow
 def test_the_length_is_a_multiple() -> None:
     family = BY_NAME["vit"]
     model, x = family.build(), family.input()
