@@ -1,6 +1,6 @@
 """Every method of ``skipvit_fx.METHODS`` on one model: how much faster it is, and which patches it keeps.
 
-Timed as by ``throughput.py``, in rounds and against the unmodified model: inference, or a training step for methods
+Timed as by ``throughput.py``, against the unmodified model: inference, or a training step for methods
 that skip in training only. ToMe is also timed with 13 tokens in each layer.
 
     python benchmarks/methods.py --rounds 15 --out docs/results/methods.md --page docs/methods.md \\
@@ -95,6 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     parser.add_argument("--pretrained", action="store_true", help="timm's weights; needs network")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="float32", help="or bfloat16")
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--results", type=Path, help="a .json file: measure nothing, read these")
@@ -116,7 +117,7 @@ def conditions(args: argparse.Namespace) -> str:
     cuda = torch.device(args.device).type == "cuda"
     where = torch.cuda.get_device_name(args.device) if cuda else hardware()
     weights = "timm's" if args.pretrained else "random"
-    return f"{where}; {versions('timm')}; {weights} weights; {args.rounds} alternating rounds."
+    return f"{where}; {versions('timm')}; {weights} weights; {args.rounds} rounds."
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def timed(name: str, args: argparse.Namespace) -> Measured:
         models = {v: m for v, m in fast.items() if only_trains(methods[v]) == (mode == "training")}
         for batch in args.batches:
             results += measure(
-                Setting(mode, "float32", False, batch),
+                Setting(mode, args.precision, False, batch),
                 {"model": model, **models},
                 limits | {"model": 1.0},
                 torch.device(args.device),
@@ -152,7 +153,7 @@ def timed(name: str, args: argparse.Namespace) -> Measured:
 
 def misses(args: argparse.Namespace, measured: Sequence[Measured]) -> Iterator[str]:
     """Targets that were not reached."""
-    if args.device != "cpu" or args.model_kwargs:
+    if (args.device, args.precision, args.model_kwargs) != ("cpu", "float32", {}):
         return
     for one in measured:
         for result in one.results:
@@ -234,9 +235,9 @@ def results_page(measured: Sequence[Measured], caption: str) -> str:
         "",
         f"Written by `benchmarks/methods.py` on {caption}",
         "",
-        "Speed-up: the model's time over the variant's in the same round, median (minimum to maximum). Limit: the same "
-        "ratio of multiply-adds, with rows left out that nothing reads. Reached: the former over the latter. Methods "
-        "that skip in training only are measured by their training step. [What they are](../methods.md).",
+        "Speed-up: the time of the model, run right before, over the variant's, median (minimum to maximum). Limit: "
+        "the same ratio of multiply-adds, with rows left out that nothing reads. Reached: the former over the latter. "
+        "Methods that skip in training only are measured by their training step. [What they are](../methods.md).",
     ]
     for one in measured:
         headings = sections(one.results)
@@ -273,7 +274,7 @@ def methods_page(measured: Measured, caption: str) -> str:
         "",
         f"Of {measured.model}, on {caption} The model itself has {measured.macs['model'] / 1e9:.3f} GMACs. Limit: the "
         "ratio of multiply-adds; rows that nothing reads are left out as well. By batch: how many times as fast as the "
-        "unmodified model in the same round, median (minimum to maximum), in inference, or, marked with *, in a "
+        "unmodified model, run right before, median (minimum to maximum), in inference, or, marked with *, in a "
         "training step, as these methods skip in training only. Written by `benchmarks/methods.py`; "
         "[all figures](results/methods.md). None of them says how accurate a method is.",
         "",

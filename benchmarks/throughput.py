@@ -1,8 +1,8 @@
 """How much of the saved multiply-adds turns into saved time and memory, in training and in inference.
 
-The unmodified model with its own fused attention and its rewrites run alternately in one process, in an order that
-rotates from round to round. Weights are random: the work does not depend on them. A training step is a forward and a
-backward pass, without an optimiser, whose cost is the same for all.
+In each round every rewrite runs right after the unmodified model with its own fused attention, in one process and in an
+order that changes from round to round. Weights are random: the work does not depend on them. A training step is a
+forward and a backward pass, without an optimiser, whose cost is the same for all.
 
     python benchmarks/throughput.py --rounds 15 --out docs/results/throughput.md
     python benchmarks/throughput.py --device cuda --batches 64 256 --precisions float32 bfloat16 --compile
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -61,7 +62,7 @@ class Result:
 
     Attributes:
         images_per_second: median.
-        speed: the model's time over this variant's in the same round: median, minimum and maximum.
+        speed: the time of the model, run right before, over this variant's: median, minimum and maximum.
         limit: the same ratio of multiply-adds.
         megabytes: peak of the allocator (CUDA), or what is saved for the backward pass (CPU, eager); training only.
     """
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     console = Console()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
-    caption = f"{where}; {versions('timm')}; random weights; {args.rounds} alternating rounds."
+    caption = f"{where}; {versions('timm')}; random weights; {args.rounds} rounds."
     console.print(f"{args.model} {args.plan}", *tables(results), sep="\n")
     console.print(caption, highlight=False)
     if args.out:
@@ -167,25 +168,34 @@ def measure(
         runs[name] = runner(setting, call, x)
     memory = {name: megabytes(setting, models[name], run, device) for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    ratios: dict[str, list[float]] = {name: [] for name in runs}
+    shuffled = random.Random(0)
     order = list(runs)
     for i in track(range(rounds + 2), str(setting), transient=True):
-        for name in order[i % len(order) :] + order[: i % len(order)]:
-            start = perf_counter()
-            runs[name]()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
+        shuffled.shuffle(order)
+        for name in order:
+            own, its = timed(runs["model"], device), timed(runs[name], device)
             if i >= 2:  # the first two warm up
-                seconds[name].append(perf_counter() - start)
+                seconds[name].append(its)
+                ratios[name].append(own / its)
     for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(seconds["model"], times, strict=True)]
         yield Result(
             setting,
             name,
             setting.batch / median(times),
-            (median(ratios), min(ratios), max(ratios)),
+            (median(ratios[name]), min(ratios[name]), max(ratios[name])),
             limits[name],
             memory[name],
         )
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds, until the device has finished."""
+    start = perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return perf_counter() - start
 
 
 def runner(setting: Setting, model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
@@ -272,10 +282,10 @@ def page(model: str, plan: str, results: Sequence[Result], caption: str) -> str:
         "",
         f"Written by `benchmarks/throughput.py` on {caption}",
         "",
-        "Speed-up: the model's time over the variant's in the same round, median (minimum to maximum). Limit: the same "
-        "ratio of multiply-adds. Reached: the former over the latter. MB of a training step: the allocator's peak on "
-        "CUDA, what is saved for the backward pass on a CPU. `plan` computes rows that nothing reads; `0 %` and "
-        "`skipping off` drop nothing and show what the inserted nodes cost.",
+        "Speed-up: the time of the model, run right before, over the variant's, median (minimum to maximum). Limit: "
+        "the same ratio of multiply-adds. Reached: the former over the latter. MB of a training step: the allocator's "
+        "peak on CUDA, what is saved for the backward pass on a CPU. `plan` computes rows that nothing reads; `0 %` "
+        "and `skipping off` drop nothing and show what the inserted nodes cost.",
         *sections(results),
         "",
     ]

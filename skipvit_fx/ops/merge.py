@@ -142,13 +142,14 @@ class Merge(OnStream):
         parts = joins * rows_of(before, merged).unsqueeze(1)
         even = before[:, ::2]
         total = even + parts.sum(-1)
-        gone = take_rows(tokens, merged + self.prefix)
+        moved = torch.cat([kept[:, :first], merged], 1)
+        taken = take_rows(tokens, sequence_rows(moved, self.prefix, n, 0))
+        same, gone = taken[:, : self.prefix + first], taken[:, self.prefix + first :]
         start, stop = self.prefix, self.prefix + n
         with full_precision(tokens):
             shares = (parts / total.unsqueeze(-1)).to(tokens.dtype)
             own = tokens[:, start:stop:2] * (even / total).unsqueeze(-1).to(tokens.dtype)
             means = torch.baddbmm(own, shares, gone)
-        same = take_rows(tokens, sequence_rows(kept[:, :first], self.prefix, n, 0))
         sequence = [same, means, tokens[:, stop:]] if self.suffix else [same, means]
         sizes = torch.cat([rows_of(before, kept[:, :first]), total], 1)
         return torch.cat(sequence, 1), sizes
