@@ -30,7 +30,7 @@ import skipvit_fx
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli.environment import hardware, versions
 from skipvit_fx.cli.models import Spec, SpecError, need, parse_spec
-from skipvit_fx.cli.options import REFUSED, Depth, ImgSize, Json, show
+from skipvit_fx.cli.options import REFUSED, ImgSize, Json, show
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
 from skipvit_fx.testing import TOLERANCE, Reference, randomize
 
@@ -208,6 +208,8 @@ def _fit(name: str, limit: float, options: dict[str, Any]) -> tuple[dict[str, An
     try:
         size = parameter_bytes(parse_spec(name, **options))
     except SpecError as error:
+        if options.get("depth"):
+            return _fit(name, limit, {**options, "depth": None})
         if isinstance(error.__cause__, (NotImplementedError, RuntimeError, ValueError)):
             return options, "size not known beforehand"
         raise
@@ -439,7 +441,9 @@ def main(
         Kind, typer.Option(help="what plans do: two stages dropped, two spans, or tokens merged")
     ] = Kind.DROPPED,
     img_size: ImgSize = None,
-    depth: Depth = None,
+    depth: Annotated[
+        int | None, typer.Option(help="layers of every model whose depth can be set")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="forget the rows of an earlier run")
     ] = False,

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import skipvit_fx as sv
 from support.checks import TOLERANCE, assert_exact, rewrite
 from support.models import BY_NAME, FAMILIES, Family, layout_of, names
-from support.reference import masked_reference, relative_error
+from support.odd_models import image
+from support.reference import ReferenceResult, masked_reference, relative_error
+from support.token_merging import assert_same_merges, merging_reference
 
 if not torch.accelerator.is_available():
     pytest.skip("no accelerator here", allow_module_level=True)
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.every_case
 
 TWO = {"stages": [(1, "0.3"), (3, "0.4")], "return_layer": 4}
 PLAN = "1,3(30%,40%)+4"
+MERGED = "1-3(3)+5+merged"
 SOME = ["vit", "dinov2-reg4", "siglip-map", "beit", "rope-axial"]
 
 
@@ -58,6 +61,33 @@ def test_moved_there_after_the_rewrite(name: str) -> None:
     model, x = family.build(), family.input()
     fast = rewrite(model, TWO, x, score=score_of(model)).to(device())
     assert_exact(fast, model.to(device()), x.to(device()), layout_of(model), TWO)
+
+
+def without_ties(model: nn.Module) -> tuple[Tensor, ReferenceResult]:
+    """Images whose merges no rounding decides, and what the reference makes of them."""
+    for seed in range(1, 50):
+        x = image(batch=3, seed=seed).to(device())
+        result = merging_reference(
+            model, x, layout_of(model), stages=[(1, 3), (2, 3), (3, 3)], return_layer=5
+        )
+        if all(stage.margin > 1e-5 for stage in result.stages):
+            return x, result
+    raise AssertionError("the reference is at a tie for every seed")
+
+
+@pytest.mark.parametrize("name", [*SOME, "vit-unfused", "eva-gqa", "cait", "relpos-shared"])
+def test_merging_is_exact(name: str) -> None:
+    model, _ = built(name)
+    x, wanted = without_ties(model)
+    fast = sv.rewrite(model, MERGED, example_inputs=x)
+    with torch.no_grad():
+        assert relative_error(fast(x), wanted.output) < TOLERANCE
+        assert_same_merges(sv.trace_tokens(fast, x), wanted.stages)
+        with sv.skipping(fast, False):
+            assert torch.equal(fast.graph_forward(x), model(x))
+    model.zero_grad()
+    fast(x).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in fast.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -134,7 +164,7 @@ only_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA he
 
 
 @only_cuda
-@pytest.mark.parametrize("plan", [PLAN, PLAN + "+fused", "2(55%)"])
+@pytest.mark.parametrize("plan", [PLAN, PLAN + "+fused", "2(55%)", MERGED])
 @pytest.mark.parametrize("name", ["vit", "dinov2-reg4", "siglip-map"])
 def test_nothing_waits_for_the_accelerator(name: str, plan: str) -> None:
     if name == "siglip-map" and plan.endswith("fused"):
@@ -151,11 +181,13 @@ def test_nothing_waits_for_the_accelerator(name: str, plan: str) -> None:
 
 
 @only_cuda
-@pytest.mark.parametrize("score", ["cls", "mean", "random"])
-def test_recorded_once_as_a_cuda_graph(score: str) -> None:
+@pytest.mark.parametrize(
+    ("plan", "score"), [(PLAN, "cls"), (PLAN, "mean"), (PLAN, "random"), (MERGED, "auto")]
+)
+def test_recorded_once_as_a_cuda_graph(plan: str, score: str) -> None:
     """The replay chooses tokens anew for every image."""
     model, x = built("vit")
-    fast = rewrite(model, PLAN, x, score=score)
+    fast = rewrite(model, plan, x, score=score)
     still = x.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -178,7 +210,7 @@ def test_recorded_once_as_a_cuda_graph(score: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("plan", [PLAN, "2(55%)+fused"])
+@pytest.mark.parametrize("plan", [PLAN, "2(55%)+fused", MERGED])
 def test_compiled(plan: str, mode: str) -> None:
     model, x = built("vit")
     fast = rewrite(model, plan, x)
