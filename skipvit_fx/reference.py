@@ -298,16 +298,17 @@ class Masked(Run):
         moved = torch.arange(before.gone.shape[1], device=slots.device).expand_as(before.gone)
         moved = moved.scatter(1, source, target)
         moves = nn.functional.one_hot(moved, moved.shape[1]).transpose(1, 2)
-        sizes = before.sizes.masked_fill(before.gone, 0)
-        total = (moves @ sizes.unsqueeze(-1)).squeeze(-1)
+        parts = moves * before.sizes.masked_fill(before.gone, 0).unsqueeze(1)
+        total = parts.sum(-1)
         gone = torch.ones_like(before.gone).scatter(1, slots, False)
         tokens, dim = self.stream.tokens, self.stream.dim
         first = state if dim == 1 else state.transpose(0, 1)
         prefix, patches, suffix = torch.split(
             first, [tokens.prefix, tokens.patches, tokens.suffix], 1
         )
-        sums = (moves * sizes.unsqueeze(1)).double() @ patches.double()
-        means = (sums / total.clamp(min=1).unsqueeze(-1)).to(state.dtype)
+        # on the CPU: not every accelerator has float64
+        sums = parts.cpu().double() @ patches.cpu().double()
+        means = (sums / total.cpu().clamp(min=1).unsqueeze(-1)).to(state)
         joined = torch.zeros_like(gone).scatter(1, target, True).unsqueeze(-1)
         first = torch.cat([prefix, torch.where(joined, means, patches), suffix], 1)
         owner = moved.gather(1, before.owner)

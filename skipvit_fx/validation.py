@@ -354,7 +354,7 @@ def _matching_fault(
         bool((part.diff(dim=1) > 0).all()) for part in (kept[:, :stay], merged)
     )
     if _is_partition(keys[..., 0], kept, merged) and halves and in_order:
-        unit = keys.double().cpu() / keys.double().cpu().norm(dim=-1, keepdim=True)
+        unit = keys.cpu().double() / keys.cpu().double().norm(dim=-1, keepdim=True)
         best, nearest = (unit[:, odd] @ unit[:, even].mT).max(-1)
         chosen = (merged.long().cpu() - 1) // 2
         others = (kept[:, :stay].long().cpu() - 1) // 2

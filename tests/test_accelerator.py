@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import skipvit_fx as sv
 from support.checks import TOLERANCE, assert_exact, rewrite
 from support.models import BY_NAME, FAMILIES, Family, layout_of, names
-from support.odd_models import image
 from support.reference import ReferenceResult, masked_reference, relative_error
 from support.token_merging import assert_same_merges, merging_reference
 
@@ -63,10 +62,10 @@ def test_moved_there_after_the_rewrite(name: str) -> None:
     assert_exact(fast, model.to(device()), x.to(device()), layout_of(model), TWO)
 
 
-def without_ties(model: nn.Module) -> tuple[Tensor, ReferenceResult]:
+def without_ties(family: Family, model: nn.Module) -> tuple[Tensor, ReferenceResult]:
     """Images whose merges no rounding decides, and what the reference makes of them."""
     for seed in range(1, 50):
-        x = image(batch=3, seed=seed).to(device())
+        x = family.input(batch=3, seed=seed).to(device())
         result = merging_reference(
             model, x, layout_of(model), stages=[(1, 3), (2, 3), (3, 3)], return_layer=5
         )
@@ -78,7 +77,7 @@ def without_ties(model: nn.Module) -> tuple[Tensor, ReferenceResult]:
 @pytest.mark.parametrize("name", [*SOME, "vit-unfused", "eva-gqa", "cait", "relpos-shared"])
 def test_merging_is_exact(name: str) -> None:
     model, _ = built(name)
-    x, wanted = without_ties(model)
+    x, wanted = without_ties(BY_NAME[name], model)
     fast = sv.rewrite(model, MERGED, example_inputs=x)
     with torch.no_grad():
         assert relative_error(fast(x), wanted.output) < TOLERANCE

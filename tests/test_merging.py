@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import skipvit_fx as sv
 from skipvit_fx.errors import PlanError, SkipViTError, UnsupportedModelError
@@ -165,6 +166,21 @@ def gradients(model: nn.Module, loss: Any) -> dict[str, Tensor]:
     model.zero_grad()
     loss().square().sum().backward()
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+class Products(TorchDispatchMode):
+    """Keeps the dtypes of the operands of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.dtypes |= {arg.dtype for arg in args if isinstance(arg, Tensor)}
+        return func(*args, **(kwargs or {}))
 
 
 def assert_same_gradients(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -859,3 +875,13 @@ def test_the_file_for_onnx_names_the_patches_that_are_left(tmp_path: Path) -> No
     assert len(kept) == len(traces) == 2
     for positions, stage in zip(kept, traces, strict=True):
         assert torch.equal(torch.from_numpy(positions).long(), stage.kept)
+
+
+def test_no_product_of_integers() -> None:
+    """Neither in the graph nor while it is validated: CUDA has none."""
+    model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
+    with Products() as products:
+        fast = sv.rewrite(model, "1-3(3)+5+merged", example_inputs=x)
+        fast(x).sum().backward()
+    assert torch.float32 in products.dtypes
+    assert all(dtype.is_floating_point for dtype in products.dtypes)
