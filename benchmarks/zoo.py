@@ -12,8 +12,9 @@ import json
 import math
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from time import perf_counter
@@ -124,6 +125,7 @@ class Row:
         seconds: the duration of the rewrite.
         reason: why it was refused, skipped or failed.
         note: what was done to the model beforehand.
+        on: the versions and the machine.
     """
 
     name: str
@@ -136,6 +138,7 @@ class Row:
     seconds: float | None = None
     reason: str = ""
     note: str = ""
+    on: str = ""
 
 
 def isotropic_names() -> list[str]:
@@ -342,12 +345,13 @@ def run(
 ) -> list[Row]:
     """Survey every name that ``log`` does not have, or had to skip; each row is written to ``log`` at once."""
     finished = read_rows(log)
+    here = f"{versions('timm', 'torchvision', 'transformers')}, on {hardware()}"
     rows = []
     log.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         advance(name)
         if name not in finished or finished[name].status == "skipped":
-            finished[name] = survey(name, limit=limit, **options)
+            finished[name] = replace(survey(name, limit=limit, **options), on=here)
             with log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(finished[name])) + "\n")
             gc.collect()
@@ -364,7 +368,7 @@ def page(rows: Sequence[Row], command: str) -> str:
     lines = [
         "# The zoo",
         "",
-        f"Written by `{command}` with {versions('timm', 'torchvision', 'transformers')}, on {hardware()}.",
+        f"Written by `{command}`, with {_places(rows)}.",
         "",
         "All weights are random, moved far from initialisation so that every term matters; they say nothing about "
         "accuracy. Each model is rewritten, run on random images and compared with a reference that keeps all tokens "
@@ -380,6 +384,13 @@ def page(rows: Sequence[Row], command: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _places(rows: Sequence[Row]) -> str:
+    counts = Counter(row.on for row in rows)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return "; and with ".join(f"{on} ({count} of the models)" for on, count in counts.items())
 
 
 _MEANING = {
