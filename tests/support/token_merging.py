@@ -215,7 +215,7 @@ class MergingRun(MaskedRun):
         assert not is_causal
         sizes = self.head_sizes(key.shape[-2])
         if sizes is not None:
-            bias = torch.zeros(key.shape[0], 1, query.shape[-2], key.shape[-2], dtype=query.dtype)
+            bias = query.new_zeros(key.shape[0], 1, query.shape[-2], key.shape[-2])
             if attn_mask is not None and attn_mask.dtype == torch.bool:
                 bias = bias.masked_fill(~attn_mask, -math.inf)
             elif attn_mask is not None:
@@ -275,13 +275,13 @@ class MergingRun(MaskedRun):
         batch, n = self.gone.shape
         patches = n - layout.prefix - layout.suffix
         if self.order is None or self.sizes is None or self.owner is None:
-            self.order = torch.arange(patches).expand(batch, -1)
+            self.order = torch.arange(patches, device=state.device).expand(batch, -1)
             self.owner = self.order.clone()
-            self.sizes = torch.ones(batch, patches, dtype=state.dtype)
+            self.sizes = torch.ones(batch, patches, dtype=state.dtype, device=state.device)
         keys = torch.cat(self.keys, dim=1).mean(1)[:, layout.prefix : layout.prefix + patches]
         self.keys, self.seen = [], []  # nothing is dropped here, so nothing scores
         amount = merge_count(self.stages[layer], self.order.shape[1])
-        mix = torch.eye(n, dtype=state.dtype).repeat(batch, 1, 1)  # new rows from old ones
+        mix = torch.eye(n).to(state).repeat(batch, 1, 1)  # new rows from old ones
         orders, leavers, margins = [], [], [math.inf]
         sizes, owner, gone = self.sizes.clone(), self.owner.clone(), self.gone.clone()
         for b in range(batch):
@@ -300,13 +300,13 @@ class MergingRun(MaskedRun):
                 gone[b, layout.prefix + source] = True
             for destination in set(owner[b, sources[leaving]].tolist()):
                 came = [s for s in sources[leaving].tolist() if owner[b, s] == destination]
-                members = torch.tensor([destination, *came])
+                members = torch.tensor([destination, *came], device=state.device)
                 weights = self.weights_of(sizes[b, members])
                 row = layout.prefix + destination
                 mix[b, row] = 0.0
                 mix[b, row, layout.prefix + members] = weights / weights.sum()
                 sizes[b, destination] = sizes[b, members].sum()
-            staying = torch.ones(len(sources), dtype=torch.bool)
+            staying = torch.ones_like(sources, dtype=torch.bool)
             staying[leaving] = False
             orders.append(
                 self.following(sources[staying], destinations) if amount else self.order[b]
