@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -316,10 +317,16 @@ def test_page() -> None:
         Row("timm:a", "exact", 12, 1, 196, "4(30%)+6", 1.23e-6, 1.51, note="made 4 layers deep"),
         Row("timm:b", "refused", reason="tokens | mix\nhere"),
     ]
+    rows = [replace(row, on="torch 2.14, on a desk") for row in rows]
     text = page(rows, "python benchmarks/zoo.py a b")
     assert "`python benchmarks/zoo.py a b`" in text
     assert "random" in text
-    assert "torch 2" in text
+    assert "with torch 2.14, on a desk." in text
+    elsewhere = page([*rows, replace(rows[0], on="torch 2.11, on a chair")], "python")
+    assert (
+        "torch 2.14, on a desk (2 of the models); and with torch 2.11, on a chair (1 of"
+        in elsewhere
+    )
     assert "- 1 exact" in text
     assert "wrong" not in text
     line = "| timm:a | 12 | 1 | 196 | `4(30%)+6` | exact | 1.2e-06 | 1.5 | made 4 layers deep |"
