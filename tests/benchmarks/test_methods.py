@@ -72,6 +72,7 @@ def test_it_writes_what_it_measured(script: ModuleType, tmp_path: Path) -> None:
         ({"variant": "EViT"}, False),
         ({"speed": (1.36, 1.3, 1.4)}, False),
         ({"device": "cuda"}, False),
+        ({"precision": "bfloat16"}, False),
         ({"model_kwargs": {"depth": 3}}, False),
     ],
 )
@@ -84,9 +85,7 @@ def test_a_missed_target_is_told(change: dict[str, Any], missed: bool, script: M
         1.4,
         None,
     )
-    asked = Namespace(
-        device=change.get("device", "cpu"), model_kwargs=change.get("model_kwargs", {})
-    )
+    asked = Namespace(**{"device": "cpu", "precision": "float32", "model_kwargs": {}} | change)
     told = list(script.misses(asked, [script.Measured(script.MODEL, {}, [result])]))
     assert bool(told) is missed
 
