@@ -30,7 +30,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import skipvit_fx as sv
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 from skipvit_fx.cli.picture import after_stage, patch_grid, read_image
 from throughput import Result, Setting, measure, rows, sections, tables, write, write_json
 

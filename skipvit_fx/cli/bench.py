@@ -9,7 +9,7 @@ import typer
 
 from skipvit_fx.ascend.npu import npu_is_available
 from skipvit_fx.capture.example import example_of
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 from skipvit_fx.cli.models import SpecError
 from skipvit_fx.cli.options import (
     Cut,

@@ -8,6 +8,7 @@ from typing import Any
 
 import networkx as nx
 
+from skipvit_fx.reports.html import Markup, paragraphs, share_bar, table
 from skipvit_fx.reports.table import columns
 
 
@@ -160,6 +161,15 @@ class Inspection:
         """The nodes that passes inserted, in graph order."""
         return tuple(node for node in self.nodes if node.inserted_by is not None)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the full sequence."""
+        return self.prefix + self.patches + self.tail
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        return paragraphs(*_header(self)) + _html_table(self)
+
     def diff(self) -> str:
         """The captured graph against the rewritten one, as a unified diff that names the pass that made each change.
 
@@ -260,6 +270,21 @@ def _row(
 ) -> Sequence[str]:
     counts = [str(count) for count in tokens] or ["", "", ""]
     return (name, place, *counts, *(f"{count / 1e9:.4f}" for count in macs), note)
+
+
+def _html_table(report: Inspection) -> Markup:
+    """The same rows, with bars for the tokens and multiply-adds that are left in each layer."""
+    head, first, *layers, last, total = _rows(report)
+    barred = [
+        (
+            *row[:4],
+            share_bar(row[4], layer.ffn_tokens, report.tokens),
+            share_bar(row[5], layer.macs, layer.baseline_macs),
+            *row[6:],
+        )
+        for row, layer in zip(layers, report.layers, strict=True)
+    ]
+    return table(head, [first, *barred, last, total], to_the_left=(1, 7))
 
 
 def _inserted(report: Inspection) -> Iterator[str]:

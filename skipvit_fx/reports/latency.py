@@ -62,7 +62,7 @@ def measure_latency(
         )
     device = tensor_leaves((args, kwargs))[0].device
     wait = _waiting_for(device)
-    timers = [_NodeTimer(_copy(fast, skipping), wait) for skipping in (False, True)]
+    timers = [_NodeTimer(copy_to_run(fast, skipping), wait) for skipping in (False, True)]
     whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
     for _ in range(WARM_UP + rounds):
         for timed in whole:
@@ -87,7 +87,7 @@ def measure_latency(
     )
 
 
-def _copy(fast: SkipViTModule, skipping: bool) -> SkipViTModule:
+def copy_to_run(fast: SkipViTModule, skipping: bool) -> SkipViTModule:
     """A copy of a rewritten model in eval mode that shares its tensors, with skipping as planned or off."""
     copy = clone_structure(fast).eval()
     skip_as_planned(copy, skipping)
