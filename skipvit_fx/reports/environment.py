@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 def versions(*packages: str) -> str:
@@ -30,3 +31,11 @@ def hardware() -> str:
             (value.strip() for key, _, value in fields if key.strip() == "model name"), name
         )
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def device_name(model: nn.Module) -> str:
+    """What runs a model: the name of its accelerator, or of the processor."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        return hardware()
+    return str(torch.get_device_module(device).get_device_name(device))

@@ -33,6 +33,7 @@ def measure_latency(
     example_inputs: Any,
     *,
     rounds: int = 10,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LatencyReport:
     """Time a rewritten model and its original alternately, layer by layer and as a whole, in eval mode.
 
@@ -43,6 +44,7 @@ def measure_latency(
         example_inputs: the inputs for both, on their device: a tensor, a tuple or a dict, as for
             :func:`skipvit_fx.rewrite`.
         rounds: the number of rounds; the table shows medians.
+        progress: called after each round, warm-up included, with the number done and their total.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
@@ -64,11 +66,13 @@ def measure_latency(
     wait = _waiting_for(device)
     timers = [_NodeTimer(copy_to_run(fast, skipping), wait) for skipping in (False, True)]
     whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
-    for _ in range(WARM_UP + rounds):
+    for done in range(1, WARM_UP + rounds + 1):
         for timed in whole:
             timed.run(*args, **kwargs)
         for timer in timers:
             timer.run(*fast.own.inputs_of(fast.own.calls[0], args, kwargs))
+        if progress is not None:
+            progress(done, WARM_UP + rounds)
     counts = [count_macs(fast, args, kwargs, skipping=skipping) for skipping in (False, True)]
     seconds = [timer.medians() for timer in timers]
     law = _fitted(counts[0], seconds[0], batch)
