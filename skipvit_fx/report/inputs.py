@@ -113,7 +113,9 @@ def read_picture(picture: Any, size: tuple[int, int], model: nn.Module) -> Tenso
     Raises:
         ReportError: it is not a readable picture, or Pillow is not installed.
     """
-    images, operations = (need(f"PIL.{name}", "report", ReportError) for name in ("Image", "ImageOps"))
+    images, operations = (
+        need(f"PIL.{name}", "report", ReportError) for name in ("Image", "ImageOps")
+    )
     config = preprocessing(model)
     height, width = size
     method = getattr(images.Resampling, str(config.get("interpolation", "")).upper(), None)
@@ -138,9 +140,13 @@ def read_picture(picture: Any, size: tuple[int, int], model: nn.Module) -> Tenso
 
 
 def _how_prepared(model: nn.Module, height: int, width: int) -> str:
-    mean, std = (", ".join(f"{v:.3g}" for v in part.flatten().tolist()) for part in normalisation(model))
-    source = "by the model's configuration" if preprocessing(model).get("mean") else "as it names none"
+    mean, std = (
+        ", ".join(f"{v:.3g}" for v in part.flatten().tolist()) for part in normalisation(model)
+    )
+    source = (
+        "by the model's configuration" if preprocessing(model).get("mean") else "as it names none"
+    )
     return (
-        f"Pictures were cropped and resized to {height} × {width} pixels and normalised with mean {mean} and standard "
+        f"Pictures were cropped and resized to {height} x {width} pixels and normalised with mean {mean} and standard "
         f"deviation {std}, {source}."
     )

@@ -41,7 +41,9 @@ def _macs(inspection: Inspection) -> Figure:
     now, before = inspection.macs, inspection.baseline_macs
     value = _change(now / before - 1) if before else "none"
     size, unit = (1e9, "billion") if before >= 1e9 else (1e6, "million")
-    return Figure("Multiply-adds", value, f"{before / size:.2f} → {now / size:.2f} {unit} for one image")
+    return Figure(
+        "Multiply-adds", value, f"{before / size:.2f} → {now / size:.2f} {unit} for one image"
+    )
 
 
 def _time(runs: Runs) -> Figure:
@@ -56,7 +58,10 @@ def _time(runs: Runs) -> Figure:
 def _tokens(inspection: Inspection) -> Figure:
     fewest = min(inspection.layers, key=lambda layer: layer.attention_tokens)
     if fewest.attention_tokens < inspection.tokens:
-        count, where = fewest.attention_tokens, "in the attention of layer {}, where there are fewest"
+        count, where = (
+            fewest.attention_tokens,
+            "in the attention of layer {}, where there are fewest",
+        )
     elif dropping := [layer for layer in inspection.layers if layer.dropped]:
         fewest = min(dropping, key=lambda layer: layer.ffn_tokens)
         count, where = fewest.ffn_tokens, "after the attention of layer {}"
@@ -220,7 +225,11 @@ def _sentences(record: RewriteRecord, inspection: Inspection, runs: Runs) -> Ite
             what, how, never = _MERGED
         else:
             what, how, never = _FUSED if span.fused else _DROPPED
-        back = never if span.return_layer is None else f"at the input of layer {span.return_layer} {how}"
+        back = (
+            never
+            if span.return_layer is None
+            else f"at the input of layer {span.return_layer} {how}"
+        )
         yield f"{where} {away} of {inspection.patches} patches {what}; {back}."
 
 

@@ -27,9 +27,7 @@ def table(
         )
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
-    return Markup(
-        f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table>"
-    )
+    return Markup(f"<table><thead><tr>{line(head, 'th')}</tr></thead><tbody>{body}</tbody></table>")
 
 
 def html(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The result of :func:`skipvit_fx.trace_tokens`: which patches were kept, stage by stage, as tensors and as pictures."""
+"""The result of :func:`skipvit_fx.trace_tokens`: which patches were kept, as tensors and as pictures."""
 
 from __future__ import annotations
 
@@ -100,7 +100,9 @@ class TokenTraces(list[TokenTrace]):
         picture = shown(image[sample], self._model)
         panels = [("input", picture)]
         for stage in self:
-            title = f"layer {stage.layer}: {len(stage.kept_of(sample))} of {grid.rows * grid.columns}"
+            title = (
+                f"layer {stage.layer}: {len(stage.kept_of(sample))} of {grid.rows * grid.columns}"
+            )
             panels.append((title, after_stage(picture, stage, grid, sample)))
         figure: Figure = figures.Figure(
             figsize=(2.4 * len(panels), 2.7 * max(1, grid.rows / grid.columns)),
