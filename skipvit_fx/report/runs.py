@@ -9,6 +9,8 @@ from statistics import median
 import torch
 
 from skipvit_fx.errors import ReportError
+from skipvit_fx.graph.calls import kinds_of, signature_of
+from skipvit_fx.graph.inputs import places_of
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.more_graphs import author_of
 from skipvit_fx.report.answers import Answer, answers
@@ -70,16 +72,15 @@ def run(
     args, kwargs = inputs.args, inputs.kwargs
     on, off = copy_to_run(fast, skipping=True), copy_to_run(fast, skipping=False)
     first = on.own.calls[0]
+    signature = signature_of(on.own.method("forward"))
+    if kinds_of(signature, places_of(signature, args, kwargs), args, kwargs) != first.kinds:
+        raise _other_kind()
     with torch.set_grad_enabled(first.recorded.told):
-        if on.prepare(*args, **kwargs).call is not first:
-            raise ReportError(
-                "these images are of another size or kind than the example that the model was rewritten for, and the "
-                "numbers of the report hold for that",
-                hint="rewrite with example_inputs like these images",
-            )
         with selections_noted(on) as noted:
             after = on.graph_forward(*args, **kwargs)
         before = off(*args, **kwargs)
+    if noted.record is not first.record:
+        raise _other_kind()
     latency = None
     if rounds:
         call = args or kwargs  # one of them, as inputs were given
@@ -89,4 +90,12 @@ def run(
         answers(fast, before, after, len(inputs.names)),
         find_grid(fast, args, kwargs),
         latency,
+    )
+
+
+def _other_kind() -> ReportError:
+    return ReportError(
+        "these images are of another size or kind than the example that the model was rewritten for, and the numbers "
+        "of the report hold for that",
+        hint="rewrite with example_inputs like these images",
     )

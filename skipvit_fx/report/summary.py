@@ -42,7 +42,9 @@ def _macs(inspection: Inspection) -> Figure:
     value = _change(now / before - 1) if before else "none"
     size, unit = (1e9, "billion") if before >= 1e9 else (1e6, "million")
     return Figure(
-        "Multiply-adds", value, f"{before / size:.2f} → {now / size:.2f} {unit} for one image"
+        "Multiply-adds",
+        value,
+        f"{_short(before / size)} → {_short(now / size)} {unit} for one image",
     )
 
 
@@ -98,6 +100,11 @@ def _validation(inspection: Inspection) -> Figure:
 def _change(share: float) -> str:
     """A share as a change, with a real minus sign."""
     return f"{share:+.1%}".replace("-", "−").replace("%", " %")  # noqa: RUF001
+
+
+def _short(value: float) -> str:
+    """With three digits."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
