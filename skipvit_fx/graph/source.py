@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import linecache
 import re
-from collections.abc import Iterable
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import fx
@@ -35,6 +36,11 @@ class Source(NamedTuple):
     line: int
     function: str
     code: str
+
+    @property
+    def place(self) -> str:
+        """File and line, such as ``timm/layers/attention.py:139``, whatever folder Python imports it from."""
+        return f"{_imported_as(self.file)}:{self.line}"
 
 
 class Frame(NamedTuple):
@@ -80,6 +86,14 @@ def trace_every_node(graph: fx.Graph) -> None:
         ours = str(node.target).startswith(INSERTED) or node.target in (guard, by_mode)
         read = None if ours else next(filter(None, readers), None)
         node.stack_trace = read or trace_of_inserted("the capture")
+
+
+def _imported_as(file: str) -> str:
+    """The path below the innermost folder of ``sys.path`` that holds a file; its name if there is none."""
+    folders = (Path(folder).resolve() for folder in sys.path)
+    holding = [folder for folder in folders if Path(file).is_relative_to(folder)]
+    inner = max(holding, key=lambda folder: len(folder.parts), default=Path(file).parent)
+    return Path(file).relative_to(inner).as_posix()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -93,6 +93,12 @@ class NodeReport:
         shape: shape of its value for a batch of one; one per tensor if there are several; empty if it is not a tensor.
         macs: multiply-adds per image.
         reads: names of the nodes that it reads.
+        baseline_shape: the same as ``shape``, with skipping off.
+        token_dims: the dimensions along which tokens lie, as far as known.
+        module_path: the author's module in whose forward it was made, or that it calls; empty for inserted nodes.
+        source: the author's line that made it, such as ``timm/layers/attention.py:139``; ``None`` for what this package
+            inserted.
+        code: that line; empty if it was not to be had.
     """
 
     name: str
@@ -103,6 +109,11 @@ class NodeReport:
     shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     macs: int
     reads: tuple[str, ...]
+    baseline_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    token_dims: tuple[int, ...]
+    module_path: str
+    source: str | None
+    code: str
 
 
 _SHOWN = ("op", "target", "inserted_by", "shape", "macs")

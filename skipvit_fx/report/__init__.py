@@ -1,0 +1,1 @@
+"""A rewritten model to look at: one page, opened from disk."""
