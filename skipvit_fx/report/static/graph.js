@@ -9,6 +9,7 @@ const drawGraph = (() => {
   const NODE_HEIGHT = 38;
   const PILL_HEIGHT = 22;
   const LANES = 5; // connections that pass layers, side by side
+  const SMALLEST = 0.85; // scale of a wide layer
   const FOUND = 30; // search results that are listed
   let drawings = 0;
 
@@ -30,27 +31,35 @@ const drawGraph = (() => {
   }
 
   const count = (number, one, many) => `${number} ${number === 1 ? one : (many ?? `${one}s`)}`;
+  function grouped(items, key) {
+    const groups = {};
+    for (const item of items) (groups[key(item)] ??= []).push(item);
+    return groups;
+  }
+
   const same = (a, b) => a.length === b.length && a.every((item, i) => item === b[i]);
 
   function multiplyAdds(number) {
     for (const [unit, size] of [["G", 1e9], ["M", 1e6], ["k", 1e3]]) {
-      if (number >= size) return `${(number / size).toPrecision(3)} ${unit}MACs`;
+      if (number >= size) return `${(number / size).toPrecision(3)} ${unit} MACs`;
     }
     return `${number} MACs`;
   }
 
-  // A shape as text and, in bold, the axes of the tokens; one of several tensors as a list of them.
+  function shapeText(shape) {
+    if (!Array.isArray(shape[0])) return shape.join("×");
+    const all = shape.map((one) => one.join("×"));
+    return all.length > 1 && all.every((one) => one === all[0]) ? `${all.length} of ${all[0]}` : all.join(", ");
+  }
+
+  // A shape with, in bold, the axes of the tokens.
   function shapeParts(shape, tokenDims) {
-    if (!shape.length) return [];
-    if (Array.isArray(shape[0])) return [shape.map((one) => one.join("×")).join(", ")];
+    if (!shape.length || Array.isArray(shape[0])) return [shapeText(shape)];
     return shape.flatMap((size, axis) => [
       axis ? "×" : "",
       tokenDims.includes(axis) ? make("b", {}, String(size)) : String(size),
     ]);
   }
-
-  const shapeText = (shape) =>
-    Array.isArray(shape[0]) ? shape.map((one) => one.join("×")).join(", ") : shape.join("×");
 
   // -- what there is to show ------------------------------------------------------------------------------------------
 
@@ -109,7 +118,8 @@ const drawGraph = (() => {
       this.cells = { before: [], after: [] };
       this.build(element);
       this.showStep(this.step);
-      new ResizeObserver(() => this.drawLanes()).observe(this.rows);
+      setTimeout(() => this.layoutOf(1, "after")); // so that the first layer opens as quickly as the others
+      new ResizeObserver(() => this.arrange()).observe(this.rows);
     }
 
     get frame() {
@@ -149,7 +159,7 @@ const drawGraph = (() => {
         this.lanes.before, this.lanes.after,
       );
       data.groups.forEach((group, i) => this.buildRow(group, i));
-      this.panel = make("aside", { class: "gv-panel", "aria-label": "the chosen node", tabindex: "-1" });
+      this.panel = make("section", { class: "gv-panel", "aria-label": "the chosen node", tabindex: "0", onkeydown: (event) => this.panelKey(event) });
       this.root = make("div", { class: "gv gv-both" },
         make("div", { class: "gv-controls" },
           make("div", { class: "gv-search" },
@@ -191,7 +201,7 @@ const drawGraph = (() => {
       this.root.classList.add(view === "both" ? "gv-both" : `gv-${view}-only`);
       const radio = this.root.querySelector(`input[type=radio][value=${view}]`);
       radio.checked = true;
-      this.drawLanes();
+      this.arrange();
     }
 
     showSizes(on) {
@@ -256,7 +266,7 @@ const drawGraph = (() => {
     toggle(i) {
       if (!this.opened.delete(i)) this.opened.add(i);
       this.refreshRow(i);
-      this.drawLanes();
+      this.arrange();
     }
 
     closeAll() {
@@ -266,9 +276,9 @@ const drawGraph = (() => {
 
     refresh() {
       this.rowsOf = {};
-      for (const side of ["before", "after"]) this.rowsOf[side] = Object.groupBy(this.graphOf(side), (node) => this.data.nodes[node.name].group);
+      for (const side of ["before", "after"]) this.rowsOf[side] = grouped(this.graphOf(side), (node) => this.data.nodes[node.name].group);
       this.data.groups.forEach((_, i) => this.refreshRow(i));
-      this.drawLanes();
+      this.arrange();
     }
 
     refreshRow(i) {
@@ -314,7 +324,7 @@ const drawGraph = (() => {
     }
 
     badges(i, group) {
-      const kinds = Object.groupBy(this.changesIn(i), ([, kind]) => kind);
+      const kinds = grouped(this.changesIn(i), ([, kind]) => kind);
       const badges = ["inserted", "rewired", "erased"]
         .filter((kind) => kinds[kind])
         .map((kind) => make("span", { class: `gv-badge gv-is-${kind}` }, `${kinds[kind].length} ${kind}`));
@@ -327,18 +337,23 @@ const drawGraph = (() => {
 
     // -- nodes --------------------------------------------------------------------------------------------------------
 
-    // Sizes and guards are left out unless they are asked for, or a pass touched them.
+    // Sizes and guards are left out unless they are asked for, chosen, or a pass touched them.
     isShown(name) {
+      return this.sizes || name === this.selected || !this.isAside(name);
+    }
+
+    isAside(name) {
       const node = this.data.nodes[name];
-      return this.sizes || node.tensor || node.kind !== "author" || name === this.selected || ["placeholder", "output"].includes(node.op);
+      return !node.tensor && node.kind === "author" && !["placeholder", "output"].includes(node.op);
     }
 
     layoutOf(i, side) {
-      const shown = (this.rowsOf[side][i] ?? []).filter((node) => this.isShown(node.name));
-      const key = `${side} ${side === "before" ? 0 : this.step} ${i} ${shown.length}`;
+      const aside = this.sizes ? "all" : this.selected !== null && this.isAside(this.selected) ? this.selected : "";
+      const key = `${side} ${side === "before" ? 0 : this.step} ${i} ${aside}`;
       if (this.layouts.has(key)) return this.layouts.get(key);
+      const shown = (this.rowsOf[side][i] ?? []).filter((node) => this.isShown(node.name));
       const graph = new dagre.graphlib.Graph();
-      graph.setGraph({ rankdir: "TB", nodesep: 10, ranksep: 24, edgesep: 6, marginx: 4, marginy: 4 });
+      graph.setGraph({ rankdir: "TB", nodesep: 10, ranksep: 24, edgesep: 6, marginx: 12, marginy: 4, ranker: "tight-tree" });
       graph.setDefaultEdgeLabel(() => ({}));
       for (const { name } of shown) graph.setNode(name, { width: this.widthOf(name, side), height: NODE_HEIGHT });
       const pill = (id, text, to) => graph.setNode(id, { width: Math.min(200, text.length * 6.4 + 18), height: PILL_HEIGHT, pill: text, to });
@@ -360,6 +375,7 @@ const drawGraph = (() => {
         graph.setEdge(name, `out ${name}`);
       }
       dagre.layout(graph);
+      makeRoom(graph);
       this.layouts.set(key, graph);
       return graph;
     }
@@ -430,7 +446,7 @@ const drawGraph = (() => {
       const said = [name, kind === "author" ? "" : kind, node.inserted_by ? `by ${node.inserted_by}` : "", shapeText(node.shape) && `shape ${shapeText(side === "before" ? node.shape_before : node.shape)}`];
       const box = make("button", {
         type: "button", class: `gv-node gv-is-${kind}${now ? " gv-now" : ""}${this.isHit(name) ? " gv-hit" : ""}`, "data-name": name, tabindex: "-1",
-        "aria-pressed": String(name === this.selected), "aria-label": said.filter(Boolean).join(", "), onclick: () => this.select(name),
+        "aria-pressed": String(name === this.selected), "aria-label": said.filter(Boolean).join(", "), onclick: (event) => this.selectFrom(event, name),
       }, make("span", { class: "gv-label" }, node.label), make("span", { class: "gv-shape" }, ...this.secondLine(name, side)));
       return placed(box, place);
     }
@@ -460,29 +476,51 @@ const drawGraph = (() => {
     }
 
     select(name, scroll = false) {
-      const { group } = this.data.nodes[name];
       const written = this.frames[0].graph.some((node) => node.name === name);
+      if (!written && !this.graphOf("after").some((node) => node.name === name)) this.showStep(this.frames.length - 1);
       const there = this.graphOf("after").some((node) => node.name === name);
+      if (!written && this.root.classList.contains("gv-before-only")) this.show("after");
+      if (!there && this.root.classList.contains("gv-after-only")) this.show("before");
       const earlier = this.selected;
       this.selected = name;
-      if (!there && !written) this.showStep(this.frames.length - 1);
-      if (this.root.classList.contains(written ? "gv-none" : "gv-before-only")) this.show("after");
-      const hidden = !this.rows.querySelector(`[data-name="${CSS.escape(name)}"]`);
-      if (hidden) {
-        this.opened.add(group);
-        this.refresh();
-      }
+      const hidden = !this.boxesOf(name).length;
+      if (hidden) this.opened.add(this.data.nodes[name].group);
+      if (hidden || (earlier !== null && this.isAside(earlier))) this.refresh();
       for (const box of this.rows.querySelectorAll(".gv-node")) box.setAttribute("aria-pressed", box.dataset.name === name);
-      if (earlier !== null && earlier !== name && !this.isShown(earlier)) this.refreshRow(this.data.nodes[earlier].group);
       this.showPanel();
-      if (scroll || hidden) {
-        const boxes = [...this.rows.querySelectorAll(`[data-name="${CSS.escape(name)}"]`)];
-        boxes.findLast((box) => box.offsetParent)?.scrollIntoView({ block: "center", inline: "nearest" });
-      }
+      if (scroll || hidden) this.visible(name)?.scrollIntoView({ block: "center", inline: "nearest" });
+    }
+
+    forget() {
+      const name = this.selected;
+      this.selected = null;
+      this.refresh();
+      this.showPanel();
+      this.visible(name)?.focus();
+    }
+
+    visible(name) {
+      return this.boxesOf(name).findLast((box) => box.offsetParent);
+    }
+
+    boxesOf(name) {
+      return [...this.rows.querySelectorAll(`.gv-node[data-name="${CSS.escape(name)}"]`)];
+    }
+
+    // With the keyboard, what is said about a node follows the node; Escape goes back to it.
+    selectFrom(event, name) {
+      this.select(name);
+      if (event.detail === 0) this.panel.focus();
+    }
+
+    panelKey(event) {
+      if (event.key === "Escape" && this.selected !== null) this.visible(this.selected)?.focus();
     }
 
     showPanel() {
       const name = this.selected;
+      const inside = this.panel.contains(document.activeElement);
+      this.panel.classList.toggle("gv-nothing", name === null);
       if (name === null) {
         this.panel.replaceChildren(make("h3", {}, "No node is chosen"), make("p", {}, "Open a layer and choose a node to see its shape, the author's line that made it, and what reads it."));
         return;
@@ -507,8 +545,10 @@ const drawGraph = (() => {
         ["read before", now && before && !same(now, before) ? this.links(before) : null],
         ["read by", this.links(readers)],
       ];
-      this.panel.replaceChildren(make("h3", {}, name),
+      const close = make("button", { type: "button", class: "gv-close gv-forget", "aria-label": "close", onclick: () => this.forget() }, "×");
+      this.panel.replaceChildren(close, make("h3", {}, name),
         make("dl", {}, ...rows.filter(([, value]) => value).flatMap(([term, value]) => [make("dt", {}, term), make("dd", {}, ...value)])));
+      if (inside) this.panel.focus();
     }
 
     links(names) {
@@ -567,8 +607,17 @@ const drawGraph = (() => {
 
     // -- connections that pass layers ---------------------------------------------------------------------------------
 
-    drawLanes() {
+    // What depends on the width of the page: wide layers are drawn a little smaller, then scroll.
+    arrange() {
       if (!this.rowsOf) return;
+      for (const canvas of this.rows.querySelectorAll(".gv-canvas")) {
+        const fit = (canvas.parentElement.clientWidth - 10) / parseFloat(canvas.style.width);
+        canvas.style.zoom = Math.min(1, Math.max(SMALLEST, fit));
+      }
+      this.drawLanes();
+    }
+
+    drawLanes() {
       for (const side of ["before", "after"]) {
         const svg = this.lanes[side];
         const cells = this.cells[side];
@@ -610,6 +659,17 @@ const drawGraph = (() => {
     const gone = node.before.filter((name) => !node.reads.includes(name));
     const come = node.reads.filter((name) => !node.before.includes(name));
     return `reads ${come.join(", ") || "fewer"}${gone.length ? ` instead of ${gone.join(", ")}` : ""}`;
+  }
+
+  // dagre makes room for nodes, not for edges beside them.
+  function makeRoom(graph) {
+    const edges = graph.edges().map((edge) => graph.edge(edge).points);
+    const xs = edges.flat().map((point) => point.x);
+    const left = Math.min(0, ...xs.map((x) => x - 6));
+    const right = Math.max(graph.graph().width, ...xs.map((x) => x + 6));
+    for (const name of graph.nodes()) graph.node(name).x -= left;
+    for (const point of new Set(edges.flat())) point.x -= left;
+    graph.graph().width = right - left;
   }
 
   function placed(element, { x, y, width, height }) {
