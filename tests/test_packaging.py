@@ -28,7 +28,7 @@ LAYERS = [
     ),
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
-    *("reports", "reference", "validation", "api", "saving", "testing", "training"),
+    *("reports", "report", "reference", "validation", "api", "saving", "testing", "training"),
     *("ascend", "export", "__init__", "cli", "__main__"),
 ]
 """Every package, and every module outside a package, from the lowest up."""

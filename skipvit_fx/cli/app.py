@@ -32,6 +32,7 @@ from skipvit_fx.cli.options import (
     rewritten,
     show,
 )
+from skipvit_fx.cli.view import view
 from skipvit_fx.errors import ExportError, PlanError, SkipViTError
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.tokens import TokenTrace
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 export.register(app)
 app.command()(bench)
+app.command()(view)
 
 
 @app.command()

@@ -69,7 +69,7 @@ def _groups(looked: Inspection) -> list[dict[str, Any]]:
     outside: dict[str, Any] = {"module_path": "", "tokens": None}
     first = {"name": "before layer 1", **outside}
     last = {"name": f"after layer {len(looked.layers)}", **outside}
-    reports = (looked.embedding, *looked.layers, looked.head)
+    reports: list[Any] = [looked.embedding, *looked.layers, looked.head]
     return [
         {
             **group,
