@@ -31,6 +31,7 @@ from skipvit_fx.cli.options import (
     rewritten,
     show,
 )
+from skipvit_fx.cli.view import view
 from skipvit_fx.errors import ExportError, PlanError, ReportError, SkipViTError
 from skipvit_fx.plan import Plan
 
@@ -60,6 +61,7 @@ export.register(app)
 app.command()(bench)
 app.command()(trace)
 app.command()(report)
+app.command()(view)
 
 
 @app.command()

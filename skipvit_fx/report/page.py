@@ -17,14 +17,16 @@ from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.optional import need
 from skipvit_fx.report.data import page_data, pictures_of
+from skipvit_fx.report.graph import graph_data
 from skipvit_fx.report.inputs import inputs_of
 from skipvit_fx.report.runs import run
 from skipvit_fx.report.summary import figures_of, layer_rows, spans_in_words
 from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.inspection import inspect
 
-SCRIPTS = ("patches.js", "page.js")
-STYLES = ("page.css", "patches.css")
+SCRIPTS = ("vendor/dagre.min.js", "graph.js", "patches.js", "page.js")
+STYLES = ("graph.css", "page.css", "patches.css")
+LICENCES = ("vendor/dagre.LICENSE",)
 
 
 def report(
@@ -88,7 +90,7 @@ def report(
         layers=layer_rows(record, inspection, runs),
         pictures=pictures,
         data=page_data(fast, record, inputs, runs),
-        graph=None,
+        graph=graph_data(fast, inspection),
         diff=inspection.diff().splitlines(),
         made_on=device_name(fast),
         made_with=versions("timm", "transformers", "skipvit_fx"),
@@ -110,7 +112,7 @@ def _template() -> Any:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     static = files(here) / "static"
     own = need("markupsafe", "report", ReportError).Markup
-    for kind, names in (("scripts", SCRIPTS), ("styles", STYLES)):
+    for kind, names in (("scripts", SCRIPTS), ("styles", STYLES), ("licences", LICENCES)):
         environment.globals[kind] = [own((static / n).read_text(encoding="utf-8")) for n in names]
     return environment.get_template("page.html.j2")
 

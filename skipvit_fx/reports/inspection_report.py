@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
 from skipvit_fx.reports.html import Markup, paragraphs, share_bar, table
+from skipvit_fx.reports.model_explorer import graph_collection, node_data
 from skipvit_fx.reports.table import columns
 
 
@@ -94,6 +98,12 @@ class NodeReport:
         shape: shape of its value for a batch of one; one per tensor if there are several; empty if it is not a tensor.
         macs: multiply-adds per image.
         reads: names of the nodes that it reads.
+        baseline_shape: the same as ``shape``, with skipping off.
+        token_dims: the dimensions along which tokens lie, as far as known.
+        module_path: the author's module in whose forward it was made, or that it calls; empty for inserted nodes.
+        source: the author's line that made it, such as ``timm/layers/attention.py:139``; ``None`` for what this package
+            inserted.
+        code: that line; empty if it was not to be had.
     """
 
     name: str
@@ -104,6 +114,11 @@ class NodeReport:
     shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     macs: int
     reads: tuple[str, ...]
+    baseline_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    token_dims: tuple[int, ...]
+    module_path: str
+    source: str | None
+    code: str
 
 
 _SHOWN = ("op", "target", "inserted_by", "shape", "macs")
@@ -193,6 +208,29 @@ class Inspection:
             graph.add_node(node.name, **attributes, layer=region)
             graph.add_edges_from((read, node.name) for read in node.reads)
         return graph
+
+    def to_model_explorer(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The rewritten graph for Google's Model Explorer: a graph collection, as plain values for ``json.dumps``.
+
+        Every node has its tokens, multiply-adds, shapes, source line and, if it was inserted, the pass, as attributes.
+
+        Args:
+            path: a file to write it to as well, which Model Explorer opens; its name ends with ``.json``.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        collection = graph_collection(self)
+        if path is not None:
+            Path(path).write_text(json.dumps(collection), encoding="utf-8")
+        return collection
+
+    def model_explorer_data(self) -> dict[str, dict[str, Any]]:
+        """Tokens, multiply-adds and passes by node, by which Model Explorer colours :meth:`to_model_explorer`.
+
+        Each value is what a file of node data holds.
+        """
+        return node_data(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the author's nodes and the diff, as plain values for ``json.dumps``."""

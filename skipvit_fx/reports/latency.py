@@ -116,7 +116,7 @@ def _work_by_region(
 ) -> list[tuple[int, int, float, float]]:
     """Multiply-adds and bytes of one image, and seconds of the batch as predicted and as measured."""
     found = record_of(fast).layers
-    depth, regions = len(found), regions_of(fast.graph, found)
+    depth, regions = len(found), regions_of((node.name for node in fast.graph.nodes), found)
     macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
     measured = by_region(seconds, regions, depth)
     return [

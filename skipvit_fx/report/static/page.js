@@ -4,8 +4,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 if (data.stages.length) drawPatches(data);
 
-const graph = document.getElementById("graph-data");
-if (graph) drawGraph(document.getElementById("graph-view"), JSON.parse(graph.textContent));
+const graph = JSON.parse(document.getElementById("graph-data").textContent);
+drawGraph(document.getElementById("graph-view"), graph);
 
 const copy = document.getElementById("copy");
 if (copy) copy.addEventListener("click", copyDiff);
