@@ -201,8 +201,8 @@ def _times(runs: Runs, rows: int) -> list[Amount | None]:
     longest = max(max(layer.measured, layer.baseline_measured) for layer in layers) or 1
     return [
         Amount(
-            f"{1e3 * layer.measured:.2f}",
-            f"{1e3 * layer.baseline_measured:.2f}",
+            _short(1e3 * layer.measured),
+            _short(1e3 * layer.baseline_measured),
             (layer.measured / longest, layer.baseline_measured / longest),
         )
         for layer in layers

@@ -87,7 +87,9 @@ class TokenTraces(list[TokenTrace]):
             SkipViTError: matplotlib is not installed, there is no such sample, or it is not known where in the image
                 the patches are.
         """
-        figures = need("matplotlib.figure", "report")
+        need("matplotlib", "report")
+        from skipvit_fx.reports.plotting import draw_panels
+
         image, samples = image_of(self._args, self._kwargs), self._samples()
         if not -samples <= sample < samples:
             raise SkipViTError(f"there is no sample {sample}", hint=f"the batch has {samples}")
@@ -104,16 +106,7 @@ class TokenTraces(list[TokenTrace]):
                 f"layer {stage.layer}: {len(stage.kept_of(sample))} of {grid.rows * grid.columns}"
             )
             panels.append((title, after_stage(picture, stage, grid, sample)))
-        figure: Figure = figures.Figure(
-            figsize=(2.4 * len(panels), 2.7 * max(1, grid.rows / grid.columns)),
-            layout="constrained",
-        )
-        all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, panel) in zip(all_axes, panels, strict=True):
-            axes.imshow(panel.permute(1, 2, 0).numpy())
-            axes.set_title(title, fontsize=9)
-            axes.set_axis_off()
-        return figure
+        return draw_panels(panels)
 
     def _samples(self) -> int:
         return batch_size(self._args, self._kwargs) or 0
