@@ -49,13 +49,13 @@ def test_stages_are_side_by_side() -> None:
 
 
 def test_colours_are_those_of_the_patches() -> None:
-    assert "38;2;5;255;0m██" in "".join(printed(stage(1, 5, 11), width=40, colours=True))
+    assert "38;2;5;255;0m█" in "".join(printed(stage(1, 5, 11), width=40, colours=True))
 
 
 def test_a_merged_token_has_the_mean_colour() -> None:
     owner = [0, 1, 2, 3, 0, 4, 5, 6, 7, 8, 9, 10]
     kept = (0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 11)
-    assert "38;2;2;255;0m██" in "".join(
+    assert "38;2;2;255;0m█" in "".join(
         printed(stage(1, *kept, owner=owner), width=40, colours=True)
     )
 
