@@ -72,7 +72,7 @@ def _places(report: Inspection) -> Iterator[str]:
 
 def _node(node: NodeReport, place: str) -> dict[str, Any]:
     *within, last = node.module_path.split(".")
-    called = node.op == "call_module" and node.inserted_by is None
+    called = node.op == "call_module" and bool(node.module_path)
     modules = within if called else [*within, last]
     below = ["inserted"] if node.inserted_by else [name for name in modules if name]
     written: dict[str, Any] = {
