@@ -162,6 +162,8 @@ def test_wheel_contains_every_package(checkout: Path) -> None:
     assert "skipvit_fx/passes/__init__.py" in sources
     assert {name for name in files if name.endswith(".py")} == sources
     assert "skipvit_fx/py.typed" in files
+    drawn = {"graph.js", "graph.css", "vendor/dagre.min.js", "vendor/dagre.LICENSE"}
+    assert {f"skipvit_fx/report/static/{name}" for name in drawn} <= set(files)
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 

@@ -80,6 +80,7 @@ def test_another_graph_knows_its_own_modules() -> None:
     assert "skipvit.call_2.stage_1.keep" in called
 
 
+@pytest.mark.slow
 def test_it_comes_back_with_a_saved_file(tmp_path: Any) -> None:
     fast = sv.rewrite(Tiny().eval(), "1(50%)+3", example_inputs=(X,))
     sv.save(fast, tmp_path / "fast.safetensors")

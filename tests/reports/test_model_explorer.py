@@ -142,6 +142,13 @@ def test_a_file_is_written(report: Inspection, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "graph.json").read_text(encoding="utf-8")) == written
 
 
+def test_a_file_that_cannot_be_written(report: Inspection, tmp_path: Path) -> None:
+    with pytest.raises(sv.ExportError, match="cannot write") as caught:
+        report.to_model_explorer(tmp_path)
+    assert "a folder that exists" in caught.value.hint
+    assert not list(tmp_path.parent.glob(".*.part"))
+
+
 def test_without_the_package(report: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "model_explorer", None)
     assert report.to_model_explorer()["graphs"]
