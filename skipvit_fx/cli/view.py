@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +28,7 @@ from skipvit_fx.cli.options import (
 )
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.inspection_report import Inspection
+from skipvit_fx.reports.model_explorer import write_json
 
 Out = Annotated[
     Path | None,
@@ -88,20 +88,10 @@ def _open(explorer: ModuleType, report: Inspection) -> None:
 
 
 def _write(report: Inspection, path: Path) -> list[Path]:
-    """Write the graph, and beside it the data of its nodes, each in a file of its own.
-
-    Raises:
-        SpecError: a file cannot be written.
-    """
+    """Write the graph, and beside it the data of its nodes, each in a file of its own."""
     written = {path: report.to_model_explorer()}
     for name, data in report.model_explorer_data().items():
         written[path.with_name(f"{path.stem}.{name.replace(' ', '-')}.json")] = data
     for file, content in written.items():
-        try:
-            file.write_text(json.dumps(content), encoding="utf-8")
-        except OSError as error:
-            raise SpecError(
-                f"cannot write {file}: {error.strerror or error}",
-                hint="give the name of a file in a folder that exists",
-            ) from error
+        write_json(content, file)
     return list(written)

@@ -189,6 +189,12 @@ def record_of(fast: nn.Module) -> RewriteRecord:
     return record
 
 
+def authors_module(node: fx.Node) -> str:
+    """Path of the author's module in whose forward the node was made, or that it calls; empty for what was inserted."""
+    ours = INSERTED_BY in node.meta or str(node.target).startswith(INSERTED)
+    return "" if ours else module_path(node)
+
+
 def node_records(graph: fx.Graph) -> Iterator[NodeRecord]:
     """Every node of a graph, in order."""
     after = ""
@@ -200,7 +206,7 @@ def node_records(graph: fx.Graph) -> Iterator[NodeRecord]:
             printed_target(node),
             tuple(read.name for read in node.all_input_nodes),
             after,
-            module_path(node) if inserted_by is None else "",
+            authors_module(node),
             source_of(node),
             inserted_by,
         )

@@ -5,8 +5,13 @@ from __future__ import annotations
 from torch import fx, nn
 
 from skipvit_fx.graph.attention_ops import key_count
-from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
+from skipvit_fx.graph.record import (
+    LayerRecord,
+    RewriteRecord,
+    authors_module,
+    graph_lines,
+    record_of,
+)
 from skipvit_fx.graph.source import source_of
 from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.ops.skip import OnStream, PassAround
@@ -100,20 +105,19 @@ class _Looked:
 
     def node(self, node: fx.Node) -> NodeReport:
         region = self.regions[node.name]
-        inserted_by = node.meta.get(INSERTED_BY)
         source = source_of(node)
         return NodeReport(
             name=node.name,
             op=node.op,
             target=printed_target(node),
-            inserted_by=inserted_by,
+            inserted_by=node.meta.get(INSERTED_BY),
             layer=region if 0 < region <= len(self.record.layers) else None,
             shape=self.now.shapes[node.name],
             macs=self.now.nodes[node.name],
             reads=tuple(read.name for read in node.all_input_nodes),
             baseline_shape=self.baseline.shapes[node.name],
             token_dims=self._token_dims(node),
-            module_path=module_path(node) if inserted_by is None else "",
+            module_path=authors_module(node),
             source=source.place if source else None,
             code=source.code if source else "",
         )

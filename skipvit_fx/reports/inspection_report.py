@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import networkx as nx
 
 from skipvit_fx.reports.html import Markup, paragraphs, share_bar, table
-from skipvit_fx.reports.model_explorer import graph_collection, node_data
+from skipvit_fx.reports.model_explorer import graph_collection, node_data, write_json
 from skipvit_fx.reports.table import columns
 
 
@@ -218,11 +217,11 @@ class Inspection:
             path: a file to write it to as well, which Model Explorer opens; its name ends with ``.json``.
 
         Raises:
-            OSError: the file cannot be written.
+            ExportError: the file cannot be written.
         """
         collection = graph_collection(self)
         if path is not None:
-            Path(path).write_text(json.dumps(collection), encoding="utf-8")
+            write_json(collection, Path(path))
         return collection
 
     def model_explorer_data(self) -> dict[str, dict[str, Any]]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from skipvit_fx.errors import ExportError
 
 if TYPE_CHECKING:
     from skipvit_fx.reports.inspection_report import Inspection, LayerReport, NodeReport
@@ -55,6 +60,25 @@ def node_data(report: Inspection) -> dict[str, dict[str, Any]]:
     }
 
 
+def write_json(content: Any, path: Path) -> None:
+    """Write a file, completely or not at all.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        unfinished.write_text(json.dumps(content), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {path}: {error.strerror or error}",
+            hint="give the name of a file in a folder that exists and may be written to",
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def _graph_id(report: Inspection) -> str:
     return f"{report.model} with {report.plan}" if report.plan else report.model
 
@@ -72,7 +96,7 @@ def _places(report: Inspection) -> Iterator[str]:
 
 def _node(node: NodeReport, place: str) -> dict[str, Any]:
     *within, last = node.module_path.split(".")
-    called = node.op == "call_module" and node.inserted_by is None
+    called = node.op == "call_module" and bool(node.module_path)
     modules = within if called else [*within, last]
     below = ["inserted"] if node.inserted_by else [name for name in modules if name]
     written: dict[str, Any] = {

@@ -118,8 +118,18 @@ const drawGraph = (() => {
       this.cells = { before: [], after: [] };
       this.build(element);
       this.showStep(this.step);
-      setTimeout(() => this.layoutOf(1, "after")); // so that the first layer opens as quickly as the others
+      this.prepare(1);
       new ResizeObserver(() => this.arrange()).observe(this.rows);
+    }
+
+    // Layers are laid out when they are opened; while the browser has nothing else to do, those that are still closed.
+    prepare(i) {
+      if (i >= this.data.groups.length) return;
+      const whenIdle = window.requestIdleCallback ?? setTimeout;
+      whenIdle(() => {
+        for (const side of ["before", "after"]) this.layoutOf(this.boxesIn(i, side));
+        this.prepare(i + 1);
+      });
     }
 
     get frame() {
@@ -347,37 +357,39 @@ const drawGraph = (() => {
       return !node.tensor && node.kind === "author" && !["placeholder", "output"].includes(node.op);
     }
 
-    layoutOf(i, side) {
-      const aside = this.sizes ? "all" : this.selected !== null && this.isAside(this.selected) ? this.selected : "";
-      const key = `${side} ${side === "before" ? 0 : this.step} ${i} ${aside}`;
-      if (this.layouts.has(key)) return this.layouts.get(key);
-      const shown = (this.rowsOf[side][i] ?? []).filter((node) => this.isShown(node.name));
-      const graph = new dagre.graphlib.Graph();
-      graph.setGraph({ rankdir: "TB", nodesep: 10, ranksep: 24, edgesep: 6, marginx: 12, marginy: 4, ranker: "tight-tree" });
-      graph.setDefaultEdgeLabel(() => ({}));
-      for (const { name } of shown) graph.setNode(name, { width: this.widthOf(name, side), height: NODE_HEIGHT });
-      const pill = (id, text, to) => graph.setNode(id, { width: Math.min(200, text.length * 6.4 + 18), height: PILL_HEIGHT, pill: text, to });
-      for (const { name, reads } of shown) {
+    // The boxes of an open layer: its nodes, where their inputs come from, and where their results go; and the edges
+    // between them, as pairs of boxes by number.
+    boxesIn(i, side) {
+      const { data } = this;
+      const boxes = (this.rowsOf[side][i] ?? [])
+        .filter((node) => this.isShown(node.name))
+        .map((node) => ({ ...node, width: this.widthOf(node.name, side), height: NODE_HEIGHT }));
+      const nodes = [...boxes];
+      const numbers = new Map(boxes.map((box, number) => [box.name, number]));
+      const pill = (name, text, to) => boxes.push({ name, text, to, width: Math.min(200, text.length * 6.4 + 18), height: PILL_HEIGHT }) - 1;
+      const edges = [];
+      for (const [number, { reads }] of nodes.entries()) {
         for (const read of new Set(reads)) {
-          const other = this.data.nodes[read];
           if (!this.isShown(read)) continue;
-          if (other.group !== i) {
-            pill(`in ${read}`, `from ${this.data.groups[other.group].name}`, read);
-            graph.setEdge(`in ${read}`, name);
-          } else if (graph.hasNode(read)) graph.setEdge(read, name);
+          const { group } = data.nodes[read];
+          if (!numbers.has(read)) numbers.set(read, pill(read, `from ${data.groups[group].name}`, read));
+          edges.push([numbers.get(read), number]);
         }
       }
       for (const [name, groups] of this.readersOutside(i, side)) {
-        if (!graph.hasNode(name)) continue;
-        const others = [...groups].map((g) => this.data.groups[g].name);
-        const text = others.length === 1 ? `to ${others[0]}` : `to ${count(others.length, "other layer")}`;
-        pill(`out ${name}`, text, null);
-        graph.setEdge(name, `out ${name}`);
+        if (!numbers.has(name)) continue;
+        const [first, ...more] = [...groups].map((group) => data.groups[group].name);
+        const text = more.length ? `to ${count(more.length + 1, "other layer")}` : `to ${first}`;
+        edges.push([numbers.get(name), pill(name, text, null)]);
       }
-      dagre.layout(graph);
-      makeRoom(graph);
-      this.layouts.set(key, graph);
-      return graph;
+      return { boxes, edges };
+    }
+
+    // Layers that are built alike, as most are, are laid out once.
+    layoutOf({ boxes, edges }) {
+      const key = JSON.stringify([boxes.map((box) => Math.round(box.width)), edges]);
+      if (!this.layouts.has(key)) this.layouts.set(key, layout(boxes, edges));
+      return this.layouts.get(key);
     }
 
     readersOutside(i, side) {
@@ -418,44 +430,39 @@ const drawGraph = (() => {
     }
 
     graphIn(i, side) {
-      const layout = this.layoutOf(i, side);
-      const { width, height } = layout.graph();
-      const edges = draw("svg", { class: "gv-edges", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
-      const canvas = make("div", { class: "gv-canvas", onkeydown: (event) => this.nodeKey(event) }, edges);
+      const inside = this.boxesIn(i, side);
+      const { width, height, places, points } = this.layoutOf(inside);
+      const svg = draw("svg", { class: "gv-edges", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+      const canvas = make("div", { class: "gv-canvas", onkeydown: (event) => this.nodeKey(event) }, svg);
       canvas.style.width = `${width}px`;
       canvas.style.height = `${height}px`;
-      for (const edge of layout.edges()) {
-        const ends = [edge.v, edge.w].map((end) => end.replace(/^(in|out) /, ""));
-        const looks = ends.map((end) => this.lookOf(end, side));
-        const inserted = looks.some((look) => look.kind === "inserted");
-        const kind = inserted && side === "after" ? "gv-edge gv-edge-inserted" : "gv-edge";
-        const { points } = layout.edge(edge);
-        edges.append(draw("path", { class: kind, d: curve(points) }), draw("path", { class: `${kind} gv-tip`, d: tip(points) }));
-      }
-      const order = layout.nodes().filter((name) => !layout.node(name).pill);
-      for (const name of order) canvas.append(this.nodeBox(name, side, layout.node(name)));
-      for (const id of layout.nodes().filter((name) => layout.node(name).pill)) canvas.append(this.pill(id, layout.node(id)));
+      inside.edges.forEach((ends, number) => {
+        const inserted = side === "after" && ends.some((end) => this.lookOf(inside.boxes[end].name, side).kind === "inserted");
+        const kind = inserted ? "gv-edge gv-edge-inserted" : "gv-edge";
+        svg.append(draw("path", { class: kind, d: curve(points[number]) }), draw("path", { class: `${kind} gv-tip`, d: tip(points[number]) }));
+      });
+      inside.boxes.forEach((box, number) => {
+        const element = box.text === undefined ? this.nodeBox(box.name, side) : this.pill(box);
+        canvas.append(placed(element, box, places[number]));
+      });
       const first = canvas.querySelector(".gv-node[aria-pressed=true]") ?? canvas.querySelector(".gv-node");
       if (first) first.tabIndex = 0;
       return make("div", { class: "gv-scroll" }, canvas);
     }
 
-    nodeBox(name, side, place) {
+    nodeBox(name, side) {
       const node = this.data.nodes[name];
       const { kind, now } = this.lookOf(name, side);
       const said = [name, kind === "author" ? "" : kind, node.inserted_by ? `by ${node.inserted_by}` : "", shapeText(node.shape) && `shape ${shapeText(side === "before" ? node.shape_before : node.shape)}`];
-      const box = make("button", {
+      return make("button", {
         type: "button", class: `gv-node gv-is-${kind}${now ? " gv-now" : ""}${this.isHit(name) ? " gv-hit" : ""}`, "data-name": name, tabindex: "-1",
         "aria-pressed": String(name === this.selected), "aria-label": said.filter(Boolean).join(", "), onclick: (event) => this.selectFrom(event, name),
       }, make("span", { class: "gv-label" }, node.label), make("span", { class: "gv-shape" }, ...this.secondLine(name, side)));
-      return placed(box, place);
     }
 
-    pill(id, place) {
-      const pill = place.to
-        ? make("button", { type: "button", class: "gv-pill", tabindex: "-1", title: place.to, "aria-label": `${place.pill}: ${place.to}`, onclick: () => this.select(place.to) }, place.pill)
-        : make("span", { class: "gv-pill" }, place.pill);
-      return placed(pill, place);
+    pill({ text, to }) {
+      if (to === null) return make("span", { class: "gv-pill" }, text);
+      return make("button", { type: "button", class: "gv-pill", tabindex: "-1", title: to, "aria-label": `${text}: ${to}`, onclick: () => this.select(to) }, text);
     }
 
     nodeKey(event) {
@@ -610,10 +617,9 @@ const drawGraph = (() => {
     // What depends on the width of the page: wide layers are drawn a little smaller, then scroll.
     arrange() {
       if (!this.rowsOf) return;
-      for (const canvas of this.rows.querySelectorAll(".gv-canvas")) {
-        const fit = (canvas.parentElement.clientWidth - 10) / parseFloat(canvas.style.width);
-        canvas.style.zoom = Math.min(1, Math.max(SMALLEST, fit));
-      }
+      const canvases = [...this.rows.querySelectorAll(".gv-canvas")];
+      const fits = canvases.map((canvas) => (canvas.parentElement.clientWidth - 10) / parseFloat(canvas.style.width));
+      canvases.forEach((canvas, i) => (canvas.style.zoom = Math.min(1, Math.max(SMALLEST, fits[i]))));
       this.drawLanes();
     }
 
@@ -661,18 +667,27 @@ const drawGraph = (() => {
     return `reads ${come.join(", ") || "fewer"}${gone.length ? ` instead of ${gone.join(", ")}` : ""}`;
   }
 
-  // dagre makes room for nodes, not for edges beside them.
-  function makeRoom(graph) {
-    const edges = graph.edges().map((edge) => graph.edge(edge).points);
-    const xs = edges.flat().map((point) => point.x);
+  // Places of the boxes, and the points of the edges. dagre makes room for boxes, not for edges beside them.
+  function layout(boxes, edges) {
+    const graph = new dagre.graphlib.Graph();
+    graph.setGraph({ rankdir: "TB", nodesep: 10, ranksep: 24, edgesep: 6, marginx: 12, marginy: 4, ranker: "tight-tree" });
+    graph.setDefaultEdgeLabel(() => ({}));
+    boxes.forEach(({ width, height }, number) => graph.setNode(String(number), { width, height }));
+    for (const [from, to] of edges) graph.setEdge(String(from), String(to));
+    dagre.layout(graph);
+    const points = edges.map(([from, to]) => graph.edge(String(from), String(to)).points);
+    const xs = points.flat().map((point) => point.x);
     const left = Math.min(0, ...xs.map((x) => x - 6));
     const right = Math.max(graph.graph().width, ...xs.map((x) => x + 6));
-    for (const name of graph.nodes()) graph.node(name).x -= left;
-    for (const point of new Set(edges.flat())) point.x -= left;
-    graph.graph().width = right - left;
+    return {
+      width: right - left,
+      height: graph.graph().height,
+      places: boxes.map((_, number) => ({ x: graph.node(String(number)).x - left, y: graph.node(String(number)).y })),
+      points: points.map((line) => line.map(({ x, y }) => ({ x: x - left, y }))),
+    };
   }
 
-  function placed(element, { x, y, width, height }) {
+  function placed(element, { width, height }, { x, y }) {
     Object.assign(element.style, { left: `${x - width / 2}px`, top: `${y - height / 2}px`, width: `${width}px`, height: `${height}px` });
     return element;
   }
