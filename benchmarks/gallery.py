@@ -160,10 +160,9 @@ def section(spec: str, rows: list[Shown], name: str) -> str:
     ]
     for row in rows:
         found = row.inspection
-        fused = " + 1 fused" if row.plan.endswith("+fused") else ""
         share = found.macs / found.baseline_macs
         lines.append(
-            f"| `{row.plan}` | {row.left}{fused} of {found.patches} | {found.macs / 1e9:.2f} G | {share:.1%} |"
+            f"| `{row.plan}` | {row.left} of {found.patches} | {found.macs / 1e9:.2f} G | {share:.1%} |"
         )
     return "\n".join([*lines, ""])
 

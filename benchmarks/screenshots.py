@@ -67,6 +67,7 @@ def photograph(chromium: Any, page: Path, out: Path) -> None:
     """The top and the graph in a wide window, and three parts on a dark phone."""
     wide = opened(chromium, page, WIDE, HIGH, "light")
     wide.locator("#layer").fill("7")
+    wide.locator("#layer").blur()
     save([wide.screenshot(full_page=True, clip=box(wide, "body", "#images"))], out / "report.png")
     wide.evaluate("window.scrollTo(0, 0)")
     save([wide.locator("#graph").screenshot()], out / "report-graph.png")

@@ -254,6 +254,6 @@ def _where(layers: list[int]) -> str:
         return "In front of layer 1,"
     if len(layers) == 1:
         return f"In layer {layers[0]},"
-    run = layers == list(range(layers[0], layers[-1] + 1))
-    listed = f"{layers[0]} to {layers[-1]}" if run else ", ".join(map(str, layers))
-    return f"In layers {listed},"
+    if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 2:
+        return f"In layers {layers[0]} to {layers[-1]},"
+    return f"In layers {', '.join(map(str, layers[:-1]))} and {layers[-1]},"

@@ -30,7 +30,8 @@ def hardware() -> str:
         name = next(
             (value.strip() for key, _, value in fields if key.strip() == "model name"), name
         )
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def device_name(model: nn.Module) -> str:
