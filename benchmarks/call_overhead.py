@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 import skipvit_fx as sv
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 
 TARGET = 50e-6
 """In seconds."""

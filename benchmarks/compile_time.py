@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import nn
 
 import skipvit_fx
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 
 DEPTHS = (12, 24, 48, 96)
 TARGETS = {"12 layers, first call": 3.0, "12 layers": 2.0, "96 layers / 12 layers": 9.0}

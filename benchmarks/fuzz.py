@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fuzzing.cases import FAILURES, Case, Outcome, as_test, draw_case, run, shrink
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 
 TIMEOUT = 60
 """Seconds allowed for a case, which takes well under a second."""

@@ -30,8 +30,10 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import skipvit_fx as sv
-from skipvit_fx.cli.environment import hardware, versions
-from skipvit_fx.cli.picture import after_stage, patch_grid, read_image
+from skipvit_fx.report.inputs import read_picture
+from skipvit_fx.reports.environment import hardware, versions
+from skipvit_fx.reports.grid import Grid
+from skipvit_fx.reports.pictures import after_stage, shown
 from throughput import Result, Setting, measure, rows, sections, tables, write, write_json
 
 MODEL = "vit_small_patch16_224"
@@ -194,10 +196,9 @@ def read(path: Path) -> tuple[str, list[Measured]]:
 
 def save_picture(path: Path, model: nn.Module, image: Path) -> None:
     """One panel per method: what is left of an image after its last stage. 256 colours make a small file."""
-    height, width = model.patch_embed.img_size
-    picture, x = read_image(image, (3, height, width), model)
-    grid = patch_grid(model.patch_embed.num_patches, height, width)
-    assert grid is not None, "not a grid of square patches"
+    prepared = read_picture(image, model.patch_embed.img_size, model)
+    picture, x = shown(prepared, model), prepared[None]
+    grid = Grid(*model.patch_embed.grid_size)
     panels = {"the image": picture}
     for method in sv.METHODS.values():
         fast = sv.rewrite(model, method.plan, **method.options).train(only_trains(method))

@@ -17,7 +17,7 @@ import timm
 import torch
 
 import skipvit_fx
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 
 
 def session(path: Path, threads: int) -> onnxruntime.InferenceSession:

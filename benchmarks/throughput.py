@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import skipvit_fx as sv
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 
 MODEL, PLAN = "vit_small_patch16_224", "6(55%)+11"
 

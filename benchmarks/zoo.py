@@ -29,10 +29,10 @@ from torch.utils._pytree import tree_leaves
 
 import skipvit_fx
 from skipvit_fx.capture.example import example_of
-from skipvit_fx.cli.environment import hardware, versions
 from skipvit_fx.cli.models import Spec, SpecError, need, parse_spec
 from skipvit_fx.cli.options import REFUSED, ImgSize, Json, show
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
+from skipvit_fx.reports.environment import hardware, versions
 from skipvit_fx.testing import TOLERANCE, Reference, randomize
 
 ISOTROPIC = (

@@ -9,6 +9,7 @@ from skipvit_fx.errors import (
     GuardError,
     NotRewrittenError,
     PlanError,
+    ReportError,
     SavedModelError,
     SkipViTError,
     TraceError,
@@ -19,6 +20,7 @@ from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.methods import METHODS, Method
 from skipvit_fx.plan import Plan, Span, Stage
+from skipvit_fx.report.page import report
 from skipvit_fx.reports.attention import find_attention
 from skipvit_fx.reports.attention_report import AttentionReport, FoundLayer, Site
 from skipvit_fx.reports.inspection import inspect
@@ -31,7 +33,8 @@ from skipvit_fx.reports.inspection_report import (
 )
 from skipvit_fx.reports.latency import measure_latency
 from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
-from skipvit_fx.reports.tokens import TokenTrace, trace_tokens
+from skipvit_fx.reports.token_report import TokenTrace, TokenTraces
+from skipvit_fx.reports.tokens import trace_tokens
 from skipvit_fx.saving import load, save
 from skipvit_fx.scores import register_score
 from skipvit_fx.training import SkipSchedule
@@ -60,6 +63,7 @@ __all__ = [
     "NotRewrittenError",
     "Plan",
     "PlanError",
+    "ReportError",
     "RestReport",
     "SavedModelError",
     "Site",
@@ -70,6 +74,7 @@ __all__ = [
     "Stage",
     "StageReport",
     "TokenTrace",
+    "TokenTraces",
     "TraceError",
     "UnsupportedModelError",
     "ValidationError",
@@ -81,6 +86,7 @@ __all__ = [
     "load",
     "measure_latency",
     "register_score",
+    "report",
     "rewrite",
     "save",
     "set_skipping",

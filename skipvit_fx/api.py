@@ -18,7 +18,7 @@ from skipvit_fx.errors import NotRewrittenError, UnsupportedModelError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import naming_parts
 from skipvit_fx.graph.more_graphs import watch
-from skipvit_fx.graph.record import graph_lines, numbered_lines
+from skipvit_fx.graph.record import graph_lines, node_records, numbered_lines
 from skipvit_fx.names import RECORD
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.options import Cut, Frontend, Options, Score
@@ -134,12 +134,13 @@ def _rewritten(
         fast = capture.module
         captured = steps_of(fast.graph)
         before = graph_lines(fast.graph), numbered_lines(fast.graph)
+        nodes = tuple(node_records(fast.graph))
         with naming_parts(capture.opened):
             context = start_rewrite(capture, options)
             edits = run_passes(passes_for(options), context)
             check_shapes(context)
         found = validate_rewrite(model, context, captured) if options.validate else NOT_ASKED
-        record = record_rewrite(context, edits, *before, found)
+        record = record_rewrite(context, nodes, edits, *before, found)
         fast.meta[RECORD] = fast.own.calls[0].record = record
         fast.own.drops = options.drops
         fast.own.rewrite = functools.partial(_rewritten, options)

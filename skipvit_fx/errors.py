@@ -104,6 +104,10 @@ class ExportError(SkipViTError):
     """The rewritten model could not be written as ONNX."""
 
 
+class ReportError(SkipViTError):
+    """A report that cannot be made: a picture that cannot be read, or a file that cannot be written."""
+
+
 class NotRewrittenError(SkipViTError, TypeError):
     """A module that :func:`skipvit_fx.rewrite` did not make, where a rewritten one is needed."""
 

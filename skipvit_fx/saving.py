@@ -81,7 +81,7 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
     tied = tied_names(state)
     header = _Header(
         format=_FORMAT,
-        versions={name: _version(name) for name in ("skipvit_fx", "torch")},
+        versions={name: version_of(name) for name in ("skipvit_fx", "torch")},
         model=record.model,
         options=replace(record.options, frontend=record.frontend, train_only=train_only).to_dict(),
         inputs=[_describe(record.args), _describe(record.kwargs)],
@@ -165,7 +165,8 @@ def _check_savable(fast: nn.Module, record: RewriteRecord, state: Mapping[str, A
             )
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or ``unknown``."""
     try:
         return version(package)
     except PackageNotFoundError:  # run from a checkout that was not installed

@@ -25,9 +25,9 @@ from skipvit_fx.graph.inputs import Inputs
 from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.reference import Masked, steps_of
 from skipvit_fx.reports.attention import find_layers
+from skipvit_fx.reports.token_report import TokenTrace
 from skipvit_fx.reports.tokens import (
     Selection,
-    TokenTrace,
     check_skips,
     selections_noted,
     traces_of,

@@ -12,7 +12,7 @@ import pytest
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
-pytest_plugins = ["support.clients_page"]
+pytest_plugins = ["support.browser", "support.clients_page"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

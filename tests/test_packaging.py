@@ -14,10 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich"}
+OPTIONAL |= {"jinja2", "matplotlib", "PIL"}
 
 LAYERS = [
     *(
         "errors",
+        "optional",
         "names",
         "torch_internals",
         "differences",
@@ -28,7 +30,7 @@ LAYERS = [
     ),
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
-    *("reports", "reference", "validation", "api", "saving", "testing", "training"),
+    *("reports", "reference", "validation", "api", "saving", "testing", "training", "report"),
     *("ascend", "export", "__init__", "cli", "__main__"),
 ]
 """Every package, and every module outside a package, from the lowest up."""
@@ -162,6 +164,8 @@ def test_wheel_contains_every_package(checkout: Path) -> None:
     assert "skipvit_fx/passes/__init__.py" in sources
     assert {name for name in files if name.endswith(".py")} == sources
     assert "skipvit_fx/py.typed" in files
+    beside = [file for file in (checkout / "skipvit_fx" / "report").rglob("*.*") if file.is_file()]
+    assert {str(file.relative_to(checkout)) for file in beside} <= set(files)
     assert any(name.endswith("licenses/LICENSE") for name in files)
 
 

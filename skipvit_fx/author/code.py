@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ _AUTHORS_CALL = "authors_method"
 """The function of :mod:`skipvit_fx.graph.nodes` that calls a method in the author's place: its frame does not count."""
 
 _LIBRARIES = frozenset({"torch", "sympy", *sys.stdlib_module_names}) - {"__main__"}
+
+_NOT_THE_AUTHORS = _LIBRARIES | {"skipvit_fx"}
 
 _NEVER_REFUSED = (SkipViTError, MemoryError, torch.OutOfMemoryError)
 
@@ -96,8 +98,21 @@ def is_authors(frame: FrameType) -> bool:
     return _owner(frame) == "author"
 
 
+def author_frames(within: CodeType) -> Iterator[FrameType]:
+    """The frames of the author's code that are running, innermost first, up to the one that runs ``within``."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not within:
+        if _package(frame) not in _NOT_THE_AUTHORS:
+            yield frame
+        frame = frame.f_back
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
 def _owner(frame: FrameType) -> str:
-    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    package = _package(frame)
     if package == "skipvit_fx":
         return "us"
     if package not in _LIBRARIES:

@@ -36,6 +36,7 @@ from skipvit_fx.graph.inputs import LIVE, Inputs
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.module_paths import naming_parts
 from skipvit_fx.graph.nodes import attribute
+from skipvit_fx.graph.source import trace_every_node
 from skipvit_fx.names import CONSTANT_BUFFER, OWN_CHILD
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.ops.mode import FixedSize
@@ -133,6 +134,7 @@ def _capture(
         module.register_buffer(name, constant, persistent=False)
     keep_both_modes(module, *graphs)
     _fix_input_shapes(module, inputs)
+    trace_every_node(module.graph)
     refuse_other_uses(module.graph, inputs)
     module.recompile()
     return Capture(module, args, dict(kwargs), inputs, frontend, reason, opened, mode)

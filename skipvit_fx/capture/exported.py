@@ -8,8 +8,10 @@ afterwards the operator's nodes become ``call_module`` nodes again.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from skipvit_fx.capture.outputs import KeepsOutputClass
 from skipvit_fx.capture.repeated import Alone
 from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
+from skipvit_fx.graph.source import without_files
 from skipvit_fx.names import LEAF
 from skipvit_fx.ops.guard import guard
 from skipvit_fx.torch_internals import (
@@ -49,6 +52,11 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
     "leaf(Tensor[] tensors, SymInt[] sizes, int call) -> Tensor[]"
 )
 
+
+_NOT_THE_AUTHORS = tuple(
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
+)
+"""Folders with code that is not the author's."""
 
 TENSOR = object()
 """Stands for a tensor in the output of a module."""
@@ -369,7 +377,7 @@ class _Translation:
         return fx.node.map_arg(argument, self._twins.__getitem__)
 
     def _remember(self, twin: fx.Node, node: fx.Node) -> None:
-        """Record the modules in whose forward the node was made, as the symbolic front end does."""
+        """Record where the node was made, in which modules and lines, as the symbolic front end does."""
         stack = node.meta.get("nn_module_stack", {})
         calls = {}
         for key, (place, kind) in stack.items():  # either tells apart the calls of one module
@@ -377,6 +385,8 @@ class _Translation:
             number = number or key.partition("@")[2]
             calls[f"{path}@{number}" if number else path] = (path, kind)
         twin.meta["nn_module_stack"] = calls
+        if trace := without_files(node.stack_trace or "", _NOT_THE_AUTHORS):
+            twin.stack_trace = trace
 
     # -- output -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.fx.proxy import Attribute, Proxy
 from torch.nn import functional as F
 
-from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.author.code import AuthorError, author_code, author_frames
 from skipvit_fx.author.questions import (
     OF_GRADIENTS,
     asked_by_a_library,
@@ -35,6 +35,7 @@ from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs, parts_of
 from skipvit_fx.graph.nodes import attribute, callee, leading_to
 from skipvit_fx.graph.sizes import dimension_of, sizes_of
+from skipvit_fx.graph.source import Frame, spelled_trace
 from skipvit_fx.names import CHECKPOINT
 from skipvit_fx.ops.guard import READS, guard, kind_of
 from skipvit_fx.torch_internals import FakeTensor, pytree
@@ -184,6 +185,12 @@ class SymbolicTracer(KeepsOutputClass, fx.Tracer):
         if kind.startswith("call") and not torch.is_grad_enabled():
             raise lost_context("torch.no_grad")
         node = super().create_node(kind, *args, **kwargs)
+        running = [
+            Frame(f.f_code.co_filename, f.f_lineno, f.f_code.co_qualname)
+            for f in author_frames(SymbolicTracer.trace.__code__)
+        ]
+        if running:
+            node.stack_trace = spelled_trace(tuple(reversed(running)))
         if self._checkpoints.current is not None:
             node.meta[CHECKPOINT] = self._checkpoints.current
         return node

@@ -9,7 +9,6 @@ import typer
 
 from skipvit_fx.ascend.npu import npu_is_available
 from skipvit_fx.capture.example import example_of
-from skipvit_fx.cli.environment import hardware, versions
 from skipvit_fx.cli.models import SpecError
 from skipvit_fx.cli.options import (
     Cut,
@@ -27,8 +26,10 @@ from skipvit_fx.cli.options import (
     rewritten,
     show,
 )
+from skipvit_fx.cli.progress import counting
 from skipvit_fx.errors import first_line
 from skipvit_fx.plan import Plan
+from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.latency import measure_latency
 
 
@@ -55,12 +56,9 @@ def bench(
     fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     (example, *_), _ = example_of(original, None)
     images = torch.randn(batch, *example.shape[1:], dtype=example.dtype, device=place)
-    report = measure_latency(original, fast, images, rounds=rounds)
-    where = (
-        hardware()
-        if place.type == "cpu"
-        else f"{torch.get_device_module(place).get_device_name(place)}"
-    )
+    with counting("Measuring") as progress:
+        report = measure_latency(original, fast, images, rounds=rounds, progress=progress)
+    where = device_name(original)
     made_of = versions("timm", "skipvit_fx")
     text = f"{report}\n\n{where}; {made_of}"
     show(report.to_dict() | {"hardware": where, "versions": made_of}, text, as_json)

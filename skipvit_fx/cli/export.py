@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -30,7 +31,7 @@ from skipvit_fx.cli.options import (
     show,
 )
 from skipvit_fx.errors import ExportError
-from skipvit_fx.export.to_onnx import export_onnx
+from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.table import columns
 
@@ -94,6 +95,7 @@ def export(
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
     validate: Validate = True,
+    as_json: Json = False,
 ) -> None:
     """Write a model as ONNX, rewritten with PLAN or unchanged."""
     size = _batch(batch)
@@ -112,12 +114,28 @@ def export(
         expose_kept=expose_kept,
         verify=verify,
     )
-    for file in written.files:
-        typer.echo(f"written to {file}, opset {written.opset}, batch {written.batch or 'dynamic'}")
+    lines = [
+        f"written to {file}, opset {written.opset}, batch {written.batch or 'dynamic'}"
+        for file in written.files
+    ]
     if written.difference is not None:
-        typer.echo(f"onnxruntime differs from the module by {written.difference:.2g} at most")
+        lines.append(f"onnxruntime differs from the module by {written.difference:.2g} at most")
     if written.check is not None:
-        typer.echo(str(written.check))
+        lines.append(str(written.check))
+    show(_plain(written), "\n".join(lines), as_json)
+
+
+def _plain(written: ExportedFile) -> dict[str, Any]:
+    """What was written, for JSON."""
+    listed = {name: list(getattr(written, name)) for name in ("inputs", "outputs")}
+    return listed | {
+        "files": [str(file) for file in written.files],
+        "target": written.target,
+        "opset": written.opset,
+        "batch": written.batch or "dynamic",
+        "difference": written.difference,
+        "check": None if written.check is None else json.loads(written.check.to_json()),
+    }
 
 
 def _batch(text: str | None) -> int | Literal["dynamic"] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from skipvit_fx import optional
 from skipvit_fx.errors import SkipViTError
 
 SOURCES = "timm:NAME (or just NAME), torchvision:NAME, hf:MODEL_TYPE_OR_CLASS, open_clip:NAME, module:pkg.mod:factory"
@@ -68,13 +69,7 @@ def need(module: str, extra: str) -> ModuleType:
     Raises:
         SpecError: it is not installed; the hint names the extra that provides it.
     """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        how = f"pip install 'skipvit_fx[{extra}]'" if extra else f"pip install {error.name}"
-        raise SpecError(f"{error.name} is not installed", hint=how) from error
+    return optional.need(module, extra, SpecError)
 
 
 def _unknown(spec: Spec, names: list[str], error: Exception | None = None) -> SpecError:

@@ -11,6 +11,7 @@ from torch import nn
 
 import skipvit_fx
 from skipvit_fx.cli.models import SOURCES, SpecError, imported, parse_spec
+from skipvit_fx.cli.progress import waiting
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.plan import Plan
 from skipvit_fx.scores import BUILT_IN, ScoreFunction, known_scores
@@ -86,15 +87,17 @@ def rewritten(
     """
     if cut not in ("attention", "block"):
         raise SpecError(f"--cut {cut!r} is not known", hint="choose from attention, block")
-    return skipvit_fx.rewrite(
-        model,
-        plan,
-        prefix_tokens=prefix_tokens,
-        cut=cut,  # type: ignore[arg-type]
-        score=score_named(score),
-        eliminate_dead_tokens=not keep_dead,
-        validate=validate,
-    )
+    chosen = score_named(score)
+    with waiting("Rewriting"):
+        return skipvit_fx.rewrite(
+            model,
+            plan,
+            prefix_tokens=prefix_tokens,
+            cut=cut,  # type: ignore[arg-type]
+            score=chosen,
+            eliminate_dead_tokens=not keep_dead,
+            validate=validate,
+        )
 
 
 def score_named(text: str) -> str | ScoreFunction:

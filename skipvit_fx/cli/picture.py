@@ -1,89 +1,22 @@
-"""Reads an image file, and writes a picture of the kept patches."""
+"""Draws the patches that are kept: as a picture in a file, and with block characters in a terminal."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from skipvit_fx.cli.models import SpecError, need
-from skipvit_fx.reports.tokens import TokenTrace
+from skipvit_fx.reports.grid import Grid
+from skipvit_fx.reports.pictures import patch_colours, token_colours
+from skipvit_fx.reports.token_report import TokenTrace
 
-DIMMED = 0.25
-
-
-def read_image(path: Path, shape: tuple[int, int, int], model: nn.Module) -> tuple[Tensor, Tensor]:
-    """The image at the model's size, as ``[3, H, W]`` in [0, 1], and normalised as a batch of one.
-
-    Mean and standard deviation are those of the model's ``pretrained_cfg``, or 0.5.
-
-    Raises:
-        SpecError: it is not a readable image.
-    """
-    images = need("PIL.Image", "demo")
-    channels, height, width = shape
-    if channels != 3:
-        raise SpecError(
-            f"the model takes {channels} channels, not a colour picture",
-            hint="skipvit_fx.trace_tokens(fast, x) takes any input",
-        )
-    try:
-        with images.open(path) as opened:
-            image = opened.convert("RGB").resize((width, height), images.Resampling.BICUBIC)
-    except OSError as error:
-        raise SpecError(
-            f"{path} is not a readable image: {error}", hint="use PNG or JPEG"
-        ) from error
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    picture = pixels.reshape(height, width, 3).permute(2, 0, 1).float() / 255
-    config = getattr(model, "pretrained_cfg", None) or {}
-    mean, std = (
-        torch.tensor(config.get(key) or (0.5,) * 3)[:, None, None] for key in ("mean", "std")
-    )
-    return picture, ((picture - mean) / std)[None]
-
-
-def patch_grid(patches: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of a grid of square patches; ``None`` if the count does not fit one."""
-    rows = round(math.sqrt(patches * height / width))
-    if rows and patches % rows == 0:
-        columns = patches // rows
-        if rows * width == columns * height and height % rows == 0:
-            return rows, columns
-    return None
-
-
-def dim_dropped(picture: Tensor, kept: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture ``[3, H, W]`` with all patches except the kept ones darkened."""
-    rows, columns = grid
-    light = torch.full((rows * columns,), DIMMED)
-    light[kept] = 1.0
-    light = light.view(rows, columns)
-    _, height, width = picture.shape
-    spread = light.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
-    return picture * spread
-
-
-def mean_colours(picture: Tensor, owner: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture ``[3, H, W]`` with every patch in the mean colour of the token that it is part of."""
-    rows, columns = grid
-    _, height, width = picture.shape
-    size = (height // rows, width // columns)
-    patches = picture.reshape(3, rows, size[0], columns, size[1])
-    colours = patches.mean((2, 4)).flatten(1)
-    sums = torch.zeros(3, int(owner.max()) + 1).index_add(1, owner, colours)
-    means = (sums / owner.bincount().clamp(min=1))[:, owner].view(3, rows, columns)
-    return means.repeat_interleave(size[0], 1).repeat_interleave(size[1], 2)
-
-
-def after_stage(picture: Tensor, stage: TokenTrace, grid: tuple[int, int]) -> Tensor:
-    """What is left of the first sample's picture ``[3, H, W]``: dropped patches dark, merged ones of one colour."""
-    if stage.owner is None:
-        return dim_dropped(picture, stage.kept[0].cpu(), grid)
-    return mean_colours(picture, stage.owner[0].cpu(), grid)
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.text import Text
 
 
 def write_picture(panels: list[Tensor], path: Path) -> None:
@@ -92,7 +25,7 @@ def write_picture(panels: list[Tensor], path: Path) -> None:
     Raises:
         SpecError: the file cannot be written.
     """
-    images = need("PIL.Image", "demo")
+    images = need("PIL.Image", "report")
     row = torch.cat(panels, dim=2)
     data = (row * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
     height, width, _ = data.shape
@@ -101,3 +34,60 @@ def write_picture(panels: list[Tensor], path: Path) -> None:
         image.save(path)
     except (OSError, ValueError) as error:
         raise SpecError(f"cannot write {path}: {error}", hint="end its name with .png") from error
+
+
+def print_patches(
+    console: Console, picture: Tensor, traces: Sequence[TokenTrace], grid: Grid
+) -> None:
+    """Print one drawing per stage, side by side where there is room: a block for each token that is left.
+
+    Each is of the mean colour of its patch, or of the patches that were merged into it, where the terminal has colours.
+    """
+    from rich.columns import Columns
+
+    scale = 2 if 2 * grid.columns * len(traces) <= console.width else 1
+    drawn: list[RenderableType] = []
+    for stage in traces:
+        kept = torch.zeros(grid.rows * grid.columns, dtype=torch.bool)
+        kept[stage.kept_of(0).cpu()] = True
+        colours = (
+            patch_colours(picture, grid)
+            if stage.owner is None
+            else token_colours(picture, stage.owner[0].cpu(), grid)
+        )
+        drawn.append(_blocks(f"layer {stage.layer}", kept, colours, grid, scale))
+    console.print(Columns(drawn, padding=(1, 2)))
+
+
+def _blocks(title: str, kept: Tensor, colours: Tensor, grid: Grid, scale: int) -> Text:
+    """Two rows of patches in a line of text, as a character is twice as high as wide."""
+    from rich.text import Text
+
+    shape = (grid.rows, grid.columns)
+    there = kept.view(shape).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    shades = (colours * 255).round().int().view(3, *shape)
+    shades = shades.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    text = Text(f"{title}\n", no_wrap=True, end="")
+    for top in range(0, len(there), 2):
+        for cell, style in _cells(there[top : top + 2], shades[:, top : top + 2]):
+            text.append(cell, style)
+        text.append("\n")
+    return text
+
+
+def _cells(there: Tensor, shades: Tensor) -> Iterator[tuple[str, str]]:
+    """The characters of one line with their colours, for one or two rows of patches."""
+    for column in range(there.shape[1]):
+        halves = [
+            "rgb({},{},{})".format(*shade.tolist()) if on else ""
+            for on, shade in zip(there[:, column], shades[:, :, column].T, strict=True)
+        ]
+        match halves:
+            case [str(upper), str(lower)] if upper and lower:
+                yield ("█", upper) if upper == lower else ("▀", f"{upper} on {lower}")
+            case [str(upper), *_] if upper:
+                yield "▀", upper
+            case [_, str(lower)] if lower:
+                yield "▄", lower
+            case _:
+                yield " ", ""

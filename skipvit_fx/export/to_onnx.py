@@ -22,11 +22,14 @@ from skipvit_fx.export.decompose import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
 from skipvit_fx.export.inputs import inputs_of
 from skipvit_fx.export.kept import add_kept
+from skipvit_fx.export.names import add_inserted, name_by_module, take_names
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
 from skipvit_fx.graph.module import SkipViTModule
+from skipvit_fx.graph.record import RewriteRecord, find_record
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
+from skipvit_fx.saving import version_of
 from skipvit_fx.torch_internals import pytree
 
 if TYPE_CHECKING:
@@ -106,9 +109,10 @@ def export_onnx(
     _require("onnx", "onnx_ir", "onnxscript", *(("onnxruntime",) if verify else ()))
     _check_model(model)
     (args, kwargs), fixed = inputs_of(model, example_inputs, batch, profile)
-    program = _exported(model, args, kwargs, expose_kept, dynamic=fixed is None)
-    graph = _to_ir(program, opset, profile)
-    _name_outputs(graph, program, expose_kept)
+    program, inserted = _exported(model, args, kwargs, expose_kept, dynamic=fixed is None)
+    graph = _to_ir(program, opset, profile, inserted)
+    _name_outputs(graph, program, expose_kept, bool(inserted))
+    graph.metadata_props.update(_about(model, profile))
     differences: list[float] = []
     reports: list[AtcReport] = []
 
@@ -140,15 +144,20 @@ def _exported(
     expose_kept: bool,
     *,
     dynamic: bool,
-) -> ExportedProgram:
-    """The program of a copy of the model in eval mode, after a trial run on the example."""
+) -> tuple[ExportedProgram, list[str]]:
+    """The program of a copy of the model in eval mode, after a trial run on the example.
+
+    Its last outputs are only there to be named; these names are returned as well.
+    """
     clone = clone_structure(model).eval()
     if expose_kept:
         add_kept(clone)
     _try(clone, args, kwargs)
+    with torch.no_grad():
+        inserted = add_inserted(clone, args, kwargs)
     if dynamic:
         _try_alone(clone, args, kwargs)
-    return _program(clone, args, kwargs, dynamic=dynamic)
+    return _program(clone, args, kwargs, dynamic=dynamic), inserted
 
 
 def _accepted(report: AtcReport, destination: Path) -> AtcReport:
@@ -227,7 +236,7 @@ def _check_model(model: nn.Module) -> None:
 # -- the graph -----------------------------------------------------------------------------------------------------
 
 
-def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
+def _to_ir(program: ExportedProgram, opset: int, profile: Profile, inserted: list[str]) -> ir.Model:
     from skipvit_fx.export.lower import finish, lower_opset, tidy
 
     spelled_out = profile.spelled_out_norms or opset < LAYER_NORM_OPSET
@@ -244,18 +253,40 @@ def _to_ir(program: ExportedProgram, opset: int, profile: Profile) -> ir.Model:
         ) from error
     assert written is not None
     model = written.model
+    take_names(model, inserted)
     tidy(model)
     if opset != EXPORTER_OPSET:
         lower_opset(model, opset)
+    name_by_module(model, inserted)
     finish(model, profile.ir_version)
     return model
 
 
-def _name_outputs(model: ir.Model, program: ExportedProgram, expose_kept: bool) -> None:
+def _about(model: nn.Module, profile: Profile) -> dict[str, str]:
+    """What the file says about itself, in its ``metadata_props``."""
+    record = find_record(model)
+    rewritten = {} if record is None else {"plan": str(record.plan), **_options(record)}
+    return {
+        "model": type(model).__name__ if record is None else record.model,
+        **rewritten,
+        "target": profile.name,
+        "skipvit_fx_version": version_of("skipvit_fx"),
+        "torch_version": torch.__version__,
+    }
+
+
+def _options(record: RewriteRecord) -> dict[str, str]:
+    options = record.options
+    return {"cut": options.cut, "score": options.score_name, "validated": record.validated}
+
+
+def _name_outputs(model: ir.Model, program: ExportedProgram, expose_kept: bool, more: bool) -> None:
     """Name outputs: ``output`` for a single one, the keys of a dict or dataclass, and ``kept_1``..."""
     spec = program.call_spec.out_spec
     assert spec is not None
     structure = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
+    if more:
+        structure, _ = structure
     kept: tuple[int, ...] = ()
     if expose_kept:
         structure, kept = structure

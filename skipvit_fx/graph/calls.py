@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import linecache
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from skipvit_fx.author.questions import Recorded
+from skipvit_fx.errors import SkipViTError
 from skipvit_fx.graph.direct import Direct
 from skipvit_fx.graph.inputs import LIVE, Place, live
 from skipvit_fx.ops.following import in_jit_trace, quietly, sizes
@@ -124,7 +128,22 @@ class Call:
         at_hand = self.at_hand
         if at_hand is None or at_hand[0] is not model:
             at_hand = self.at_hand = model, self.direct.modules_of(model)
-        return self.direct.run(model, at_hand[1], *values)
+        try:
+            return self.direct.run(model, at_hand[1], *values)
+        except SkipViTError:
+            raise
+        except Exception as error:
+            self._name_line(error, self.direct.run.__code__)
+            raise
+
+    def _name_line(self, error: Exception, code: CodeType) -> None:
+        """Add to an error of the graph's code which node raised it, and the author's line that made the node."""
+        for frame, line in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is code:
+                name = linecache.getline(code.co_filename, line).partition(" = ")[0].strip()
+                made = {node.name: node.stack_trace for node in self.graph.nodes}.get(name)
+                if made:
+                    error.add_note(f"While executing {name}, which was made by:\n{made}")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Call:
         # into the same memo: the module's own graph is that of its first call, also in a copy

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from skipvit_fx.graph.module import SkipViTModule
+from skipvit_fx.graph.source import trace_of_inserted
 from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.torch_internals import children_of
 
@@ -96,6 +97,7 @@ class GraphEditor:
 
     def _inserted(self, node: fx.Node) -> fx.Node:
         node.meta[INSERTED_BY] = self.running
+        node.stack_trace = trace_of_inserted(f"the pass {self.running}")
         self.events.append(Event("insert", node.name, node.format_node() or ""))
         return node
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from skipvit_fx.errors import NotRewrittenError
 from skipvit_fx.graph.editor import Event
-from skipvit_fx.names import OWN_CHILD, RECORD
+from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.source import Source, source_of
+from skipvit_fx.names import INSERTED, INSERTED_BY, OWN_CHILD, RECORD
 from skipvit_fx.options import Frontend, Options
 from skipvit_fx.plan import Plan
 from skipvit_fx.torch_internals import printed_target
@@ -48,6 +51,28 @@ class StageRecord:
     return_before: str | None
 
 
+class NodeRecord(NamedTuple):
+    """A node at one moment of the rewrite.
+
+    Attributes:
+        name, op, target: as in ``torch.fx``; the target as a string.
+        reads: names of the nodes that it reads.
+        after: the node before it in the graph; empty for the first.
+        module_path: the author's module in whose forward it was made, or that it calls; empty for inserted nodes.
+        source: the line of the author's code that made it; ``None`` for inserted nodes.
+        inserted_by: name of the pass that inserted it; ``None`` for the nodes of the captured graph.
+    """
+
+    name: str
+    op: str
+    target: str
+    reads: tuple[str, ...]
+    after: str
+    module_path: str
+    source: Source | None
+    inserted_by: str | None
+
+
 @dataclass(frozen=True)
 class PassRecord:
     """What one pass did.
@@ -55,10 +80,12 @@ class PassRecord:
     Attributes:
         name: of the pass.
         events: its edits, in order; empty if it changed nothing.
+        nodes: those that it inserted or rewired and that are still there, as it left them, in graph order.
     """
 
     name: str
     events: tuple[Event, ...]
+    nodes: tuple[NodeRecord, ...]
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,8 @@ class RewriteRecord:
         args, kwargs: the example inputs, as tensors on the meta device.
         layers, stages: the layers found and the stages inserted.
         passes: every edit, pass by pass.
+        nodes: the captured graph before any pass; :meth:`graphs` has it after each of them.
+        token_dims: by captured node, the dimensions of its value along which tokens lie; only where there are any.
         before: the captured graph before any pass, one line per node.
         computation: the same with nodes by number, independent of torch's names.
         validated: what was found when the rewritten graph ran beside the model, or why it did not run.
@@ -94,6 +123,8 @@ class RewriteRecord:
     layers: tuple[LayerRecord, ...]
     stages: tuple[StageRecord, ...]
     passes: tuple[PassRecord, ...]
+    nodes: tuple[NodeRecord, ...]
+    token_dims: dict[str, tuple[int, ...]]
     before: tuple[str, ...]
     computation: tuple[str, ...]
     validated: str
@@ -102,13 +133,39 @@ class RewriteRecord:
     def plan(self) -> Plan:
         return self.options.plan
 
+    def graphs(self) -> Iterator[tuple[NodeRecord, ...]]:
+        """The graph before the first pass and after each of them."""
+        nodes = {node.name: node for node in self.nodes}
+        yield tuple(nodes.values())
+        for step in self.passes:
+            erased = {event.node for event in step.events if event.kind == "erase"}
+            order = [name for name in nodes if name not in erased]
+            for node in step.nodes:
+                if node.name not in nodes:
+                    order.insert(order.index(node.after) + 1 if node.after else 0, node.name)
+                nodes[node.name] = node
+            nodes = {name: nodes[name] for name in order}
+            yield tuple(nodes.values())
+
     def within(self, group: str) -> RewriteRecord:
         """The same record, with the inserted modules in a group of their own."""
-        stages = (
-            replace(stage, path=stage.path.replace(OWN_CHILD, f"{OWN_CHILD}.{group}", 1))
-            for stage in self.stages
+
+        def moved(path: str) -> str:
+            return path.replace(OWN_CHILD, f"{OWN_CHILD}.{group}", 1)
+
+        def all_moved(nodes: tuple[NodeRecord, ...]) -> tuple[NodeRecord, ...]:
+            ours = (node.op == "call_module" and node.target.startswith(INSERTED) for node in nodes)
+            return tuple(
+                node._replace(target=moved(node.target)) if is_ours else node
+                for node, is_ours in zip(nodes, ours, strict=True)
+            )
+
+        return replace(
+            self,
+            stages=tuple(replace(stage, path=moved(stage.path)) for stage in self.stages),
+            passes=tuple(replace(step, nodes=all_moved(step.nodes)) for step in self.passes),
+            nodes=all_moved(self.nodes),
         )
-        return replace(self, stages=tuple(stages))
 
 
 def find_record(module: nn.Module) -> RewriteRecord | None:
@@ -130,6 +187,30 @@ def record_of(fast: nn.Module) -> RewriteRecord:
             hint="pass what rewrite(model, plan) returned; unwrap it first if it was compiled or made parallel",
         )
     return record
+
+
+def authors_module(node: fx.Node) -> str:
+    """Path of the author's module in whose forward the node was made, or that it calls; empty for what was inserted."""
+    ours = INSERTED_BY in node.meta or str(node.target).startswith(INSERTED)
+    return "" if ours else module_path(node)
+
+
+def node_records(graph: fx.Graph) -> Iterator[NodeRecord]:
+    """Every node of a graph, in order."""
+    after = ""
+    for node in graph.nodes:
+        inserted_by = node.meta.get(INSERTED_BY)
+        yield NodeRecord(
+            node.name,
+            node.op,
+            printed_target(node),
+            tuple(read.name for read in node.all_input_nodes),
+            after,
+            authors_module(node),
+            source_of(node),
+            inserted_by,
+        )
+        after = node.name
 
 
 def graph_lines(graph: fx.Graph) -> tuple[str, ...]:

@@ -20,7 +20,10 @@ from skipvit_fx.capture.watch import Calls
 from skipvit_fx.errors import SkipViTError, UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.reports.html import paragraphs, table
 from skipvit_fx.reports.table import columns
+
+_HEAD = ("layer", "module", "kind", "tokens", "heads", "prefix")
 
 
 @dataclass(frozen=True)
@@ -344,8 +347,18 @@ class AttentionReport:
     def __str__(self) -> str:
         lines = [self._headline()]
         if rows := [self._row(site) for site in self.sites if site.layer]:
-            header = ("layer", "module", "kind", "tokens", "heads", "prefix")
-            lines += ["", *columns([header, *rows], to_the_left=range(len(header)))]
+            lines += ["", *columns([_HEAD, *rows], to_the_left=range(len(_HEAD)))]
+        return "\n".join(lines + self._rest())
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        rows = [self._row(site) for site in self.sites if site.layer]
+        found = table(_HEAD, rows, to_the_left=range(len(_HEAD))) if rows else ""
+        return paragraphs(self._headline()) + found + paragraphs("\n".join(self._rest()))
+
+    def _rest(self) -> list[str]:
+        """What is not a layer, line by line."""
+        lines = []
         if others := [site for site in self.sites if not site.layer]:
             lines += ["", "Not a layer's attention:"]
             lines += [f"  {s.module_path or '<root>'} ({s.kind}): {s.reason}" for s in others]
@@ -354,7 +367,7 @@ class AttentionReport:
             lines += [f"  {name}: {reason}" for name, reason in self.obstacles.items()]
         if self.refusal is not None:
             lines += ["", f"Refused: {self.refusal}"]
-        return "\n".join(lines)
+        return lines
 
     def _headline(self) -> str:
         if not self.layers:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from torch import fx, nn
 
 from skipvit_fx.graph.attention_ops import key_count
-from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
+from skipvit_fx.graph.record import (
+    LayerRecord,
+    RewriteRecord,
+    authors_module,
+    graph_lines,
+    record_of,
+)
+from skipvit_fx.graph.source import source_of
 from skipvit_fx.names import INSERTED_BY
+from skipvit_fx.ops.skip import OnStream, PassAround
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.reports.diff import graph_diff
 from skipvit_fx.reports.inspection_report import (
@@ -67,11 +75,11 @@ class _Looked:
         self.fast, self.record = fast, record
         self.now = count_macs(fast, record.args, record.kwargs, skipping=True)
         self.baseline = count_macs(fast, record.args, record.kwargs, skipping=False)
-        self.regions = regions_of(fast.graph, record.layers)
+        self.nodes = {node.name: node for node in fast.graph.nodes}
+        self.regions = regions_of(self.nodes, record.layers)
         depth = len(record.layers)
         counts = self.now.nodes, self.baseline.nodes, self.now.bytes, self.baseline.bytes
         self.work = [*zip(*(by_region(c, self.regions, depth) for c in counts), strict=True)]
-        self.nodes = {node.name: node for node in fast.graph.nodes}
 
     def layer(self, layer: LayerRecord) -> LayerReport:
         shapes = self.now.shapes
@@ -97,6 +105,7 @@ class _Looked:
 
     def node(self, node: fx.Node) -> NodeReport:
         region = self.regions[node.name]
+        source = source_of(node)
         return NodeReport(
             name=node.name,
             op=node.op,
@@ -106,7 +115,24 @@ class _Looked:
             shape=self.now.shapes[node.name],
             macs=self.now.nodes[node.name],
             reads=tuple(read.name for read in node.all_input_nodes),
+            baseline_shape=self.baseline.shapes[node.name],
+            token_dims=self._token_dims(node),
+            module_path=authors_module(node),
+            source=source.place if source else None,
+            code=source.code if source else "",
         )
+
+    def _token_dims(self, node: fx.Node) -> tuple[int, ...]:
+        """As the analysis found them; of an inserted node, as its module says, or where skipping changes its length."""
+        if INSERTED_BY not in node.meta:
+            return self.record.token_dims.get(node.name, ())
+        op = self.fast.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(op, OnStream):
+            return (1,) if isinstance(op, PassAround) else (op.dim,)
+        now, full = self.now.shapes[node.name], self.baseline.shapes[node.name]
+        if len(now) != len(full):
+            return ()
+        return tuple(d for d, (a, b) in enumerate(zip(now, full, strict=True)) if a != b)
 
     def _work(self, region: int) -> dict[str, int]:
         names = ("macs", "baseline_macs", "bytes", "baseline_bytes")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 
+from skipvit_fx.reports.html import Markup, paragraphs, share_bar, table
+from skipvit_fx.reports.model_explorer import graph_collection, node_data, write_json
 from skipvit_fx.reports.table import columns
 
 
@@ -93,6 +97,12 @@ class NodeReport:
         shape: shape of its value for a batch of one; one per tensor if there are several; empty if it is not a tensor.
         macs: multiply-adds per image.
         reads: names of the nodes that it reads.
+        baseline_shape: the same as ``shape``, with skipping off.
+        token_dims: the dimensions along which tokens lie, as far as known.
+        module_path: the author's module in whose forward it was made, or that it calls; empty for inserted nodes.
+        source: the author's line that made it, such as ``timm/layers/attention.py:139``; ``None`` for what this package
+            inserted.
+        code: that line; empty if it was not to be had.
     """
 
     name: str
@@ -103,6 +113,11 @@ class NodeReport:
     shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
     macs: int
     reads: tuple[str, ...]
+    baseline_shape: tuple[int, ...] | tuple[tuple[int, ...], ...]
+    token_dims: tuple[int, ...]
+    module_path: str
+    source: str | None
+    code: str
 
 
 _SHOWN = ("op", "target", "inserted_by", "shape", "macs")
@@ -160,6 +175,15 @@ class Inspection:
         """The nodes that passes inserted, in graph order."""
         return tuple(node for node in self.nodes if node.inserted_by is not None)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the full sequence."""
+        return self.prefix + self.patches + self.tail
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks."""
+        return paragraphs(*_header(self)) + _html_table(self)
+
     def diff(self) -> str:
         """The captured graph against the rewritten one, as a unified diff that names the pass that made each change.
 
@@ -183,6 +207,29 @@ class Inspection:
             graph.add_node(node.name, **attributes, layer=region)
             graph.add_edges_from((read, node.name) for read in node.reads)
         return graph
+
+    def to_model_explorer(self, path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """The rewritten graph for Google's Model Explorer: a graph collection, as plain values for ``json.dumps``.
+
+        Every node has its tokens, multiply-adds, shapes, source line and, if it was inserted, the pass, as attributes.
+
+        Args:
+            path: a file to write it to as well, which Model Explorer opens; its name ends with ``.json``.
+
+        Raises:
+            ExportError: the file cannot be written.
+        """
+        collection = graph_collection(self)
+        if path is not None:
+            write_json(collection, Path(path))
+        return collection
+
+    def model_explorer_data(self) -> dict[str, dict[str, Any]]:
+        """Tokens, multiply-adds and passes by node, by which Model Explorer colours :meth:`to_model_explorer`.
+
+        Each value is what a file of node data holds.
+        """
+        return node_data(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the author's nodes and the diff, as plain values for ``json.dumps``."""
@@ -260,6 +307,21 @@ def _row(
 ) -> Sequence[str]:
     counts = [str(count) for count in tokens] or ["", "", ""]
     return (name, place, *counts, *(f"{count / 1e9:.4f}" for count in macs), note)
+
+
+def _html_table(report: Inspection) -> Markup:
+    """The same rows, with bars for the tokens and multiply-adds that are left in each layer."""
+    head, first, *layers, last, total = _rows(report)
+    barred = [
+        (
+            *row[:4],
+            share_bar(row[4], layer.ffn_tokens, report.tokens),
+            share_bar(row[5], layer.macs, layer.baseline_macs),
+            *row[6:],
+        )
+        for row, layer in zip(layers, report.layers, strict=True)
+    ]
+    return table(head, [first, *barred, last, total], to_the_left=(1, 7))
 
 
 def _inserted(report: Inspection) -> Iterator[str]:

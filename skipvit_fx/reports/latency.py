@@ -33,6 +33,7 @@ def measure_latency(
     example_inputs: Any,
     *,
     rounds: int = 10,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LatencyReport:
     """Time a rewritten model and its original alternately, layer by layer and as a whole, in eval mode.
 
@@ -43,6 +44,7 @@ def measure_latency(
         example_inputs: the inputs for both, on their device: a tensor, a tuple or a dict, as for
             :func:`skipvit_fx.rewrite`.
         rounds: the number of rounds; the table shows medians.
+        progress: called after each round, warm-up included, with the number done and their total.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
@@ -62,13 +64,15 @@ def measure_latency(
         )
     device = tensor_leaves((args, kwargs))[0].device
     wait = _waiting_for(device)
-    timers = [_NodeTimer(_copy(fast, skipping), wait) for skipping in (False, True)]
+    timers = [_NodeTimer(copy_to_run(fast, skipping), wait) for skipping in (False, True)]
     whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
-    for _ in range(WARM_UP + rounds):
+    for done in range(1, WARM_UP + rounds + 1):
         for timed in whole:
             timed.run(*args, **kwargs)
         for timer in timers:
             timer.run(*fast.own.inputs_of(fast.own.calls[0], args, kwargs))
+        if progress is not None:
+            progress(done, WARM_UP + rounds)
     counts = [count_macs(fast, args, kwargs, skipping=skipping) for skipping in (False, True)]
     seconds = [timer.medians() for timer in timers]
     law = _fitted(counts[0], seconds[0], batch)
@@ -87,7 +91,7 @@ def measure_latency(
     )
 
 
-def _copy(fast: SkipViTModule, skipping: bool) -> SkipViTModule:
+def copy_to_run(fast: SkipViTModule, skipping: bool) -> SkipViTModule:
     """A copy of a rewritten model in eval mode that shares its tensors, with skipping as planned or off."""
     copy = clone_structure(fast).eval()
     skip_as_planned(copy, skipping)
@@ -112,7 +116,7 @@ def _work_by_region(
 ) -> list[tuple[int, int, float, float]]:
     """Multiply-adds and bytes of one image, and seconds of the batch as predicted and as measured."""
     found = record_of(fast).layers
-    depth, regions = len(found), regions_of(fast.graph, found)
+    depth, regions = len(found), regions_of((node.name for node in fast.graph.nodes), found)
     macs, bytes_ = (by_region(part, regions, depth) for part in (count.nodes, count.bytes))
     measured = by_region(seconds, regions, depth)
     return [

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
-
-from torch import fx
 
 from skipvit_fx.graph.record import LayerRecord
 
 NumberT = TypeVar("NumberT", int, float)
 
 
-def regions_of(graph: fx.Graph, layers: tuple[LayerRecord, ...]) -> dict[str, int]:
-    """For every node the layer that it runs in; 0 before the first, the number of layers plus one after the last."""
+def regions_of(nodes: Iterable[str], layers: tuple[LayerRecord, ...]) -> dict[str, int]:
+    """For every node of a graph, given by name and in order, the layer that it runs in.
+
+    It is 0 before the first layer, and the number of layers plus one after the last.
+    """
     starts = {layer.input: layer.index for layer in layers}
     regions = {}
     region = 0
-    for node in graph.nodes:
-        regions[node.name] = region
-        region = starts.get(node.name, region)
-        if node.name == layers[-1].end:
+    for name in nodes:
+        regions[name] = region
+        region = starts.get(name, region)
+        if name == layers[-1].end:
             region = len(layers) + 1
     return regions
 

@@ -17,37 +17,7 @@ from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.ops.merge import Match
 from skipvit_fx.ops.switch import switches
-
-
-@dataclass(frozen=True)
-class TokenTrace:
-    """The patches that one stage of a plan kept and dropped, by their position in the full grid, from 0.
-
-    In a span with ``+fused``, the fused token of an earlier stage takes part in a later one, where some samples of a
-    batch keep it and others drop it. It is not a patch and is in none of the tensors; the samples' rows then differ in
-    length, and shorter ones are padded at the end with -1 (scores with NaN).
-
-    Attributes:
-        layer: the layer that scored, from 1.
-        kept: ``[batch, K]`` int64, in the order of the shorter sequence, which is ascending if nothing was merged. A
-            merged token has the position of the one that others were merged into.
-        dropped: ``[batch, N - K]`` int64, in the order of the sequence before; in a span with ``+merged``, those that
-            became part of others.
-        scores: ``[batch, N]``, those of the N patches present at this stage, in the order of the sequence before. In a
-            span with ``+merged``, how similar the key of each that may become part of another is to the nearest of
-            these, and -inf for the others.
-        owner: in a span with ``+merged``, ``[batch, patches]`` int64: for every patch of the full grid, the place in
-            the sequence, prefix tokens counted, of the token that it is part of after this stage; else ``None``.
-        fused_kept: ``[batch, F]`` bool: whether the fused token of each of the F earlier stages that dropped something
-            is still present after this stage; ``None`` in a span without ``+fused``.
-    """
-
-    layer: int
-    kept: Tensor
-    dropped: Tensor
-    scores: Tensor
-    owner: Tensor | None = None
-    fused_kept: Tensor | None = None
+from skipvit_fx.reports.token_report import TokenTrace, TokenTraces
 
 
 @dataclass(frozen=True)
@@ -142,13 +112,16 @@ def selections_noted(fast: SkipViTModule) -> Iterator[Noted]:
             handle.remove()
 
 
-def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]:
+def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> TokenTraces:
     """Run a rewritten model, and return what each stage of its plan kept and dropped, in order.
 
     Args:
         fast: what :func:`skipvit_fx.rewrite` returned. It runs as it is, in train or eval mode.
         args, kwargs: the arguments of the call; or, as in :func:`skipvit_fx.rewrite`, one tuple of arguments, or one
             dict of keyword arguments.
+
+    Returns:
+        A list of :class:`TokenTrace`, one per stage, that can also be plotted.
 
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
@@ -160,7 +133,7 @@ def trace_tokens(fast: nn.Module, *args: Any, **kwargs: Any) -> list[TokenTrace]
     rewritten.prepare(*args, **kwargs)
     with selections_noted(rewritten) as noted:
         rewritten.graph_forward(*args, **kwargs)
-    return traces_of(noted)
+    return TokenTraces(traces_of(noted), rewritten, args, kwargs)
 
 
 def traces_of(noted: Noted) -> list[TokenTrace]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
-from skipvit_fx.graph.record import PassRecord
+from skipvit_fx.graph.editor import GraphEditor
+from skipvit_fx.graph.record import NodeRecord, PassRecord, node_records
 from skipvit_fx.rewriting.context import Context
 
 
@@ -61,9 +62,15 @@ def run_passes(passes: Iterable[Pass], context: Context) -> tuple[PassRecord, ..
         if editor.events:
             editor.graph.lint()
         _check(step.name, "ensures", step.ensures, context)
-        records.append(PassRecord(step.name, tuple(editor.events)))
+        records.append(PassRecord(step.name, tuple(editor.events), _touched(editor)))
     context.capture.module.recompile()
     return tuple(records)
+
+
+def _touched(editor: GraphEditor) -> tuple[NodeRecord, ...]:
+    """The nodes that the events are about, as far as they are still there."""
+    names = {event.node for event in editor.events}
+    return tuple(node for node in node_records(editor.graph) if node.name in names) if names else ()
 
 
 def _check(name: str, verb: str, conditions: Iterable[Condition], context: Context) -> None:

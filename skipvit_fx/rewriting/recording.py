@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from skipvit_fx.analysis.axes import tokens_of
 from skipvit_fx.graph.module_paths import module_path
-from skipvit_fx.graph.record import LayerRecord, PassRecord, RewriteRecord, StageRecord
+from skipvit_fx.graph.record import LayerRecord, NodeRecord, PassRecord, RewriteRecord, StageRecord
 from skipvit_fx.names import OWN_CHILD
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.torch_internals import pytree
@@ -16,6 +18,7 @@ from skipvit_fx.torch_internals import pytree
 
 def record_rewrite(
     context: Context,
+    nodes: tuple[NodeRecord, ...],
     edits: tuple[PassRecord, ...],
     before: tuple[str, ...],
     computation: tuple[str, ...],
@@ -61,10 +64,18 @@ def record_rewrite(
         layers=layers,
         stages=stages,
         passes=edits,
+        nodes=nodes,
+        token_dims=dict(_token_dims(context)),
         before=before,
         computation=computation,
         validated=validated,
     )
+
+
+def _token_dims(context: Context) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for node, facts in context.analysis.facts.items():
+        if dims := tuple(d for d, dim in enumerate(facts.axes or ()) if tokens_of(dim)):
+            yield node.name, dims
 
 
 def _on_meta(example: Any) -> Any:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import skipvit_fx as sv
-from skipvit_fx.cli.picture import mean_colours
+from skipvit_fx.reports.grid import Grid
+from skipvit_fx.reports.pictures import mean_colours
 from support.scripts import load
 
 SOME = {name: sv.METHODS[name] for name in ("evit", "tome", "patchdropout")}
@@ -92,7 +93,7 @@ def test_a_missed_target_is_told(change: dict[str, Any], missed: bool, script: M
 
 def test_patches_have_the_mean_colour_of_their_token() -> None:
     picture = torch.arange(3 * 4 * 6, dtype=torch.float32).view(3, 4, 6) / 72
-    drawn = mean_colours(picture, torch.tensor([1, 3, 1, 3, 2, 1]), (2, 3))
+    drawn = mean_colours(picture, torch.tensor([1, 3, 1, 3, 2, 1]), Grid(2, 3))
     patches = [picture[:, y : y + 2, x : x + 2] for y in (0, 2) for x in (0, 2, 4)]
     mean = torch.stack([patches[i] for i in (0, 2, 5)]).mean((0, 2, 3))
     for y, x in ((0, 0), (0, 4), (2, 4)):

@@ -200,6 +200,23 @@ class TestTrace:
         result = skipvit("trace", VIT, PICTURE, PLAN, *SMALL)
         assert result.stdout.startswith("layer 1: kept 12, dropped 4\n  dropped: ")
 
+    def test_kept_patches_are_drawn_in_the_terminal(self) -> None:
+        """Where colours mean nothing, by shape: a block where a patch is left."""
+        stage = said_as_json("trace", VIT, PICTURE, PLAN, *SMALL)["stages"][0]
+        text = skipvit("trace", VIT, PICTURE, PLAN, *SMALL).stdout
+        lines = text.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.strip() == "layer 1") + 1
+        drawn = [line.ljust(8) for line in lines[start : start + 4]]
+        for patch in range(16):
+            row, column = divmod(patch, 4)
+            wanted = "██" if patch in stage["kept"] else "  "
+            assert drawn[row][2 * column : 2 * column + 2] == wanted
+
+    def test_a_file_or_json_is_instead_of_a_drawing(self, tmp_path: Path) -> None:
+        args = ("trace", VIT, PICTURE, PLAN, *SMALL)
+        assert "█" not in skipvit(*args, "--out", str(tmp_path / "kept.png")).stdout
+        assert "█" not in skipvit(*args, "--json").stdout
+
     def test_no_image(self, tmp_path: Path) -> None:
         file = tmp_path / "not.png"
         file.write_text("text")
@@ -211,6 +228,30 @@ class TestTrace:
         out = str(tmp_path / "kept.unknown")
         result = skipvit("trace", VIT, PICTURE, PLAN, *SMALL, "--out", out)
         assert_fails(result, BAD_INPUT, "cannot write", ".png")
+
+
+class TestReport:
+    def test_a_page(self, tmp_path: Path) -> None:
+        out = tmp_path / "page.html"
+        args = ("report", VIT, PLAN, PICTURE, PICTURE, "-o", str(out), *SMALL, "--rounds", "1")
+        result = skipvit(*args)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"written to {out}, {out.stat().st_size / 1e6:.1f} MB\n"
+        text = out.read_text(encoding="utf-8")
+        assert "The weights are random" in text
+        assert text.count(">chelsea.png</h3>") == 2
+        said = said_as_json(*args[:-2], "--rounds", "0")
+        assert said == {"path": str(out), "bytes": out.stat().st_size}
+        assert "not measured" in out.read_text(encoding="utf-8")
+
+    def test_what_is_wrong_is_said_before_the_work(self, tmp_path: Path) -> None:
+        missing, folder = str(tmp_path / "none.png"), str(tmp_path / "no" / "page.html")
+        args = ("report", VIT, PLAN)
+        assert_fails(skipvit(*args, PICTURE, "-o", folder), BAD_INPUT, "does not exist", "hint: ")
+        out = str(tmp_path / "page.html")
+        result = skipvit(*args, missing, "-o", out, *SMALL)
+        assert_fails(result, BAD_INPUT, "is not a readable image", "hint: ")
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestFailures:
@@ -259,7 +300,10 @@ def test_it_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_command_has_help() -> None:
-    for command in ("sites", "rewrite", "trace", "bench"):
+    for command in (
+        *("sites", "rewrite", "trace", "report", "bench"),
+        *("export", "atc-check", "doctor"),
+    ):
         result = skipvit(command, "--help")
         assert result.exit_code == 0
         assert "--json" in result.stdout

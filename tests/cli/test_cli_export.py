@@ -85,8 +85,12 @@ def test_export_takes_the_options_of_a_rewrite(tmp_path: Path) -> None:
     out = tmp_path / "m.onnx"
     small = ["vit_tiny_patch16_224", "--depth", "1", "--img-size", "32"]
     how = ["1(50%)", "--score", "mean", "--keep-dead-tokens", "-o", str(out)]
-    result = runner.invoke(skipvit, ["export", *small, *how])
+    result = runner.invoke(skipvit, ["export", *small, *how, "--json"])
     assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["files"] == [str(out)]
+    assert (said["target"], said["batch"], said["check"]) == ("onnxruntime", "dynamic", None)
+    assert said["inputs"] == [value.name for value in onnx.load(out).graph.input]
     assert "TopK" in {node.op_type for node in onnx.load(out).graph.node}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from skipvit_fx.cli.environment import hardware, versions
+from skipvit_fx.reports.environment import hardware, versions
 
 HEAD = """# Does it work with ...?
 

@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 def versions(*packages: str) -> str:
@@ -29,4 +30,13 @@ def hardware() -> str:
         name = next(
             (value.strip() for key, _, value in fields if key.strip() == "model name"), name
         )
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def device_name(model: nn.Module) -> str:
+    """What runs a model: the name of its accelerator, or of the processor."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "cpu":
+        return hardware()
+    return str(torch.get_device_module(device).get_device_name(device))
