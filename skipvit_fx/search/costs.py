@@ -57,15 +57,10 @@ class Costs:
         Raises:
             UnsupportedModelError: they do not follow from the numbers of tokens.
         """
-        with contained(self.shared.model):
-            read = _read(context.editor.graph)
-            nodes = sum(self._of_node(context, node) for node in self._whole if node in read)
-            inserted = [
-                node
-                for node in read
-                if INSERTED_BY in node.meta and node.op == "call_module"
-            ]
-            return nodes + sum(self._of_inserted(context, node) for node in inserted)
+        read = _read(context.editor.graph)
+        nodes = sum(self._of_node(context, node) for node in self._whole if node in read)
+        inserted = [n for n in read if INSERTED_BY in n.meta and n.op == "call_module"]
+        return nodes + sum(self._of_inserted(context, node) for node in inserted)
 
     def _of_node(self, context: Context, node: fx.Node) -> int:
         patches, rows = self._patches(context, node), context.narrow.get(node)
@@ -112,7 +107,7 @@ class Costs:
     ) -> int:
         flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         try:
-            with self._analysis.fake_mode, torch.no_grad():
+            with contained(self.shared.model), self._analysis.fake_mode, torch.no_grad():
                 args, kwargs = pytree.tree_map(lambda leaf: _resized(leaf, patches, rows), inputs)
                 with flops, author_code():
                     called(*args, **kwargs)

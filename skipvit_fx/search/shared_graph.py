@@ -75,12 +75,14 @@ class SharedGraph:
     def rewritten(self, plan: Plan) -> Iterator[Context]:
         """A context in which the plan is on the graph; nodes that nothing reads are still there.
 
+        The author's modules are judged once, when the places are found, and not run again.
+
         Raises:
             PlanError, UnsupportedModelError: as :func:`skipvit_fx.rewrite` does.
         """
         options = replace(self.options, plan=plan)
         try:
-            with contained(self.model), naming_parts(self.capture.opened):
+            with naming_parts(self.capture.opened):
                 spans = lay_plan(self.analysis, self.stream, options)
                 if leaves := mixing_leaves(spans, self.capture.opened):
                     raise _closed(leaves[0])
@@ -111,19 +113,22 @@ class SharedGraph:
 
     def find_places(self) -> None:
         """Try a stage of every kind at every layer: one that returns at once, which is the least that it may do."""
-        for kind in KINDS:
-            layers = []
-            for layer in range(kind == "merged", self.depth + 1):
-                try:
-                    with self.rewritten(Plan((span_of((Stage(layer, 1),), layer + 1, kind),))):
-                        layers.append(layer)
-                except UnsupportedModelError as error:
-                    self.refused.setdefault(layer, error.message)
-            self.places[kind] = tuple(layers)
+        with contained(self.model):
+            for kind in KINDS:
+                layers = range(kind == "merged", self.depth + 1)
+                self.places[kind] = tuple(layer for layer in layers if self._takes(layer, kind))
         found = {layer for layers in self.places.values() for layer in layers}
         self.refused = {
             layer: why for layer, why in self.refused.items() if layer and layer not in found
         }
+
+    def _takes(self, layer: int, kind: str) -> bool:
+        try:
+            with self.rewritten(Plan((span_of((Stage(layer, 1),), layer + 1, kind),))):
+                return True
+        except UnsupportedModelError as error:
+            self.refused.setdefault(layer, error.message)
+            return False
 
     def leaves_to_open(self) -> set[str]:
         """Modules that must be traced through before a stage at some layer can be judged."""
