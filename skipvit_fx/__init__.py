@@ -10,6 +10,7 @@ from skipvit_fx.errors import (
     NotRewrittenError,
     PlanError,
     SavedModelError,
+    SearchError,
     SkipViTError,
     TraceError,
     UnsupportedModelError,
@@ -34,6 +35,10 @@ from skipvit_fx.reports.latency_report import LatencyReport, LayerLatency
 from skipvit_fx.reports.tokens import TokenTrace, trace_tokens
 from skipvit_fx.saving import load, save
 from skipvit_fx.scores import register_score
+from skipvit_fx.search.profile import Profile, Sensitivity
+from skipvit_fx.search.result import Candidate, SearchResult
+from skipvit_fx.search.running import Progress
+from skipvit_fx.search.search import search
 from skipvit_fx.training import SkipSchedule
 
 try:
@@ -46,6 +51,7 @@ __all__ = [
     "METHODS",
     "AtcReport",
     "AttentionReport",
+    "Candidate",
     "ExportError",
     "ExportedFile",
     "Finding",
@@ -60,8 +66,13 @@ __all__ = [
     "NotRewrittenError",
     "Plan",
     "PlanError",
+    "Profile",
+    "Progress",
     "RestReport",
     "SavedModelError",
+    "SearchError",
+    "SearchResult",
+    "Sensitivity",
     "Site",
     "SkipSchedule",
     "SkipViTError",
@@ -83,6 +94,7 @@ __all__ = [
     "register_score",
     "rewrite",
     "save",
+    "search",
     "set_skipping",
     "skipping",
     "trace_tokens",

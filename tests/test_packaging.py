@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich"}
+OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich", "optuna"}
 
 LAYERS = [
     *(
@@ -29,6 +29,7 @@ LAYERS = [
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
     *("reports", "reference", "validation", "api", "saving", "testing", "training"),
+    "search",
     *("ascend", "export", "__init__", "cli", "__main__"),
 ]
 """Every package, and every module outside a package, from the lowest up."""
