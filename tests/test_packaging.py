@@ -13,7 +13,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich", "optuna"}
+OPTIONAL = {
+    "timm",
+    "torchvision",
+    "transformers",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "rich",
+    "optuna",
+}
 
 LAYERS = [
     *(

@@ -32,9 +32,13 @@ from skipvit_fx.cli.options import (
     rewritten,
     show,
 )
-from skipvit_fx.errors import ExportError, PlanError, SkipViTError
+from skipvit_fx.cli.search import search
+from skipvit_fx.errors import ExportError, PlanError, SearchError, SkipViTError
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.tokens import TokenTrace
+
+BAD = (PlanError, SpecError, ExportError, SearchError)
+"""Errors that are the fault of the command line, a file or a plan."""
 
 
 class _Group(TyperGroup):
@@ -45,7 +49,7 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except SkipViTError as error:
             typer.echo(f"error: {error}", err=True)
-            code = BAD_INPUT if isinstance(error, (PlanError, SpecError, ExportError)) else REFUSED
+            code = BAD_INPUT if isinstance(error, BAD) else REFUSED
             raise typer.Exit(code) from error
 
 
@@ -58,6 +62,7 @@ app = typer.Typer(
 )
 export.register(app)
 app.command()(bench)
+app.command()(search)
 
 
 @app.command()

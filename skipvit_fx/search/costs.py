@@ -1,4 +1,4 @@
-"""Multiply-adds of a plan from the numbers of tokens that it leaves: nothing is captured, and hardly anything counted."""
+"""Multiply-adds of a plan, from the numbers of tokens that it leaves."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ class Costs:
                 f"{type(called).__name__} cannot be counted without computing: {error.message}",
                 hint="a score function must not read the contents of tensors",
             ) from error
-        return flops.get_total_flops() // 2
+        total: int = flops.get_total_flops() // 2
+        return total
 
     # -- what the passes inserted ---------------------------------------------------------------------------------
 
@@ -141,7 +142,8 @@ class Costs:
         if not merged:
             return 0
         channels = keys.shape[op.layouts[0].channels]
-        return into * (patches // 2 * channels + merged * stream.shape[-1])
+        total: int = into * (patches // 2 * channels + merged * stream.shape[-1])
+        return total
 
     def _key_of_inputs(self, node: fx.Node) -> Hashable:
         values = [self._analysis.value(_authors(argument)) for argument in node.all_input_nodes]

@@ -62,9 +62,7 @@ class Evaluator:
                 "differently",
             ) from error
 
-    def evaluate(
-        self, plan: Plan, most_macs: float = math.inf
-    ) -> tuple[int, Quality] | None:
+    def evaluate(self, plan: Plan, most_macs: float = math.inf) -> tuple[int, Quality] | None:
         """Multiply-adds of one image with a plan, and how much of the model it preserves.
 
         Returns:

@@ -144,15 +144,16 @@ class Metric:
         """
         match self.chosen:
             case "agreement":
-                return (logits_of(outputs).argmax(1) == reference).double().cpu()
+                return logits_of(outputs).argmax(1).eq(reference).double().cpu()
             case "accuracy":
                 scores = logits_of(outputs)
-                return (scores.argmax(1) == batch[1].to(scores.device)).double().cpu()
+                return scores.argmax(1).eq(batch[1].to(scores.device)).double().cpu()
             case "cosine":
                 return cosines(outputs, reference).double().cpu()
         assert callable(self.chosen)
         given = self.chosen(outputs, batch)
-        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+        number = isinstance(given, Tensor | int | float)
+        values = torch.as_tensor(given if number else math.nan).detach().double().cpu()
         if values.shape not in ((), (images,)) or not bool(values.isfinite().all()):
             what = f"a tensor {list(values.shape)}" if values.ndim else repr(given)
             raise SearchError(

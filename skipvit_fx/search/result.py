@@ -53,7 +53,9 @@ class Candidate:
 def front_of(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """Those that no other one beats in multiply-adds and quality, by multiply-adds; of equal ones the shortest plan."""
     found: list[Candidate] = []
-    for one in sorted(candidates, key=lambda c: (c.macs, -c.quality, len(str(c.plan)), str(c.plan))):
+    for one in sorted(
+        candidates, key=lambda c: (c.macs, -c.quality, len(str(c.plan)), str(c.plan))
+    ):
         if not found or one.quality > found[-1].quality:
             found.append(one)
     return tuple(found)
@@ -126,7 +128,8 @@ class SearchResult:
         limits = (macs, quality, milliseconds)
         if all(limit is None for limit in limits) and self.budget is None:
             raise SearchError(
-                "there is nothing to choose a plan by", hint="pass macs=0.75, quality=0.98 or milliseconds=20"
+                "there is nothing to choose a plan by",
+                hint="pass macs=0.75, quality=0.98 or milliseconds=20",
             )
         if milliseconds is not None and self.baseline_milliseconds is None:
             raise SearchError("no time was measured", hint="search with measure=True")

@@ -24,12 +24,14 @@ class Progress:
         trials: how many there will be.
         last: the last one that this process evaluated.
         front: the best so far.
+        baseline_macs: multiply-adds of one image by the unmodified model.
     """
 
     evaluated: int
     trials: int
     last: Candidate
     front: tuple[Candidate, ...]
+    baseline_macs: int
 
 
 class Run:
@@ -133,7 +135,9 @@ class Run:
             return
         last = self._candidate(str(plan), found)
         evaluated = len(self._study.known())
-        self._progress(Progress(evaluated, self._trials, last, self.front()))
+        self._progress(
+            Progress(evaluated, self._trials, last, self.front(), self._evaluator.costs.baseline)
+        )
 
     def _last_return(self, space: Space) -> int | None:
         """After the last layer, or never if it cannot be told where that is."""

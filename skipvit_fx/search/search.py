@@ -68,8 +68,8 @@ def search(
             such as ``sqlite:///study.db`` or ``postgresql://user@host/database``; or a storage of optuna's. A search
             with the same model, images and arguments goes on with it, and may do so in several processes at once.
         seed: of the choice of images to hold out, and of the plans.
-        labelled: each batch is a pair: what the model is called with, and labels, one for each image. A metric that is a
-            function gets both. ``metric="accuracy"`` implies it.
+        labelled: each batch is a pair: what the model is called with, and labels, one for each image. A metric that
+            is a function gets both. ``metric="accuracy"`` implies it.
         measure: rewrite and validate the plans of the front, and time them beside the model.
         progress: called after every evaluation.
         options: other arguments of :func:`skipvit_fx.rewrite` for every plan, such as ``cut`` and ``score``.
@@ -78,7 +78,7 @@ def search(
         The front; print it, or see :class:`skipvit_fx.SearchResult`.
 
     Raises:
-        SearchError: an argument, the batches, the metric or the storage is not as described, or optuna is not installed.
+        SearchError: an argument, the batches, the metric or the storage is not as described, or optuna is missing.
         PlanError: an option is not one of its choices.
         TypeError: ``model`` is not a module.
         TraceError, UnsupportedModelError: as :func:`skipvit_fx.rewrite` does, whatever the plan.

@@ -161,7 +161,9 @@ class _Group:
 def profiled(space: Space, back: int | None) -> dict[tuple[int, int], Plan]:
     """The plans of the profile, by layer and percent: one stage each, which returns at ``back``."""
     return {
-        (layer, percent): Plan((span_of((Stage(layer, Fraction(percent, 100)),), back, space.kinds[0]),))
+        (layer, percent): Plan(
+            (span_of((Stage(layer, Fraction(percent, 100)),), back, space.kinds[0]),)
+        )
         for layer in space.layers
         for percent in PROFILED
     }
@@ -178,7 +180,9 @@ def published(depth: int, patches: int) -> dict[str, str]:
         amount = max(1, round(merged * patches / 196))
         plans[f"1-{depth}({amount})+merged"] = "ToMe"
     return {
-        str(Plan.parse(plan)): name for plan, name in plans.items() if _fits(Plan.parse(plan), depth)
+        str(Plan.parse(plan)): name
+        for plan, name in plans.items()
+        if _fits(Plan.parse(plan), depth)
     }
 
 

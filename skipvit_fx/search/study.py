@@ -46,7 +46,8 @@ def optuna() -> Any:
         if error.name != "optuna":
             raise
         raise SearchError(
-            "the search needs optuna, which is not installed", hint="pip install 'skipvit_fx[search]'"
+            "the search needs optuna, which is not installed",
+            hint="pip install 'skipvit_fx[search]'",
         ) from error
 
 
@@ -72,7 +73,8 @@ def storage_at(place: Any) -> Any:
         raise
     except Exception as error:  # whatever the database's own package raises
         raise SearchError(
-            f"the storage {_without_password(text)!r} cannot be opened: {first_line(error)}", hint=_HINT
+            f"the storage {_without_password(text)!r} cannot be opened: {first_line(error)}",
+            hint=_HINT,
         ) from error
 
 

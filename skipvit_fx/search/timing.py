@@ -34,9 +34,7 @@ def milliseconds(
     moved, wait = batch.to(device), waiting_for(device)
     example = moved.kwargs or moved.args
     rewritten = [rewrite(model, plan, example_inputs=example, **options) for plan in plans]
-    timers = [
-        ModuleTimer(module.eval(), wait) for module in (clone_structure(model), *rewritten)
-    ]
+    timers = [ModuleTimer(module.eval(), wait) for module in (clone_structure(model), *rewritten)]
     for _ in range(WARM_UP + ROUNDS):
         for timer in timers:
             timer.run(*moved.args, **moved.kwargs)
