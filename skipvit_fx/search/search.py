@@ -21,7 +21,7 @@ from skipvit_fx.search.costs import Costs
 from skipvit_fx.search.evaluate import Evaluator
 from skipvit_fx.search.images import Batch, contents, images_of, read_all, sample, split
 from skipvit_fx.search.quality import METRICS, Metric, MetricFunction
-from skipvit_fx.search.result import Candidate, SearchResult, front_of
+from skipvit_fx.search.result import Candidate, SearchResult
 from skipvit_fx.search.running import Progress, Run
 from skipvit_fx.search.shared_graph import share_graph
 from skipvit_fx.search.space import Space

@@ -13,6 +13,9 @@ from skipvit_fx.search.shared_graph import KINDS, SharedGraph, span_of
 PERCENT = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80)
 """The amounts that are tried."""
 
+MOST_MERGED = Fraction(1, 2)
+"""More cannot merge at one layer."""
+
 PROFILED = (25, 50, 75)
 """Those of the profile, in percent."""
 
@@ -99,14 +102,13 @@ class Space:
             if (amount := values[f"amount_{i}"]) < 0:
                 continue
             kind = self.kinds[values[f"kind_{i}"]]
-            percent = min(PERCENT[amount], 50) if kind == "merged" else PERCENT[amount]
             first, distance = self.layers[values[f"layer_{i}"]], values.get(f"distance_{i}", 1)
             places = range(first, self.depth + 1, distance)[: values.get(f"repeat_{i}", 1)]
             free = [layer for layer in places if layer in self.layers and layer not in taken]
             free = free[: self.stages - len(taken)]
             taken.update(free)
             if free:
-                stages = [Stage(layer, Fraction(percent, 100)) for layer in free]
+                stages = [Stage(layer, Fraction(PERCENT[amount], 100)) for layer in free]
                 groups.append(_Group(stages, free[-1] + values[f"length_{i}"], kind))
         return Plan(tuple(self._spans(groups)))
 
@@ -145,7 +147,9 @@ class Space:
                 later = max(group, other, key=lambda one: one.stages[-1].layer)
                 group = _Group(stages, max(later.back, stages[-1].layer + 1), group.kind)
             back = group.back if group.back <= self.depth + 1 else None
-            spans.append(span_of(tuple(group.stages), back, group.kind))
+            most = MOST_MERGED if group.kind == "merged" else Fraction(1)
+            stages = tuple(Stage(s.layer, min(Fraction(s.amount), most)) for s in group.stages)
+            spans.append(span_of(stages, back, group.kind))
         return spans
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from skipvit_fx.analysis.rules import dimension, products, shape
+from skipvit_fx.analysis.rules import dimension, products, shape  # noqa: F401 - they register their rules
 from skipvit_fx.analysis.rules.attention import attend
 from skipvit_fx.analysis.rules.call import RULES, Call, Position, Rule
 from skipvit_fx.analysis.rules.pointwise import pointwise
