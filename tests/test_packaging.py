@@ -37,8 +37,7 @@ LAYERS = [
     ),
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
-    *("reports", "reference", "validation", "api", "saving", "testing", "training"),
-    "search",
+    *("reports", "reference", "validation", "api", "search", "saving", "testing", "training"),
     *("ascend", "export", "__init__", "cli", "__main__"),
 ]
 """Every package, and every module outside a package, from the lowest up."""

@@ -6,7 +6,7 @@ from torch import fx, nn
 
 from skipvit_fx.graph.attention_ops import key_count
 from skipvit_fx.graph.record import LayerRecord, RewriteRecord, graph_lines, record_of
-from skipvit_fx.names import INSERTED_BY
+from skipvit_fx.names import INSERTED_BY, SEARCH
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.reports.diff import graph_diff
 from skipvit_fx.reports.inspection_report import (
@@ -55,6 +55,7 @@ def inspect(fast: nn.Module) -> Inspection:
         head=looked.rest(len(record.layers) + 1),
         macs=looked.now.total,
         baseline_macs=looked.baseline.total,
+        search=fast.meta.get(SEARCH),
         nodes=tuple(map(looked.node, fast.graph.nodes)),
         _diff=graph_diff(record, graph_lines(fast.graph)),
     )

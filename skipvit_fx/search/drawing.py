@@ -65,7 +65,7 @@ def _draw_macs(axes: Any, result: SearchResult) -> None:
 
 
 def _draw_points(axes: Any, xs: list[Any], result: SearchResult) -> None:
-    ys, bars = [one.quality for one in result.front], [one.spread for one in result.front]
+    ys, bars = [one.quality for one in result.front], [one.spread or 0.0 for one in result.front]
     axes.errorbar(xs, ys, bars, marker=".", capsize=2, label="front")
     if result.held_out_images:
         held = [one.held_out for one in result.front]
@@ -82,7 +82,7 @@ def draw_profile(profile: Profile) -> Figure:
     for percent in profile.percents:
         ours = [known[layer, percent] for layer in profile.layers if (layer, percent) in known]
         layers = [one.layer for one in ours]
-        bars = [one.spread for one in ours]
+        bars = [one.spread or 0.0 for one in ours]
         axes.errorbar(
             layers, [one.quality for one in ours], bars, marker=".", capsize=2, label=f"{percent} %"
         )

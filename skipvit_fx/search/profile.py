@@ -31,7 +31,7 @@ class Sensitivity:
     plan: Plan
     macs: int
     quality: float
-    spread: float
+    spread: float | None
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,12 @@ class Quality:
     Attributes:
         mean: of all images.
         spread: its standard error. For a share of images it is that of Agresti and Coull, which is not zero where all
-            of them agree; ``nan`` if there is a single value.
+            of them agree; ``None`` if there is a single value.
         images: how many there are.
     """
 
     mean: float
-    spread: float
+    spread: float | None
     images: int
 
 
@@ -46,7 +46,8 @@ def quality_of(values: list[tuple[Tensor, int]]) -> Quality:
     if bool(((alone == 0) | (alone == 1)).all()) and len(alone) == images:
         centre = (mean * images + 2) / (images + 4)
         return Quality(mean, math.sqrt(centre * (1 - centre) / (images + 4)), images)
-    return Quality(mean, alone.std().item() / math.sqrt(len(alone)), images)
+    spread = alone.std().item() / math.sqrt(len(alone)) if len(alone) > 1 else None
+    return Quality(mean, spread, images)
 
 
 def logits_of(outputs: Any) -> Tensor:

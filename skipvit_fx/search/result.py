@@ -29,7 +29,7 @@ class Candidate:
         plan: the plan; one without spans is the model itself, without the rows that nothing reads.
         macs: multiply-adds of one image: those of ``inspect(rewrite(model, plan))``.
         quality: on the images searched with.
-        spread: its standard error.
+        spread: its standard error; ``None`` for a single number.
         held_out: on the images held out; ``None`` with ``holdout=0``, or off the front.
         held_out_spread: its standard error.
         milliseconds: measured for one call with the first batch, median; ``None`` if it was not.
@@ -39,7 +39,7 @@ class Candidate:
     plan: Plan
     macs: int
     quality: float
-    spread: float
+    spread: float | None
     held_out: float | None = None
     held_out_spread: float | None = None
     milliseconds: float | None = None
@@ -166,14 +166,21 @@ class SearchResult:
             f"with a quality of {first.quality:.4g} to {last.quality:.4g}"
         )
 
-    def summary(self, candidate: Candidate) -> dict[str, Any]:
-        """How a plan was found, as plain values: what :func:`skipvit_fx.save` keeps."""
-        return {
-            "plan": str(candidate.plan),
-            **{name: value for name, value in candidate.to_dict().items() if name != "plan"},
-            **{name: getattr(self, name) for name in _SUMMARY},
-            "evaluated": len(self.candidates),
-        }
+    def summary(self, plan: Plan | str) -> dict[str, Any]:
+        """How a plan was found, as plain values: what ``save(fast, path, search=result)`` keeps.
+
+        Raises:
+            SearchError: it was not evaluated.
+        """
+        wanted = str(Plan.parse(plan) if isinstance(plan, str) else plan)
+        for one in self.candidates:
+            if str(one.plan) == wanted:
+                about = {name: getattr(self, name) for name in _SUMMARY}
+                return {**one.to_dict(), **about, "evaluated": len(self.candidates)}
+        raise SearchError(
+            f"the plan {wanted!r} is none of the {len(self.candidates)} that were evaluated",
+            hint="pass a plan of result.front or result.candidates",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values."""
@@ -228,10 +235,10 @@ class SearchResult:
                 f"{one.macs / 1e9:.3f}",
                 f"{one.macs / self.baseline_macs:.1%}",
                 f"{one.quality:.4f}",
-                f"±{one.spread:.4f}",
+                _plus_minus(one.spread),
             ]
             if held:
-                row += [f"{one.held_out:.4f}", f"±{one.held_out_spread:.4f}"]
+                row += [f"{one.held_out:.4f}", _plus_minus(one.held_out_spread)]
             if timed:
                 row += [f"{one.milliseconds:.2f}", f"{timed / (one.milliseconds or timed):.3f}"]
             rows.append([*row, one.method])
@@ -250,6 +257,10 @@ class SearchResult:
         yield MEANS
         if self.doubts:
             yield f"Here {self.doubts}."
+
+
+def _plus_minus(spread: float | None) -> str:
+    return "" if spread is None else f"±{spread:.4f}"
 
 
 _SUMMARY = (

@@ -148,8 +148,8 @@ class Space:
                 group = _Group(stages, max(later.back, stages[-1].layer + 1), group.kind)
             back = group.back if group.back <= self.depth + 1 else None
             most = MOST_MERGED if group.kind == "merged" else Fraction(1)
-            stages = tuple(Stage(s.layer, min(Fraction(s.amount), most)) for s in group.stages)
-            spans.append(span_of(stages, back, group.kind))
+            own = tuple(Stage(s.layer, min(Fraction(s.amount), most)) for s in group.stages)
+            spans.append(span_of(own, back, group.kind))
         return spans
 
 

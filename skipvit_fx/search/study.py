@@ -31,7 +31,7 @@ class Known(NamedTuple):
 
     macs: int
     quality: float
-    spread: float
+    spread: float | None
 
 
 def optuna() -> Any:
