@@ -59,9 +59,9 @@ class EliminateDeadTokens:
         """Narrow every edge from a node that is computed in full to one that is read in part."""
         context = context.knowing(_facts_of_inserted(context))
         liveness = _Liveness(context)
-        context.narrow |= liveness.narrow
         editor = context.editor
         nodes = list(editor.graph.nodes)
+        context.narrow |= {node: liveness.rows(node) for node in nodes if node in liveness.narrow}
         for node in nodes:
             if liveness.passes_through(node):
                 editor.rewire_all(node.users, node, node.all_input_nodes[0])
@@ -121,6 +121,14 @@ class _Liveness:
     def passes_through(self, node: fx.Node) -> bool:
         """Whether a node puts tokens back of which only prefix rows are read: these never left."""
         return isinstance(self._op(node), PutBack) and self.need.get(node, NONE) <= 0
+
+    def rows(self, node: fx.Node) -> int:
+        """How many rows a narrow node computes."""
+        axes = axes_of(tensors_in(self.analysis.value(node))[0])
+        dim = len(axes or ()) - 2 if node.target in SDPA else plain_token_dim(axes)
+        assert axes is not None
+        assert dim is not None
+        return _rows(axes, dim, self.need[node])
 
     def edges_to_narrow(self, node: fx.Node) -> list[_Edge]:
         """The arguments of a node that are computed in full and read in part."""

@@ -11,6 +11,7 @@ from skipvit_fx.errors import (
     PlanError,
     ReportError,
     SavedModelError,
+    SearchError,
     SkipViTError,
     TraceError,
     UnsupportedModelError,
@@ -37,6 +38,10 @@ from skipvit_fx.reports.token_report import TokenTrace, TokenTraces
 from skipvit_fx.reports.tokens import trace_tokens
 from skipvit_fx.saving import load, save
 from skipvit_fx.scores import register_score
+from skipvit_fx.search.profile import Profile, Sensitivity
+from skipvit_fx.search.result import Candidate, SearchResult
+from skipvit_fx.search.running import Progress
+from skipvit_fx.search.search import search
 from skipvit_fx.training import SkipSchedule
 
 try:
@@ -49,6 +54,7 @@ __all__ = [
     "METHODS",
     "AtcReport",
     "AttentionReport",
+    "Candidate",
     "ExportError",
     "ExportedFile",
     "Finding",
@@ -63,9 +69,14 @@ __all__ = [
     "NotRewrittenError",
     "Plan",
     "PlanError",
+    "Profile",
+    "Progress",
     "ReportError",
     "RestReport",
     "SavedModelError",
+    "SearchError",
+    "SearchResult",
+    "Sensitivity",
     "Site",
     "SkipSchedule",
     "SkipViTError",
@@ -89,6 +100,7 @@ __all__ = [
     "report",
     "rewrite",
     "save",
+    "search",
     "set_skipping",
     "skipping",
     "trace_tokens",

@@ -112,6 +112,10 @@ class NotRewrittenError(SkipViTError, TypeError):
     """A module that :func:`skipvit_fx.rewrite` did not make, where a rewritten one is needed."""
 
 
+class SearchError(SkipViTError, ValueError):
+    """A search for plans that cannot be made: an argument, the images, the metric, the storage or a missing package."""
+
+
 class SavedModelError(SkipViTError):
     """A rewritten model could not be saved, or what was saved does not fit."""
 

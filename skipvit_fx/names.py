@@ -12,6 +12,9 @@ CONSTANT_BUFFER = f"{OWN_CHILD}_constant_"
 RECORD = "skipvit"
 """Key of the record in ``fast.meta``, and of the header in a saved file."""
 
+SEARCH = "skipvit_search"
+"""Key of the summary of the search that found the plan, in ``fast.meta`` and in a saved file."""
+
 INSERTED_BY = "skipvit_pass"
 """Key in ``node.meta`` of the name of the pass that inserted the node. The author's nodes do not have it."""
 

@@ -29,9 +29,10 @@ from skipvit_fx.graph.fingerprint import (
 )
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
-from skipvit_fx.names import RECORD
+from skipvit_fx.names import RECORD, SEARCH
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.scores import known_scores, name_of
+from skipvit_fx.search.result import SearchResult
 
 _FORMAT = 3
 
@@ -62,20 +63,31 @@ class _Header:
     tied: dict[str, str]
 
 
-def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
+def save(
+    fast: nn.Module, path: str | os.PathLike[str], *, search: SearchResult | None = None
+) -> None:
     """Write a rewritten model: its weights, its plan, and a fingerprint of the model that it was made from.
 
     The file appears complete or not at all. The model's code is not in it: :func:`load` takes a freshly built model.
     Train or eval mode, the skipping switch and the progress of a schedule are not saved.
 
+    Args:
+        fast: from :func:`skipvit_fx.rewrite`.
+        path: of the file.
+        search: the search that found the plan. The file then says on which model, on how many images, and with what
+            quality; ``inspect(load(...))`` shows it. What a loaded model's file said is kept.
+
     Raises:
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
         SavedModelError: the rewrite holds something that a file cannot (a score function without a name), or the file
             cannot be written.
+        SearchError: the search did not evaluate the plan.
     """
     record = record_of(fast)
     state = fast.state_dict()
     _check_savable(fast, record, state)
+    assert isinstance(fast, SkipViTModule)
+    found = fast.meta.get(SEARCH) if search is None else search.summary(record.plan)
     train_only = any(switch.train_only for switch in switches(fast))
     modules, lines = module_lines(fast), state_lines(state)
     tied = tied_names(state)
@@ -97,7 +109,8 @@ def save(fast: nn.Module, path: str | os.PathLike[str]) -> None:
         for name, tensor in state.items()
         if name not in tied
     }
-    _write(Path(path), weights, json.dumps(asdict(header)))
+    extra = {} if found is None else {SEARCH: json.dumps(found)}
+    _write(Path(path), weights, {RECORD: json.dumps(asdict(header)), **extra})
 
 
 def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = True) -> SkipViTModule:
@@ -125,7 +138,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
         )
     try:
         with safe_open(path, framework="pt") as file:
-            header = _read_header(path, file.metadata())
+            metadata = file.metadata()
+            header = _read_header(path, metadata)
             names = file.keys()
             weights = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
@@ -144,6 +158,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, validate: bool = Tru
     _check_graph(header, fast)
     weights |= {name: weights[other] for name, other in header.tied.items()}
     fast.load_state_dict(weights)
+    if SEARCH in metadata:
+        fast.meta[SEARCH] = json.loads(metadata[SEARCH])
     return fast
 
 
@@ -173,7 +189,7 @@ def version_of(package: str) -> str:
         return "unknown"
 
 
-def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
+def _write(path: Path, weights: dict[str, Tensor], header: dict[str, str]) -> None:
     """Write to a file beside ``path`` and rename it, so that no reader ever finds a partial file."""
     try:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
@@ -182,7 +198,7 @@ def _write(path: Path, weights: dict[str, Tensor], header: str) -> None:
         raise _not_written(path, error) from error
     try:
         mode = unfinished.stat().st_mode  # safetensors makes a file that only its owner may read
-        save_file(weights, unfinished, metadata={RECORD: header})
+        save_file(weights, unfinished, metadata=header)
         unfinished.chmod(mode)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())

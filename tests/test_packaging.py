@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 OPTIONAL = {"timm", "torchvision", "transformers", "onnx", "onnxruntime", "onnxscript", "rich"}
-OPTIONAL |= {"jinja2", "matplotlib", "PIL"}
+OPTIONAL |= {"jinja2", "matplotlib", "optuna", "PIL"}
 
 LAYERS = [
     *(
@@ -30,7 +30,8 @@ LAYERS = [
     ),
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
-    *("reports", "reference", "validation", "api", "saving", "testing", "training", "report"),
+    *("reports", "reference", "validation", "api", "search", "saving", "testing", "training"),
+    "report",
     *("ascend", "export", "__init__", "cli", "__main__"),
 ]
 """Every package, and every module outside a package, from the lowest up."""

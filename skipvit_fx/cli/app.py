@@ -31,11 +31,12 @@ from skipvit_fx.cli.options import (
     rewritten,
     show,
 )
+from skipvit_fx.cli.search import search
 from skipvit_fx.cli.view import view
-from skipvit_fx.errors import ExportError, PlanError, ReportError, SkipViTError
+from skipvit_fx.errors import ExportError, PlanError, ReportError, SearchError, SkipViTError
 from skipvit_fx.plan import Plan
 
-AT_FAULT = (PlanError, SpecError, ExportError, ReportError)
+AT_FAULT = (PlanError, SpecError, ExportError, ReportError, SearchError)
 """Errors of the command line, a file or a plan."""
 
 
@@ -62,6 +63,7 @@ app.command()(bench)
 app.command()(trace)
 app.command()(report)
 app.command()(view)
+app.command()(search)
 
 
 @app.command()

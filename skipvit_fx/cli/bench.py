@@ -51,7 +51,7 @@ def bench(
 ) -> None:
     """Time a rewritten model and the original alternately: predicted and measured, layer by layer."""
     wanted = Plan.parse(plan)
-    place = _device(device)
+    place = device_named(device)
     original = build(model, img_size, depth, pretrained).to(place)
     fast = rewritten(original, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     (example, *_), _ = example_of(original, None)
@@ -64,7 +64,7 @@ def bench(
     show(report.to_dict() | {"hardware": where, "versions": made_of}, text, as_json)
 
 
-def _device(text: str) -> torch.device:
+def device_named(text: str) -> torch.device:
     """The named device, if it works.
 
     Raises:

@@ -149,7 +149,7 @@ def start_anew(
     kept.update(children_of(made.own.train(own.training)))
     own.calls, own.forms = made.own.calls, made.own.forms
     set_settings(own, settings)
-    fast.meta = made.meta
+    fast.meta |= made.meta
     fast.graph = made.graph
     traced = made.own.traced
     assert traced is not None

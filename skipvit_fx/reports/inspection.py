@@ -13,7 +13,7 @@ from skipvit_fx.graph.record import (
     record_of,
 )
 from skipvit_fx.graph.source import source_of
-from skipvit_fx.names import INSERTED_BY
+from skipvit_fx.names import INSERTED_BY, SEARCH
 from skipvit_fx.ops.skip import OnStream, PassAround
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.reports.diff import graph_diff
@@ -63,6 +63,7 @@ def inspect(fast: nn.Module) -> Inspection:
         head=looked.rest(len(record.layers) + 1),
         macs=looked.now.total,
         baseline_macs=looked.baseline.total,
+        search=fast.meta.get(SEARCH),
         nodes=tuple(map(looked.node, fast.graph.nodes)),
         _diff=graph_diff(record, graph_lines(fast.graph)),
     )

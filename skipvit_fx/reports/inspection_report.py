@@ -140,6 +140,7 @@ class Inspection:
         layers: from first to last.
         embedding, head: what runs before and after them.
         macs, baseline_macs: multiply-adds per image of the whole model, now and with skipping off.
+        search: how the plan was found, as ``save(fast, path, search=...)`` kept it; ``None`` if it was not.
         nodes: the rewritten graph, in order.
     """
 
@@ -162,6 +163,7 @@ class Inspection:
     head: RestReport
     macs: int
     baseline_macs: int
+    search: dict[str, Any] | None
     nodes: tuple[NodeReport, ...]
     _diff: tuple[str, ...]
 
@@ -273,8 +275,21 @@ def _header(report: Inspection) -> Iterator[str]:
     yield f"class token: {report.class_token}"
     yield f"captured by the front end {report.frontend!r}: {report.frontend_reason}"
     yield report.validated
+    if report.search is not None:
+        yield _found(report.search)
     if not report.skipping:
         yield "Skipping is switched off at the moment; the table shows it on."
+
+
+def _found(search: dict[str, Any]) -> str:
+    """In one sentence on which model and images a plan was found."""
+    held = search["held_out"]
+    kept_back = "" if held is None else f", {held:.4f} on {search['held_out_images']} held out"
+    return (
+        f"plan found by a search of {search['evaluated']} plans on {search['model']} (fingerprint "
+        f"{search['fingerprint'][:12]}): {search['metric']} {search['quality']:.4f} on {search['images']} images"
+        f"{kept_back}"
+    )
 
 
 def _rows(report: Inspection) -> Iterator[Sequence[str]]:

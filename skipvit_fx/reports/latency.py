@@ -63,9 +63,9 @@ def measure_latency(
             hint="pass at least one round, and a batch of images as the input",
         )
     device = tensor_leaves((args, kwargs))[0].device
-    wait = _waiting_for(device)
+    wait = waiting_for(device)
     timers = [_NodeTimer(copy_to_run(fast, skipping), wait) for skipping in (False, True)]
-    whole = [_ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
+    whole = [ModuleTimer(m, wait) for m in (clone_structure(model).eval(), timers[1].module)]
     for done in range(1, WARM_UP + rounds + 1):
         for timed in whole:
             timed.run(*args, **kwargs)
@@ -125,7 +125,7 @@ def _work_by_region(
     ]
 
 
-def _waiting_for(device: torch.device) -> Callable[[], None]:
+def waiting_for(device: torch.device) -> Callable[[], None]:
     """A function that returns when all work started on a device is done."""
     if device.type == "cpu":
         return lambda: None
@@ -133,7 +133,7 @@ def _waiting_for(device: torch.device) -> Callable[[], None]:
     return synchronize
 
 
-class _ModuleTimer:
+class ModuleTimer:
     """Notes the seconds of every call of a module."""
 
     def __init__(self, module: nn.Module, wait: Callable[[], None]) -> None:

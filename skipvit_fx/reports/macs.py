@@ -31,7 +31,7 @@ from skipvit_fx.torch_internals import (
 )
 
 
-def _attention_flops(
+def attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
 ) -> int:
     """Both products of an attention, from the shapes ``[..., tokens, channels]``; key heads may be shared."""
@@ -40,7 +40,7 @@ def _attention_flops(
 
 # Every fused attention that a device may choose. Which of them the counter knows by itself depends
 # on torch's version, and one that it does not know would count as zero.
-_ATTENTION = dict.fromkeys(SDPA_KERNELS, _attention_flops)
+ATTENTION = dict.fromkeys(SDPA_KERNELS, attention_flops)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _count(
     faked = fake_structure(module, mode).eval()
     if skipping is not None:
         skip_as_planned(faked, skipping)
-    flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
     traffic = _Traffic(frozenset(flops.flop_registry))
     try:
         around = mode.surroundings

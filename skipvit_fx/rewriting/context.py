@@ -56,7 +56,7 @@ class Context:
         scores: by stage, the score nodes, one per site; one that reads the stream has the key ``None``.
         beside: by attention, inserted nodes that compute a part of it again, and read its operands.
         skips: by stage, what was inserted where its tokens leave.
-        narrow: the author's nodes that compute only the rows that are read.
+        narrow: the author's nodes that compute only the rows that are read, and how many these are.
     """
 
     capture: Capture
@@ -66,7 +66,7 @@ class Context:
     scores: dict[int, dict[AttentionSite | None, fx.Node]] = field(default_factory=dict)
     beside: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     skips: dict[int, Skip] = field(default_factory=dict)
-    narrow: set[fx.Node] = field(default_factory=set)
+    narrow: dict[fx.Node, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.editor = GraphEditor(self.capture.module)
@@ -99,6 +99,15 @@ class Context:
         other.analysis = copy.copy(self.analysis)
         other.analysis.facts = {**self.analysis.facts, **facts}
         return other
+
+    def patches_at(self, node: fx.Node, patches: int) -> int:
+        """How many patches and fused tokens are left at one of the author's nodes that had ``patches``."""
+        for stage in self.spans.active(node):
+            dropped = self.skips[stage.index].selector.dropped(patches)
+            patches -= dropped
+            if dropped and stage.returns.span.fused:
+                patches += 1
+        return patches
 
     def on_fewer_tokens(self) -> list[fx.Node]:
         """The author's nodes that see fewer rows than before: under a drop, or where unread rows are left out."""

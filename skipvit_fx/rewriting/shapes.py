@@ -87,19 +87,8 @@ def _compare(context: Context, node: fx.Node, value: Any) -> None:
 
 def _length(context: Context, node: fx.Node, dim: Dim) -> int:
     return math.prod(
-        size(factor._replace(patches=_patches(context, node, factor)))
+        size(factor._replace(patches=context.patches_at(node, factor.patches)))
         if isinstance(factor, Tokens)
         else size(factor)
         for factor in dim
     )
-
-
-def _patches(context: Context, node: fx.Node, tokens: Tokens) -> int:
-    """The number of patches that are left at the node."""
-    count = tokens.patches
-    for stage in context.spans.active(node):
-        dropped = context.skips[stage.index].selector.dropped(count)
-        count -= dropped
-        if dropped and stage.returns.span.fused:
-            count += 1
-    return count

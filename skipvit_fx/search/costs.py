@@ -1,0 +1,199 @@
+"""Multiply-adds of a plan, from the numbers of tokens that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from skipvit_fx.analysis.axes import Batch, Tokens, axes_of, has_tokens, lengths
+from skipvit_fx.analysis.leaves import described, structure
+from skipvit_fx.author.code import AuthorError, author_code
+from skipvit_fx.author.side_effects import contained
+from skipvit_fx.errors import TraceError, UnsupportedModelError
+from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
+from skipvit_fx.graph.editor import is_pure
+from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.names import INSERTED_BY
+from skipvit_fx.ops.merge import Match
+from skipvit_fx.ops.score import AttentionScore, ScoreByFunction, ScoreByQuery
+from skipvit_fx.reports.macs import ATTENTION, attention_flops, count_macs
+from skipvit_fx.rewriting.context import Context
+from skipvit_fx.search.shared_graph import SharedGraph
+from skipvit_fx.torch_internals import pytree, tensor_leaves
+
+
+class Costs:
+    """Multiply-adds of one image, for plan after plan; equal to ``inspect(rewrite(model, plan)).macs``.
+
+    Every node of the model is counted once with all tokens. A node on fewer tokens is run on fake tensors of that
+    length, once for all nodes that are alike: a model has only a few that differ.
+
+    Attributes:
+        baseline: multiply-adds of the unmodified model.
+    """
+
+    def __init__(self, shared: SharedGraph) -> None:
+        """Count the unmodified model.
+
+        Raises:
+            TraceError: it does not run without data.
+        """
+        self.shared = shared
+        self._analysis = shared.analysis
+        capture = shared.capture
+        count = count_macs(capture.module, capture.args, capture.kwargs)
+        self.baseline = count.total
+        self._whole = {n: count.nodes[n.name] for n in shared.graph.nodes if count.nodes[n.name]}
+        self._keys: dict[fx.Node, Hashable] = {}
+        self._known: dict[Hashable, int] = {}
+
+    def macs(self, context: Context) -> int:
+        """Those of the plan that is on the graph now.
+
+        Raises:
+            UnsupportedModelError: they do not follow from the numbers of tokens.
+        """
+        read = _read(context.editor.graph)
+        nodes = sum(self._of_node(context, node) for node in self._whole if node in read)
+        inserted = [n for n in read if INSERTED_BY in n.meta and n.op == "call_module"]
+        return nodes + sum(self._of_inserted(context, node) for node in inserted)
+
+    def _of_node(self, context: Context, node: fx.Node) -> int:
+        patches, rows = self._patches(context, node), context.narrow.get(node)
+        if rows is None and patches == context.stream.tokens.patches:
+            return self._whole[node]
+        if not any(has_tokens(axes_of(t)) for t in tensor_leaves(self.shared.inputs(node))):
+            return self._whole[node]  # after the tokens
+        if node not in self._keys:
+            self._keys[node] = self._key(node)
+            if self._count(node, context.stream.tokens.patches, None) != self._whole[node]:
+                raise UnsupportedModelError(
+                    "what it multiplies does not follow from the number of tokens",
+                    node=node.name,
+                    module_path=module_path(node),
+                    hint="choose a plan for this model by hand: rewrite and inspect count it",
+                )
+        key = (self._keys[node], patches, rows)
+        if key not in self._known:
+            self._known[key] = self._count(node, patches, rows)
+        return self._known[key]
+
+    def _patches(self, context: Context, node: fx.Node) -> int:
+        return context.patches_at(node, context.stream.tokens.patches)
+
+    def _key(self, node: fx.Node) -> Hashable:
+        """Equal for nodes that do the same to inputs of the same kind."""
+        called = self._analysis.callee(node)
+        own = structure(called) if isinstance(called, nn.Module) else node.target
+        return own, tuple(map(described, pytree.tree_leaves(self.shared.inputs(node))))
+
+    def _count(self, node: fx.Node, patches: int, rows: int | None) -> int:
+        """Multiply-adds of an author's node on so many patches, or on so many rows of what it works on row by row."""
+        args, kwargs = self.shared.inputs(node)
+        if node.target in SDPA:
+            given = AttentionArguments(*args, **kwargs)
+            with self._analysis.fake_mode:
+                key, value = (_resized(t, patches) for t in (given.key, given.value))
+                query = _resized(given.query, patches, rows)
+            return attention_flops(query.shape, key.shape, value.shape) // 2
+        return self._run(self._analysis.callee(node), (args, kwargs), patches, rows)
+
+    def _run(
+        self, called: Callable[..., Any], inputs: Any, patches: int, rows: int | None = None
+    ) -> int:
+        flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        try:
+            with contained(self.shared.model), self._analysis.fake_mode, torch.no_grad():
+                args, kwargs = pytree.tree_map(lambda leaf: _resized(leaf, patches, rows), inputs)
+                with flops, author_code():
+                    called(*args, **kwargs)
+        except AuthorError as error:
+            raise TraceError(
+                f"{type(called).__name__} cannot be counted without computing: {error.message}",
+                hint="a score function must not read the contents of tensors",
+            ) from error
+        total: int = flops.get_total_flops() // 2
+        return total
+
+    # -- what the passes inserted ---------------------------------------------------------------------------------
+
+    def _of_inserted(self, context: Context, node: fx.Node) -> int:
+        op = context.editor.module.get_submodule(str(node.target))
+        if isinstance(op, Match):
+            return self._of_merge(context, node, op)
+        if not isinstance(op, ScoreByQuery | ScoreByFunction):
+            return 0
+        patches = self._patches(context, _authors(node.all_input_nodes[0]))
+        key = (str(op), self._key_of_inputs(node), patches)
+        if key not in self._known:
+            self._known[key] = self._run(op, (self._inputs(context, node, patches), {}), patches)
+        return self._known[key]
+
+    def _of_merge(self, context: Context, node: fx.Node, op: Match) -> int:
+        """The similarities of all pairs, and the shares of those that are merged in those that they merge into."""
+        keys = self._analysis[_authors(node.all_input_nodes[0])].value
+        stream = self._analysis[context.stream.layers[0].input].value
+        patches = self._patches(context, _authors(node.all_input_nodes[0]))
+        merged, into = op.dropped(patches), patches - patches // 2
+        if not merged:
+            return 0
+        channels = keys.shape[op.layouts[0].channels]
+        total: int = into * (patches // 2 * channels + merged * stream.shape[-1])
+        return total
+
+    def _key_of_inputs(self, node: fx.Node) -> Hashable:
+        values = [self._analysis.value(_authors(argument)) for argument in node.all_input_nodes]
+        return tuple(map(described, values))
+
+    def _inputs(self, context: Context, node: fx.Node, patches: int) -> tuple[Any, ...]:
+        """What an inserted score reads, for so many patches; a mask is left out, as it multiplies nothing."""
+        op = context.editor.module.get_submodule(str(node.target))
+        read = node.all_input_nodes[:2] if isinstance(op, ScoreByQuery) else node.all_input_nodes
+        return tuple(self._input(context, argument, patches) for argument in read)
+
+    def _input(self, context: Context, node: fx.Node, patches: int) -> Any:
+        if node.op == "call_module" and INSERTED_BY in node.meta:
+            op = context.editor.module.get_submodule(str(node.target))
+            if isinstance(op, AttentionScore):  # read by a score that is a function
+                inputs = self._inputs(context, node, patches)
+                with self._analysis.fake_mode, torch.no_grad():
+                    return op(*(_resized(tensor, patches) for tensor in inputs))
+        return self._analysis.value(_authors(node))
+
+
+def _read(graph: fx.Graph) -> dict[fx.Node, None]:
+    """The nodes that would be left if those that nothing reads were erased; in reverse order."""
+    read: dict[fx.Node, None] = {}
+    for node in reversed(graph.nodes):
+        erasable = is_pure(node) or INSERTED_BY in node.meta
+        if not erasable or any(user in read for user in node.users):
+            read[node] = None
+    return read
+
+
+def _authors(node: fx.Node) -> fx.Node:
+    """The author's node whose value this is, or is a part of."""
+    while INSERTED_BY in node.meta:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _resized(leaf: Any, patches: int, rows: int | None = None) -> Any:
+    """A tensor of one sample, with so many patches along its token axes, or so many rows in all."""
+    axes = axes_of(leaf) if isinstance(leaf, Tensor) else None
+    if axes is None:
+        return leaf
+
+    def length(factor: Any) -> Any:
+        if isinstance(factor, Batch):
+            return Batch(1)
+        if isinstance(factor, Tokens):
+            return factor._replace(patches=patches) if rows is None else rows
+        return factor
+
+    resized = tuple(tuple(length(factor) for factor in dim) for dim in axes)
+    return torch.empty(lengths(resized), dtype=leaf.dtype, device=leaf.device)
