@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from skipvit_fx.errors import SearchError, first_line
+from skipvit_fx.optional import need
 from skipvit_fx.plan import Plan
 from skipvit_fx.search.space import Space
 
