@@ -16,6 +16,7 @@ from skipvit_fx.cli.options import (
     Cut,
     Depth,
     ImgSize,
+    Json,
     KeepDead,
     Model,
     PlanText,
@@ -25,6 +26,7 @@ from skipvit_fx.cli.options import (
     Validate,
     build,
     rewritten,
+    show,
 )
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.inspection_report import Inspection
@@ -48,16 +50,18 @@ def view(
     score: Score = "auto",
     keep_dead_tokens: KeepDead = False,
     validate: Validate = True,
+    as_json: Json = False,
 ) -> None:
-    """Open a rewritten graph in Google's Model Explorer, or write the JSON that it reads."""
+    """Open a rewritten graph in Google's Model Explorer, or write or print the JSON that it reads."""
     wanted = Plan.parse(plan)
-    explorer = _explorer() if out is None else None
+    explorer = _explorer() if out is None and not as_json else None
     built = build(model, img_size, depth, pretrained)
     fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
     report = skipvit_fx.inspect(fast)
-    if out is not None:
-        for file in _write(report, out):
-            typer.echo(f"written to {file}")
+    files = [] if out is None else _write(report, out)
+    if files or as_json:
+        said = "\n".join(f"written to {file}" for file in files)
+        show(report.to_model_explorer(), said, as_json)
     if explorer is not None:
         _open(explorer, report)
 

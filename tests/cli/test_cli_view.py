@@ -85,6 +85,14 @@ def test_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert list(tokens) == [graph["graphs"][0]["id"]]
 
 
+def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "model_explorer", None)
+    result = view("--json")
+    assert result.exit_code == 0, result.output
+    (graph,) = json.loads(result.stdout)["graphs"]
+    assert "stage_1_kept" in [node["id"] for node in graph["nodes"]]
+
+
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     result = view("--out", str(tmp_path / "missing" / "graph.json"))
     assert result.exit_code == 2
