@@ -9,6 +9,7 @@ Run it with `python benchmarks/graph_view.py --out docs/results/graph-view.md`.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -100,8 +101,9 @@ def table(found: dict[str, Times], browser: str) -> str:
         f"Written by `benchmarks/graph_view.py` on {hardware()}; {browser}, headless; {versions('timm')}; random "
         "weights.",
         "",
-        f"Milliseconds until the page was laid out. The limits are {DRAWN:g} to draw and {OPENED:g} to open a layer. "
-        "The file holds the graph, the script, and the layout library.",
+        f"Milliseconds until the page was laid out; while a layer opens, those before it stay open. The limits are "
+        f"{DRAWN:g} to draw and {OPENED:g} to open a layer. Other work ran on the machine: its load average was "
+        f"{os.getloadavg()[0]:.1f}. The file holds the graph, the script, and the layout library.",
         "",
         "| model | plan | drawn | a layer opened, median | slowest | file, kB |",
         "|---|---|---:|---:|---:|---:|",

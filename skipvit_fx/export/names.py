@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"
 """What the exporter notes as the module of a size that it reads from an input."""
+
+_UNUSUAL = re.compile(r"[^\w./-]")
+"""What other tools may not take in a name; ATC, for one, has a meaning for the colon."""
 
 
 def add_inserted(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -72,9 +76,9 @@ def name_by_module(model: ir.Model, inserted: list[str]) -> None:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
         modules = [scope for scope in scopes[:-1] if scope and scope != _NO_MODULE]
         module = modules[-1] if modules else ""
-        name = f"{module}/{node.op_type}" if module else node.op_type
+        name = _UNUSUAL.sub("_", f"{module}/{node.op_type}" if module else node.op_type)
         taken[name] += 1
         node.name = name if taken[name] == 1 else f"{name}_{taken[name]}"
         for i, value in enumerate(node.outputs):
             if value.name not in kept:
-                value.name = node.name if len(node.outputs) == 1 else f"{node.name}:{i}"
+                value.name = node.name if len(node.outputs) == 1 else f"{node.name}.{i}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_nodes_and_values_are_named(target: Any) -> None:
     assert "blocks.1/Softmax" in names
     assert "skipvit.stage_1.select/TopK" in names
     assert not any(name.startswith("node_") for name in names)
+    assert all(re.fullmatch(r"[\w./-]+", text) for text in [*names, *made(file)])
     values = made(file)
     for inserted in ("stage_1_scores", "stage_1_kept", "stage_1_kept_tokens", "stage_1_returned"):
         assert values[inserted].name.startswith("skipvit.stage_1.")

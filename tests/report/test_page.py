@@ -211,8 +211,9 @@ def test_an_unfinished_file_is_never_left(tmp_path: Path, monkeypatch: pytest.Mo
 def test_without_its_packages_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
 ) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == module]:
-        monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(skipvit_fx.ReportError, match=f"{module} is not installed") as missing:
         made(tmp_path / "report.html", rewritten())
     assert missing.value.hint == "pip install 'skipvit_fx[report]'"
