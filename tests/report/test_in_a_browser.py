@@ -40,18 +40,12 @@ def _bright() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def dropped(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Two stages that return, and one after them that does not."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Two stages that return, one that merges until the next layer, and one that drops for good."""
     model, x = BY_NAME["vit"].build(), _bright()
-    fast = skipvit_fx.rewrite(model, "1,2(50%,25%)+3;4(25%)", example_inputs=x, validate=False)
-    return _made(tmp_path_factory.mktemp("dropped"), fast, x)
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    model, x = BY_NAME["vit"].build(), _bright()
-    fast = skipvit_fx.rewrite(model, "1-3(6)+4+merged", example_inputs=x, validate=False)
-    return _made(tmp_path_factory.mktemp("merged"), fast, x)
+    plan = "1,2(50%,25%)+3;3(10)+4+merged;4(25%)"
+    fast = skipvit_fx.rewrite(model, plan, example_inputs=x, validate=False)
+    return _made(tmp_path_factory.mktemp("made"), fast, x)
 
 
 def slide(page: Any, layer: int) -> None:
@@ -72,29 +66,28 @@ def state(page: Any, image: int = 0) -> str:
 
 
 def test_it_asks_for_nothing_and_complains_of_nothing(
-    dropped: Made, merged: Made, open_page: Callable[..., Page]
+    made: Made, open_page: Callable[..., Page]
 ) -> None:
-    for made in (dropped, merged):
-        opened = open_page()
-        page = opened.open(made.file)
-        page.wait_for_selector("html[data-drawn=patches]")
-        slide(page, 2)
-        page.get_by_label("scores").check()
-        assert opened.complaints == []
-        assert opened.requests == []
+    opened = open_page()
+    page = opened.open(made.file)
+    page.wait_for_selector("html[data-drawn=patches]")
+    for layer in range(6):
+        slide(page, layer)
+    page.get_by_label("scores").check()
+    assert opened.complaints == []
+    assert opened.requests == []
 
 
 @pytest.mark.parametrize("image", [0, 1])
 def test_the_slider_shows_which_patches_are_there(
-    dropped: Made, open_page: Callable[..., Page], image: int
+    made: Made, open_page: Callable[..., Page], image: int
 ) -> None:
-    page = open_page().open(dropped.file)
-    first, second, third = ({int(i) for i in trace.dropped[image]} for trace in dropped.traces)
+    page = open_page().open(made.file)
+    first, second, joined, last = (set(trace.dropped[image].tolist()) for trace in made.traces)
     slide(page, 0)
     light = pixels(page, image)
     assert state(page, image) == "24 of 24 patches are present."
-    gone_after = {1: first, 2: first | second, 3: set(), 4: third, 5: third}
-    for layer, gone in gone_after.items():
+    for layer, gone in {1: first, 2: first | second, 4: last, 5: last}.items():
         slide(page, layer)
         assert state(page, image).startswith(f"{PATCHES - len(gone)} of 24 patches are present")
         for patch, (seen, before) in enumerate(zip(pixels(page, image), light, strict=True)):
@@ -102,15 +95,15 @@ def test_the_slider_shows_which_patches_are_there(
                 assert sum(seen) < 0.6 * sum(before), (layer, patch)
             else:
                 assert max(abs(a - b) for a, b in zip(seen, before, strict=True)) < 12
-    slide(page, 3)
-    assert state(page, image).endswith("; 15 have come back.")
+    back = (first | second | joined) - last
+    assert state(page, image).endswith(f"; {len(back)} have come back.")
     assert page.locator(".back").nth(image).get_attribute("d")
 
 
 def test_the_slider_is_moved_by_the_keyboard_and_says_where_it_is(
-    dropped: Made, open_page: Callable[..., Page]
+    made: Made, open_page: Callable[..., Page]
 ) -> None:
-    page = open_page().open(dropped.file)
+    page = open_page().open(made.file)
     slider = page.get_by_label("Tokens that are present")
     slider.focus()
     assert page.locator("#layer-now").inner_text() == "after layer 1"
@@ -126,10 +119,10 @@ def test_the_slider_is_moved_by_the_keyboard_and_says_where_it_is(
 
 
 def test_a_patch_tells_its_story_to_mouse_and_keyboard(
-    dropped: Made, open_page: Callable[..., Page]
+    made: Made, open_page: Callable[..., Page]
 ) -> None:
-    page = open_page().open(dropped.file)
-    trace = dropped.traces[0]
+    page = open_page().open(made.file)
+    trace = made.traces[0]
     patch = int(trace.dropped[0, 0])
     row, column = divmod(patch, COLUMNS)
     score = float(trace.scores[0, patch])
@@ -157,23 +150,23 @@ def test_a_patch_tells_its_story_to_mouse_and_keyboard(
     assert said.inner_text().startswith("Point at a patch")
 
 
-def test_scores_are_drawn_by_rank(dropped: Made, open_page: Callable[..., Page]) -> None:
-    page = open_page().open(dropped.file)
+def test_scores_are_drawn_by_rank(made: Made, open_page: Callable[..., Page]) -> None:
+    page = open_page().open(made.file)
     page.get_by_label("scores").check()
-    order = dropped.traces[0].scores[0].argsort().tolist()
+    order = made.traces[0].scores[0].argsort().tolist()
 
     blue = [b - r for r, _, b in pixels(page)]
     low, high = ([blue[patch] for patch in part] for part in (order[:6], order[-6:]))
     assert max(low) < min(high)
     slide(page, 2)
-    absent = set(range(PATCHES)) - {int(i) for i in dropped.traces[0].kept[0]}
+    absent = set(range(PATCHES)) - {int(i) for i in made.traces[0].kept[0]}
     assert max(sum(pixels(page)[patch]) for patch in absent) < 3 * 110
 
 
-def test_merged_patches_are_regions(merged: Made, open_page: Callable[..., Page]) -> None:
-    page = open_page().open(merged.file)
+def test_merged_patches_are_regions(made: Made, open_page: Callable[..., Page]) -> None:
+    page = open_page().open(made.file)
     slide(page, 3)
-    owner = merged.traces[2].owner
+    owner = made.traces[2].owner
     assert owner is not None
     regions: dict[int, list[int]] = {}
     for patch, token in enumerate(owner[0].tolist()):
@@ -186,23 +179,24 @@ def test_merged_patches_are_regions(merged: Made, open_page: Callable[..., Page]
     frame = page.locator(".frame").first
     frame.focus()
     frame.press("Home")
-    for _ in range(joined[-1]):
-        frame.press("ArrowRight")
+    for key in ["ArrowDown"] * (joined[-1] // COLUMNS) + ["ArrowRight"] * (joined[-1] % COLUMNS):
+        frame.press(key)
     group = page.locator(".group").first.get_attribute("d")
     assert len(group.split("z")) - 1 == len(joined)
     assert f"its token is {len(joined)} patches" in page.locator(".patch").first.inner_text()
     slide(page, 4)
-    assert state(page).startswith("24 of 24 patches are present")
+    assert "24 of 24" not in state(page)
+    assert page.locator(".outline").first.get_attribute("d") == ""
+    assert page.locator(".group").first.get_attribute("d") == ""
 
 
 @pytest.mark.every_case
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 def test_everyone_can_use_it(
-    dropped: Made, open_page: Callable[..., Page], width: int, dark: bool
+    made: Made, open_page: Callable[..., Page], width: int, dark: bool
 ) -> None:
     opened = open_page(width, 844, dark=dark)
-    page = opened.open(dropped.file)
+    page = opened.open(made.file)
     slide(page, 3)
     assert opened.serious() == []
     wide, window = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
@@ -211,14 +205,14 @@ def test_everyone_can_use_it(
     assert (sum(map(int, re.findall(r"\d+", paper))) < 200) == dark
 
 
-def test_axe_sees_a_violation(dropped: Made, open_page: Callable[..., Page]) -> None:
+def test_axe_sees_a_violation(made: Made, open_page: Callable[..., Page]) -> None:
     opened = open_page()
-    opened.open(dropped.file).evaluate("document.querySelector('label[for=layer]').remove()")
+    opened.open(made.file).evaluate("document.querySelector('label[for=layer]').remove()")
     assert any("label" in found for found in opened.serious())
 
 
-def test_the_diff_is_copied_or_selected(dropped: Made, open_page: Callable[..., Page]) -> None:
-    page = open_page().open(dropped.file)
+def test_the_diff_is_copied_or_selected(made: Made, open_page: Callable[..., Page]) -> None:
+    page = open_page().open(made.file)
     page.get_by_role("button", name="Copy the diff").click()
     page.wait_for_function("document.getElementById('copied').textContent !== ''")
     if page.locator("#copied").inner_text().startswith("Selected"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -164,6 +163,7 @@ def test_nothing_is_loaded_and_nothing_runs_but_its_own(tmp_path: Path) -> None:
     assert [policy.partition(";")[0] for policy in policies] == ["default-src 'none'"]
 
 
+@pytest.mark.slow
 def test_four_noisy_images_of_a_large_model_fit_into_five_megabytes(tmp_path: Path) -> None:
     """Noise is the worst that a picture can hold."""
     large = Tiny()
@@ -206,12 +206,15 @@ def test_an_unfinished_file_is_never_left(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_jinja_the_extra_is_named() -> None:
-    code = (
-        "import sys; sys.modules['jinja2'] = None\n"
-        "import skipvit_fx\nfrom skipvit_fx.report.page import _template\n"
-        "try:\n    _template()\nexcept skipvit_fx.ReportError as error:\n    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "jinja2 is not installed" in done.stdout
-    assert "pip install 'skipvit_fx[report]'" in done.stdout
+@pytest.mark.every_case
+@pytest.mark.parametrize("module", ["jinja2", "PIL"])
+def test_without_its_packages_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(skipvit_fx.ReportError, match=f"{module} is not installed") as missing:
+        made(tmp_path / "report.html", rewritten())
+    assert missing.value.hint == "pip install 'skipvit_fx[report]'"
+    assert list(tmp_path.iterdir()) == []

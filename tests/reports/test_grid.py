@@ -45,6 +45,7 @@ def rewritten(model: torch.nn.Module, x: Tensor) -> Any:
     return skipvit_fx.rewrite(model.eval(), "1(50%)+3", example_inputs=x, validate=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [family.name for family in FAMILIES])
 def test_every_family(name: str) -> None:
     """With prefix tokens, without, with overlapping patches, not square."""
@@ -68,6 +69,13 @@ def test_rows_from_left_to_right() -> None:
 def test_another_order_is_not_taken_for_rows(order: str) -> None:
     x = torch.rand(2, 3, 16, 16)
     assert find_grid(rewritten(Ordered(order), x), (x,), {}) is None
+
+
+def test_an_oblong_image_with_registers() -> None:
+    family = BY_NAME["dinov2-reg4"]
+    x = family.input(2)
+    fast = skipvit_fx.rewrite(family.build(depth=1), "1(50%)", example_inputs=x, validate=False)
+    assert find_grid(fast, (x,), {}) == Grid(4, 6)
 
 
 def test_patches_that_are_not_square() -> None:
