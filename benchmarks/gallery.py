@@ -23,7 +23,7 @@ from torch import Tensor
 
 import skipvit_fx as sv
 from skipvit_fx.cli.models import parse_spec
-from skipvit_fx.report.inputs import inputs_of
+from skipvit_fx.page.inputs import inputs_of
 from skipvit_fx.reports.environment import versions
 from skipvit_fx.reports.grid import find_grid
 from skipvit_fx.reports.pictures import after_stage, shown

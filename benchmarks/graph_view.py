@@ -22,7 +22,7 @@ import timm
 from playwright.sync_api import sync_playwright
 
 import skipvit_fx
-from skipvit_fx.report.graph import graph_data
+from skipvit_fx.page.graph import graph_data
 from skipvit_fx.reports.environment import hardware, versions
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))

@@ -30,7 +30,7 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import skipvit_fx as sv
-from skipvit_fx.report.inputs import read_picture
+from skipvit_fx.page.inputs import read_picture
 from skipvit_fx.reports.environment import hardware, versions
 from skipvit_fx.reports.grid import Grid
 from skipvit_fx.reports.pictures import after_stage, shown

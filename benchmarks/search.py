@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import skipvit_fx as sv
+from skipvit_fx.planner.space import published
 from skipvit_fx.reports.environment import hardware, versions
-from skipvit_fx.search.space import published
 
 
 def _sklearn() -> tuple[Tensor, Tensor]:

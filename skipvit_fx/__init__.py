@@ -20,8 +20,12 @@ from skipvit_fx.errors import (
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.methods import METHODS, Method
+from skipvit_fx.page.page import report
 from skipvit_fx.plan import Plan, Span, Stage
-from skipvit_fx.report.page import report
+from skipvit_fx.planner.profile import Profile, Sensitivity
+from skipvit_fx.planner.result import Candidate, SearchResult
+from skipvit_fx.planner.running import Progress
+from skipvit_fx.planner.search import search
 from skipvit_fx.reports.attention import find_attention
 from skipvit_fx.reports.attention_report import AttentionReport, FoundLayer, Site
 from skipvit_fx.reports.inspection import inspect
@@ -38,10 +42,6 @@ from skipvit_fx.reports.token_report import TokenTrace, TokenTraces
 from skipvit_fx.reports.tokens import trace_tokens
 from skipvit_fx.saving import load, save
 from skipvit_fx.scores import register_score
-from skipvit_fx.search.profile import Profile, Sensitivity
-from skipvit_fx.search.result import Candidate, SearchResult
-from skipvit_fx.search.running import Progress
-from skipvit_fx.search.search import search
 from skipvit_fx.training import SkipSchedule
 
 try:

@@ -29,8 +29,8 @@ from skipvit_fx.cli.options import (
     score_named,
     show,
 )
-from skipvit_fx.report.inputs import read_picture
-from skipvit_fx.search.running import Progress
+from skipvit_fx.page.inputs import read_picture
+from skipvit_fx.planner.running import Progress
 
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SHOWN = 0.75

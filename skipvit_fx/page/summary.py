@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from skipvit_fx.graph.record import RewriteRecord
-from skipvit_fx.report.answers import mean_cosine
-from skipvit_fx.report.runs import Runs
+from skipvit_fx.page.answers import mean_cosine
+from skipvit_fx.page.runs import Runs
 from skipvit_fx.reports.inspection_report import Inspection, LayerReport, RestReport
 
 

@@ -13,8 +13,8 @@ from skipvit_fx.graph.calls import kinds_of, signature_of
 from skipvit_fx.graph.inputs import places_of
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.more_graphs import author_of
-from skipvit_fx.report.answers import Answer, answers
-from skipvit_fx.report.inputs import Inputs
+from skipvit_fx.page.answers import Answer, answers
+from skipvit_fx.page.inputs import Inputs
 from skipvit_fx.reports.grid import Grid, find_grid
 from skipvit_fx.reports.latency import copy_to_run, measure_latency
 from skipvit_fx.reports.latency_report import LatencyReport

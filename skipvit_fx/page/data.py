@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from skipvit_fx.errors import ReportError
 from skipvit_fx.graph.record import RewriteRecord
 from skipvit_fx.optional import need
-from skipvit_fx.report.inputs import Inputs
-from skipvit_fx.report.runs import Runs
+from skipvit_fx.page.inputs import Inputs
+from skipvit_fx.page.runs import Runs
 from skipvit_fx.reports.pictures import shown
 
 LARGEST = 640

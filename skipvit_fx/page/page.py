@@ -16,11 +16,11 @@ from skipvit_fx.errors import ReportError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.optional import need
-from skipvit_fx.report.data import page_data, pictures_of
-from skipvit_fx.report.graph import graph_data
-from skipvit_fx.report.inputs import inputs_of
-from skipvit_fx.report.runs import run
-from skipvit_fx.report.summary import figures_of, layer_rows, spans_in_words
+from skipvit_fx.page.data import page_data, pictures_of
+from skipvit_fx.page.graph import graph_data
+from skipvit_fx.page.inputs import inputs_of
+from skipvit_fx.page.runs import run
+from skipvit_fx.page.summary import figures_of, layer_rows, spans_in_words
 from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.inspection import inspect
 
@@ -103,7 +103,7 @@ def _template() -> Any:
     """The page's template, with everything that it inserts escaped."""
     jinja2 = need("jinja2", "report", ReportError)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("skipvit_fx.report", "templates"),
+        loader=jinja2.PackageLoader("skipvit_fx.page", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

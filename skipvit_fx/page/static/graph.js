@@ -1,4 +1,4 @@
-// Draws what skipvit_fx.report.graph.graph_data returns: the layers as boxes that open down to nodes, before and after
+// Draws what skipvit_fx.page.graph.graph_data returns: the layers as boxes that open down to nodes, before and after
 // side by side, and a step through the passes. Data gets into the page as text only, never as markup.
 // Needs dagre (vendor/dagre.min.js) for the nodes of an open layer; boxes of layers are a column, which needs no layout.
 "use strict";
