@@ -31,8 +31,8 @@ from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.names import RECORD, SEARCH
 from skipvit_fx.ops.switch import switches
+from skipvit_fx.planner.result import SearchResult
 from skipvit_fx.scores import known_scores, name_of
-from skipvit_fx.search.result import SearchResult
 
 _FORMAT = 3
 

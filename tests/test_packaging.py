@@ -30,8 +30,8 @@ LAYERS = [
     ),
     "methods",
     *("ops", "author", "graph", "capture", "analysis", "rewriting", "passes"),
-    *("reports", "reference", "validation", "api", "search", "saving", "testing", "training"),
-    "report",
+    *("reports", "reference", "validation", "api", "planner", "saving", "testing", "training"),
+    "page",
     *("ascend", "export", "__init__", "cli", "__main__"),
 ]
 """Every package, and every module outside a package, from the lowest up."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-import skipvit_fx.report as here
+import skipvit_fx.page as here
 from skipvit_fx.errors import ReportError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of

@@ -20,9 +20,9 @@ from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.ops.merge import Match
 from skipvit_fx.ops.score import AttentionScore, ScoreByFunction, ScoreByQuery
+from skipvit_fx.planner.shared_graph import SharedGraph
 from skipvit_fx.reports.macs import ATTENTION, attention_flops, count_macs
 from skipvit_fx.rewriting.context import Context
-from skipvit_fx.search.shared_graph import SharedGraph
 from skipvit_fx.torch_internals import pytree, tensor_leaves
 
 

@@ -10,8 +10,8 @@ from skipvit_fx.errors import SearchError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from skipvit_fx.search.profile import Profile
-    from skipvit_fx.search.result import SearchResult
+    from skipvit_fx.planner.profile import Profile
+    from skipvit_fx.planner.result import SearchResult
 
 _MARKS = {"SkipViT": "s", "EViT": "^", "ToMe": "D"}
 

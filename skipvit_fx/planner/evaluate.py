@@ -12,11 +12,11 @@ import torch
 from skipvit_fx.capture.example import floating_like
 from skipvit_fx.errors import GuardError, SearchError
 from skipvit_fx.plan import Plan
-from skipvit_fx.search.costs import Costs
-from skipvit_fx.search.images import Batch
-from skipvit_fx.search.quality import Metric, Quality, doubts, quality_of
-from skipvit_fx.search.replay import Begun, Replay
-from skipvit_fx.search.shared_graph import SharedGraph
+from skipvit_fx.planner.costs import Costs
+from skipvit_fx.planner.images import Batch
+from skipvit_fx.planner.quality import Metric, Quality, doubts, quality_of
+from skipvit_fx.planner.replay import Begun, Replay
+from skipvit_fx.planner.shared_graph import SharedGraph
 
 BATCHES_TO_DOUBT = 4
 """From the model's answers on so many batches it is told whether they mean anything."""

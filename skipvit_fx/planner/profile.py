@@ -72,7 +72,7 @@ class Profile:
         Raises:
             SearchError: matplotlib is not installed.
         """
-        from skipvit_fx.search.drawing import draw_profile
+        from skipvit_fx.planner.drawing import draw_profile
 
         return draw_profile(self)
 

@@ -14,7 +14,7 @@ from skipvit_fx.errors import TraceError
 from skipvit_fx.graph.inputs import Inputs
 from skipvit_fx.graph.module_paths import module_path
 from skipvit_fx.graph.nodes import attribute, callee, leading_to
-from skipvit_fx.search.shared_graph import SharedGraph
+from skipvit_fx.planner.shared_graph import SharedGraph
 from skipvit_fx.torch_internals import pytree, tensor_leaves
 
 MOST_KEPT = 1 << 31

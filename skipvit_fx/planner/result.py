@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from skipvit_fx.errors import SearchError
 from skipvit_fx.plan import Plan
+from skipvit_fx.planner.profile import Profile
 from skipvit_fx.reports.table import columns
-from skipvit_fx.search.profile import Profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,7 +200,7 @@ class SearchResult:
         Raises:
             SearchError: matplotlib is not installed.
         """
-        from skipvit_fx.search.drawing import draw_front
+        from skipvit_fx.planner.drawing import draw_front
 
         return draw_front(self)
 

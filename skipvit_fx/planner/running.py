@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from skipvit_fx.errors import PlanError, UnsupportedModelError
 from skipvit_fx.plan import Plan
-from skipvit_fx.search.evaluate import Evaluator
-from skipvit_fx.search.profile import Profile, Sensitivity
-from skipvit_fx.search.quality import NotComparableError
-from skipvit_fx.search.result import Candidate, front_of
-from skipvit_fx.search.space import Space, profiled, published
-from skipvit_fx.search.study import Known, Study
+from skipvit_fx.planner.evaluate import Evaluator
+from skipvit_fx.planner.profile import Profile, Sensitivity
+from skipvit_fx.planner.quality import NotComparableError
+from skipvit_fx.planner.result import Candidate, front_of
+from skipvit_fx.planner.space import Space, profiled, published
+from skipvit_fx.planner.study import Known, Study
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from skipvit_fx.graph.fingerprint import fingerprint, module_lines, state_lines
 from skipvit_fx.graph.record import numbered_lines
 from skipvit_fx.options import Options
 from skipvit_fx.plan import Plan
-from skipvit_fx.search.costs import Costs
-from skipvit_fx.search.evaluate import Evaluator
-from skipvit_fx.search.images import Batch, contents, images_of, read_all, sample, split
-from skipvit_fx.search.quality import METRICS, Metric, MetricFunction
-from skipvit_fx.search.result import Candidate, SearchResult
-from skipvit_fx.search.running import Progress, Run
-from skipvit_fx.search.shared_graph import share_graph
-from skipvit_fx.search.space import Space
-from skipvit_fx.search.study import Study, optuna
-from skipvit_fx.search.timing import milliseconds
+from skipvit_fx.planner.costs import Costs
+from skipvit_fx.planner.evaluate import Evaluator
+from skipvit_fx.planner.images import Batch, contents, images_of, read_all, sample, split
+from skipvit_fx.planner.quality import METRICS, Metric, MetricFunction
+from skipvit_fx.planner.result import Candidate, SearchResult
+from skipvit_fx.planner.running import Progress, Run
+from skipvit_fx.planner.shared_graph import share_graph
+from skipvit_fx.planner.space import Space
+from skipvit_fx.planner.study import Study, optuna
+from skipvit_fx.planner.timing import milliseconds
 
 
 def search(

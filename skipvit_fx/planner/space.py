@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from skipvit_fx.methods import METHODS
 from skipvit_fx.plan import Plan, Span, Stage
-from skipvit_fx.search.shared_graph import KINDS, SharedGraph, span_of
+from skipvit_fx.planner.shared_graph import KINDS, SharedGraph, span_of
 
 PERCENT = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80)
 """The amounts that are tried."""

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from skipvit_fx.errors import SearchError, first_line
 from skipvit_fx.optional import need
 from skipvit_fx.plan import Plan
-from skipvit_fx.search.space import Space
+from skipvit_fx.planner.space import Space
 
 POPULATION = 24
 """Plans of a generation of NSGA-II: a few generations in the usual number of trials."""

@@ -13,8 +13,8 @@ from skipvit_fx.api import rewrite
 from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.capture.example import floating_like
 from skipvit_fx.plan import Plan
+from skipvit_fx.planner.images import Batch
 from skipvit_fx.reports.latency import WARM_UP, ModuleTimer, waiting_for
-from skipvit_fx.search.images import Batch
 
 ROUNDS = 5
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from skipvit_fx.report.answers import answers, mean_cosine
+from skipvit_fx.page.answers import answers, mean_cosine
 
 BEFORE = torch.tensor([[4.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
 AFTER = torch.tensor([[3.0, 1.0, 0.5], [0.0, 3.0, 2.0]])

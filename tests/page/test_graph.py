@@ -10,7 +10,7 @@ import torch
 
 import skipvit_fx as sv
 from skipvit_fx.graph.record import record_of
-from skipvit_fx.report.graph import graph_data
+from skipvit_fx.page.graph import graph_data
 from support.tiny import Tiny
 
 X = torch.zeros(2, 3, 16, 16)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx as sv
-from skipvit_fx.report.graph import graph_data
+from skipvit_fx.page.graph import graph_data
 from support.browser import Page
 from support.graph_page import write_page
 from support.tiny import DIM, Tiny

@@ -13,7 +13,7 @@ from PIL import Image
 from timm.data import create_transform
 
 import skipvit_fx
-from skipvit_fx.report.inputs import inputs_of, read_picture
+from skipvit_fx.page.inputs import inputs_of, read_picture
 from skipvit_fx.reports.pictures import shown
 from support.once import made_once
 from support.tiny import Tiny

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import skipvit_fx
-from skipvit_fx.report import page as page_
+from skipvit_fx.page import page as page_
 from support.once import made_once
 from support.report_models import SCRIPT, hostile
 from support.tiny import Tiny

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from skipvit_fx.errors import SearchError
-from skipvit_fx.search.images import contents, images_of, read_all, split
+from skipvit_fx.planner.images import contents, images_of, read_all, split
 
 pytestmark = pytest.mark.every_case
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from skipvit_fx.errors import SearchError
-from skipvit_fx.search.quality import (
+from skipvit_fx.planner.quality import (
     Metric,
     NotComparableError,
     cosines,

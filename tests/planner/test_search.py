@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import skipvit_fx as sv
-from skipvit_fx.search import search as search_module
+from skipvit_fx.planner import search as search_module
 from support.models import scramble
 from support.tiny import Tiny
 

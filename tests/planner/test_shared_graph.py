@@ -12,10 +12,10 @@ import skipvit_fx as sv
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.errors import UnsupportedModelError
 from skipvit_fx.options import Options
-from skipvit_fx.search import replay
-from skipvit_fx.search.costs import Costs
-from skipvit_fx.search.replay import Replay
-from skipvit_fx.search.shared_graph import SharedGraph, share_graph
+from skipvit_fx.planner import replay
+from skipvit_fx.planner.costs import Costs
+from skipvit_fx.planner.replay import Replay
+from skipvit_fx.planner.shared_graph import SharedGraph, share_graph
 from skipvit_fx.torch_internals import tensor_leaves
 from support.models import BY_NAME
 from support.tiny import Tiny, lines

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from skipvit_fx.plan import Plan
-from skipvit_fx.search.space import PAPER, Space, profiled, published
+from skipvit_fx.planner.space import PAPER, Space, profiled, published
 
 KINDS = ("skip", "fused", "merged")
 

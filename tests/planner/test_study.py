@@ -9,9 +9,9 @@ import pytest
 
 from skipvit_fx.errors import SearchError
 from skipvit_fx.plan import Plan
-from skipvit_fx.search import study as study_module
-from skipvit_fx.search.space import Space
-from skipvit_fx.search.study import Known, Study, storage_at
+from skipvit_fx.planner import study as study_module
+from skipvit_fx.planner.space import Space
+from skipvit_fx.planner.study import Known, Study, storage_at
 
 SPACE = Space(6, (1, 2, 3, 4, 5, 6), ("skip", "fused", "merged"), 2)
 pytestmark = pytest.mark.every_case

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-STATIC = files("skipvit_fx.report") / "static"
+STATIC = files("skipvit_fx.page") / "static"
 
 
 def write_page(data: dict[str, Any], path: Path) -> Path:
