@@ -206,15 +206,9 @@ def test_an_unfinished_file_is_never_left(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.every_case
-@pytest.mark.parametrize("module", ["jinja2", "PIL"])
-def test_without_its_packages_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
-) -> None:
-    for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(skipvit_fx.ReportError, match=f"{module} is not installed") as missing:
+def test_without_jinja_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(skipvit_fx.ReportError, match="jinja2 is not installed") as missing:
         made(tmp_path / "report.html", rewritten())
     assert missing.value.hint == "pip install 'skipvit_fx[report]'"
     assert list(tmp_path.iterdir()) == []
