@@ -17,7 +17,7 @@ NOTEBOOK = EXAMPLES / "look.ipynb"
 def shown(notebook: Any) -> list[list[str]]:
     """Of every cell of code, the kinds of what it shows."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [[kind for out in cell.outputs for kind in out.get("data", {})] for cell in cells]
+    return [sorted(kind for out in cell.outputs for kind in out.get("data", {})) for cell in cells]
 
 
 def read() -> Any:
