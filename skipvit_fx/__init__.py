@@ -20,6 +20,7 @@ from skipvit_fx.errors import (
 from skipvit_fx.export.to_onnx import ExportedFile, export_onnx
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.methods import METHODS, Method
+from skipvit_fx.page.front import report_search
 from skipvit_fx.page.page import report
 from skipvit_fx.plan import Plan, Span, Stage
 from skipvit_fx.planner.profile import Profile, Sensitivity
@@ -98,6 +99,7 @@ __all__ = [
     "measure_latency",
     "register_score",
     "report",
+    "report_search",
     "rewrite",
     "save",
     "search",

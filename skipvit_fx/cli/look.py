@@ -30,7 +30,7 @@ from skipvit_fx.cli.picture import print_patches, write_picture
 from skipvit_fx.cli.progress import counting
 from skipvit_fx.errors import PlanError
 from skipvit_fx.page.inputs import inputs_of
-from skipvit_fx.page.page import check_folder
+from skipvit_fx.page.writing import check_folder
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.grid import find_grid
 from skipvit_fx.reports.pictures import after_stage, shown

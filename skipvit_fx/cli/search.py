@@ -15,6 +15,7 @@ from torch import nn
 import skipvit_fx
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli.bench import device_named
+from skipvit_fx.cli.look import RANDOM
 from skipvit_fx.cli.models import SpecError
 from skipvit_fx.cli.options import (
     Cut,
@@ -29,10 +30,17 @@ from skipvit_fx.cli.options import (
     score_named,
     show,
 )
+from skipvit_fx.cli.progress import counting
+from skipvit_fx.errors import ReportError
+from skipvit_fx.optional import need
 from skipvit_fx.page.inputs import read_picture
+from skipvit_fx.page.writing import check_folder
 from skipvit_fx.planner.running import Progress
 
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+REPORTED = 4
+"""So many pictures are in the report."""
+
 SHOWN = 0.75
 """Without a budget, progress shows the best plan with at most this share of the multiply-adds."""
 
@@ -69,6 +77,13 @@ def search(
     plot_profile: Annotated[
         Path | None, typer.Option(help="write a picture of the profile", show_default=False)
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="write an HTML file with the front, and its plans on the first four pictures",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="such as cpu, cuda or npu")] = "cpu",
     img_size: ImgSize = None,
     depth: Depth = None,
@@ -80,8 +95,12 @@ def search(
 ) -> None:
     """Find the plans that cost least and preserve most of a model on your own pictures. Ctrl-C ends it early."""
     place = device_named(device)
+    if report is not None:
+        check_folder(report)
+        need("jinja2", "report", ReportError)
     built = build(model, img_size, depth, pretrained).to(place)
-    batches = _batches(images, labels, built, batch)
+    files, classes = _pictures(images, labels)
+    batches = _batches(files, classes, built, batch)
     share = _budget(budget)
     with _Bar(share if isinstance(share, float) else SHOWN) as bar:
         result = skipvit_fx.search(
@@ -104,6 +123,13 @@ def search(
     for path, picture in ((plot, result), (plot_profile, result.profile)):
         if path is not None:
             _write(picture.plot(), path)
+    if report is not None:
+        note = "" if pretrained or model.startswith("module:") else RANDOM
+        with counting("Writing the report") as count:
+            skipvit_fx.report_search(
+                result, built, files[:REPORTED], report, title=model, note=note, progress=count
+            )
+        typer.echo(f"report written to {report}", err=True)
     show(result.to_dict(), f"{result}\n\n{result.profile}", as_json)
 
 
@@ -114,8 +140,8 @@ def _budget(text: str | None) -> float | str | None:
         return text
 
 
-def _batches(folder: Path, labels: Path | None, model: nn.Module, size: int) -> list[Any]:
-    """The pictures as the model takes them; pairs with their classes if there are labels.
+def _pictures(folder: Path, labels: Path | None) -> tuple[list[Path], dict[str, int] | None]:
+    """The files of the pictures, and their classes by name if there are labels.
 
     Raises:
         SpecError: a file cannot be read, or there are none.
@@ -129,6 +155,13 @@ def _batches(folder: Path, labels: Path | None, model: nn.Module, size: int) -> 
             f"{folder} holds no pictures{'' if known is None else f' that {labels} names'}",
             hint=f"give a folder of files that end in {', '.join(sorted(PICTURES))}",
         )
+    return files, known
+
+
+def _batches(
+    files: list[Path], known: dict[str, int] | None, model: nn.Module, size: int
+) -> list[Any]:
+    """The pictures as the model takes them; pairs with their classes if these are known."""
     (example, *_), _ = example_of(model, None)
     size_of_images = tuple(example.shape[-2:])
     pixels = torch.stack([read_picture(path, size_of_images, model) for path in files])

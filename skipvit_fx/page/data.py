@@ -16,6 +16,7 @@ from skipvit_fx.graph.record import RewriteRecord
 from skipvit_fx.optional import need
 from skipvit_fx.page.inputs import Inputs
 from skipvit_fx.page.runs import Runs
+from skipvit_fx.reports.grid import Grid
 from skipvit_fx.reports.pictures import shown
 
 LARGEST = 640
@@ -25,21 +26,32 @@ IN_A_LINE = 28
 """Patches in a line where their grid is not known, at most."""
 
 
-def page_data(fast: nn.Module, record: RewriteRecord, inputs: Inputs, runs: Runs) -> dict[str, Any]:
-    """The stages of the plan, and for each image what they kept."""
+def page_data(record: RewriteRecord, inputs: Inputs, runs: Runs) -> dict[str, Any]:
+    """Where the patches are, the stages of the plan, and for each image what they kept."""
+    return {**map_data(record, inputs, runs.grid), **plan_data(record, inputs, runs)}
+
+
+def map_data(record: RewriteRecord, inputs: Inputs, grid: Grid | None) -> dict[str, Any]:
+    """Where the patches are, whatever the plan."""
     lines = math.ceil(record.patches / IN_A_LINE)
-    rows, columns = runs.grid or (lines, math.ceil(record.patches / lines))
+    rows, columns = grid or (lines, math.ceil(record.patches / lines))
     image = inputs.image
     aspect = columns / rows
-    if image is not None and runs.grid is not None:
+    if image is not None and grid is not None:
         aspect = image.shape[3] / image.shape[2]
     return {
         "depth": len(record.layers),
         "patches": record.patches,
         "columns": columns,
         "rows": rows,
-        "known": runs.grid is not None,
+        "known": grid is not None,
         "aspect": aspect,
+    }
+
+
+def plan_data(record: RewriteRecord, inputs: Inputs, runs: Runs) -> dict[str, Any]:
+    """The stages of the plan, and for each image what they kept."""
+    return {
         "stages": [
             {
                 "layer": stage.layer,

@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from skipvit_fx.capture.example import arguments_of, batch_size, floating_like, image_of
-from skipvit_fx.errors import ReportError
-from skipvit_fx.graph.record import record_of
+from skipvit_fx.capture.example import (
+    arguments_of,
+    batch_size,
+    example_of,
+    floating_like,
+    image_of,
+)
+from skipvit_fx.errors import ReportError, TraceError
+from skipvit_fx.graph.record import find_record
 from skipvit_fx.optional import need
 from skipvit_fx.reports.pictures import normalisation, preprocessing
 from skipvit_fx.torch_internals import pytree, tensor_leaves
@@ -42,16 +48,17 @@ class Inputs:
         return image if image is not None and image.ndim == 4 else None
 
 
-def inputs_of(fast: nn.Module, images: Any) -> Inputs:
-    """The call of a rewritten model for these images.
+def inputs_of(model: nn.Module, images: Any) -> Inputs:
+    """The call of a model for these images.
 
     Args:
-        fast: what :func:`skipvit_fx.rewrite` returned.
+        model: rewritten or not. Pictures get the size that it was rewritten for, or that in its configuration.
         images: a batch as the model takes it (a tensor, a tuple of arguments or a dict of keyword arguments), or one
             or several pictures: paths of image files, or PIL images. Pictures are prepared by :func:`read_picture`.
 
     Raises:
-        ReportError: a picture cannot be read, or the model takes something other than colour pictures.
+        ReportError: a picture cannot be read, or the model takes something other than colour pictures, or names no
+            size of them.
         TypeError: ``images`` is none of these.
     """
     pictures = _pictures(images)
@@ -61,23 +68,34 @@ def inputs_of(fast: nn.Module, images: Any) -> Inputs:
         if not samples:
             raise ReportError("there is no image to show", hint="pass a batch with at least one")
         return Inputs(args, kwargs, tuple(f"image {i}" for i in range(1, samples + 1)))
-    record = record_of(fast)
-    example = image_of(record.args, record.kwargs)
-    others = [t for t in tensor_leaves((record.args, record.kwargs)) if t is not example]
+    args, kwargs = _example(model)
+    example = image_of(args, kwargs)
+    others = [t for t in tensor_leaves((args, kwargs)) if t is not example]
     if example is None or example.ndim != 4 or example.shape[1] != 3 or others:
         raise ReportError(
-            f"{record.model} takes something other than a batch of colour pictures",
+            f"{type(model).__name__} takes something other than a batch of colour pictures",
             hint="pass a batch as the model takes it: a tensor, a tuple or a dict",
         )
-    like = floating_like(fast)
+    like = floating_like(model)
     height, width = example.shape[2:]
-    batch = torch.stack([read_picture(picture, (height, width), fast) for picture in pictures])
+    batch = torch.stack([read_picture(picture, (height, width), model) for picture in pictures])
     batch = batch.to(like.device, like.dtype)
-    args, kwargs = pytree.tree_map(
-        lambda leaf: batch if leaf is example else leaf, (record.args, record.kwargs)
-    )
+    args, kwargs = pytree.tree_map(lambda leaf: batch if leaf is example else leaf, (args, kwargs))
     names = tuple(_name(picture, number) for number, picture in enumerate(pictures, 1))
-    return Inputs(args, kwargs, names, _how_prepared(fast, height, width))
+    return Inputs(args, kwargs, names, _how_prepared(model, height, width))
+
+
+def _example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """An example call."""
+    record = find_record(model)
+    if record is not None:
+        return record.args, record.kwargs
+    try:
+        return example_of(model, None)
+    except TraceError as error:
+        raise ReportError(
+            error.message, hint="pass a batch as the model takes it: a tensor, a tuple or a dict"
+        ) from error
 
 
 def _pictures(images: Any) -> list[Any]:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-import skipvit_fx.page as here
 from skipvit_fx.errors import ReportError
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
-from skipvit_fx.optional import need
 from skipvit_fx.page.data import page_data, pictures_of
 from skipvit_fx.page.graph import graph_data
 from skipvit_fx.page.inputs import inputs_of
 from skipvit_fx.page.runs import run
 from skipvit_fx.page.summary import figures_of, layer_rows, spans_in_words
+from skipvit_fx.page.writing import check_folder, page_template, write
 from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.inspection import inspect
 
-SCRIPTS = ("vendor/dagre.min.js", "graph.js", "patches.js", "page.js")
+SCRIPTS = ("vendor/dagre.min.js", "graph.js", "patches.js", "copy.js", "page.js")
 STYLES = ("graph.css", "page.css", "patches.css")
-LICENCES = ("vendor/dagre.LICENSE",)
+LICENCES = {"Licence of dagre, which lays out the graph": "vendor/dagre.LICENSE"}
 
 
 def report(
@@ -74,7 +71,7 @@ def report(
         raise ReportError("the model has no weights (meta device)", hint="load its weights first")
     target = Path(path)
     check_folder(target)
-    template = _template()
+    template = page_template("page.html.j2", styles=STYLES, scripts=SCRIPTS, licences=LICENCES)
     inputs = inputs_of(fast, images)
     runs = run(fast, inputs, rounds, progress)
     inspection = inspect(fast)
@@ -89,55 +86,11 @@ def report(
         figures=figures_of(inspection, runs),
         layers=layer_rows(record, inspection, runs),
         pictures=pictures,
-        data=page_data(fast, record, inputs, runs),
+        data=page_data(record, inputs, runs),
         graph=graph_data(fast, inspection),
         diff=inspection.diff().splitlines(),
         made_on=device_name(fast),
         made_with=versions("timm", "transformers", "skipvit_fx"),
     )
-    _write(target, html)
+    write(target, html)
     return target
-
-
-def _template() -> Any:
-    """The page's template, with everything that it inserts escaped."""
-    jinja2 = need("jinja2", "report", ReportError)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("skipvit_fx.page", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    static = files(here) / "static"
-    own = need("markupsafe", "report", ReportError).Markup
-    for kind, names in (("scripts", SCRIPTS), ("styles", STYLES), ("licences", LICENCES)):
-        environment.globals[kind] = [own((static / n).read_text(encoding="utf-8")) for n in names]
-    return environment.get_template("page.html.j2")
-
-
-def check_folder(path: Path) -> None:
-    """Check early that a file can be written later.
-
-    Raises:
-        ReportError: its folder does not exist, or it is itself a folder.
-    """
-    if path.is_dir():
-        raise ReportError(f"{path} is a folder", hint="give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ReportError(f"the folder {path.parent} does not exist", hint="create it first")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write to a file beside ``path`` and rename it, so that no reader ever finds a partial file."""
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ReportError(
-            f"{path} could not be written: {error.strerror or error}", hint="choose another folder"
-        ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)

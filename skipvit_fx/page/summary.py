@@ -29,17 +29,18 @@ class Figure:
 def figures_of(inspection: Inspection, runs: Runs) -> tuple[Figure, ...]:
     """What a reader wants to know first."""
     return (
-        _macs(inspection),
+        macs_figure(inspection),
         _time(runs),
-        _tokens(inspection),
-        _agreement(runs),
-        _validation(inspection),
+        tokens_figure(inspection),
+        agreement_figure(runs),
+        validation_figure(inspection),
     )
 
 
-def _macs(inspection: Inspection) -> Figure:
+def macs_figure(inspection: Inspection) -> Figure:
+    """Multiply-adds saved."""
     now, before = inspection.macs, inspection.baseline_macs
-    value = _change(now / before - 1) if before else "none"
+    value = change(now / before - 1) if before else "none"
     size, unit = (1e9, "billion") if before >= 1e9 else (1e6, "million")
     return Figure(
         "Multiply-adds",
@@ -54,10 +55,11 @@ def _time(runs: Runs) -> Figure:
     before, after = runs.milliseconds
     low, high = min(runs.latency.speedups), max(runs.latency.speedups)
     detail = f"{before:.1f} → {after:.1f} ms; {low:.2f} to {high:.2f} times as fast"
-    return Figure("Time", _change(-runs.time_saved), detail)
+    return Figure("Time", change(-runs.time_saved), detail)
 
 
-def _tokens(inspection: Inspection) -> Figure:
+def tokens_figure(inspection: Inspection) -> Figure:
+    """How many tokens there are where there are fewest."""
     fewest = min(inspection.layers, key=lambda layer: layer.attention_tokens)
     if fewest.attention_tokens < inspection.tokens:
         count, where = (
@@ -72,7 +74,8 @@ def _tokens(inspection: Inspection) -> Figure:
     return Figure("Tokens", f"{inspection.tokens} → {count}", where.format(fewest.index))
 
 
-def _agreement(runs: Runs) -> Figure:
+def agreement_figure(runs: Runs) -> Figure:
+    """How many images have the model's own answer."""
     answers = runs.answers
     cosine = mean_cosine(answers)
     if answers[0].before:
@@ -89,7 +92,8 @@ def _agreement(runs: Runs) -> Figure:
     return Figure("Same answer", f"{cosine:.3f}", detail)
 
 
-def _validation(inspection: Inspection) -> Figure:
+def validation_figure(inspection: Inspection) -> Figure:
+    """Whether the rewrite was validated."""
     verdict, _, rest = inspection.validated.partition(": ")
     if not rest:
         why = inspection.validated.partition(" (")[2].rstrip(")")
@@ -97,7 +101,7 @@ def _validation(inspection: Inspection) -> Figure:
     return Figure("Check", verdict, f"against the model with masked tokens: {rest}")
 
 
-def _change(share: float) -> str:
+def change(share: float) -> str:
     """A share as a change, with a real minus sign."""
     return f"{share:+.1%}".replace("-", "−").replace("%", " %")  # noqa: RUF001
 

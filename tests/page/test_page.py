@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import skipvit_fx
-from skipvit_fx.page import page as page_
+from skipvit_fx.page import writing
 from support.once import made_once
 from support.report_models import SCRIPT, hostile
 from support.tiny import Tiny
@@ -202,7 +202,7 @@ def test_an_unfinished_file_is_never_left(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(skipvit_fx.ReportError, match="No space left on device"):
-        page_._write(tmp_path / "report.html", "text")
+        writing.write(tmp_path / "report.html", "text")
     assert list(tmp_path.iterdir()) == []
 
 

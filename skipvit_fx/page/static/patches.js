@@ -1,7 +1,8 @@
 // The pictures: which patches are present after each layer, their scores, and what became of the one pointed at.
 "use strict";
 
-function drawPatches(data) {
+// What an earlier call drew goes; `signal`, if there is one, ends it.
+function drawPatches(data, signal) {
   const slider = document.getElementById("layer");
   const { rows, columns, patches, stages } = data;
   const last = data.depth + 1;
@@ -115,6 +116,7 @@ function drawPatches(data) {
   function prepare(element) {
     const image = data.images[Number(element.dataset.image)];
     const frame = element.querySelector(".frame");
+    for (const old of frame.querySelectorAll("canvas, svg")) old.remove();
     const canvas = frame.appendChild(sized(document.createElement("canvas")));
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.setAttribute("viewBox", `0 0 ${columns} ${rows}`);
@@ -128,13 +130,18 @@ function drawPatches(data) {
     frame.append(svg);
     const figure = { element, image, frame, canvas, svg, colours: null, cursor: null, thumbs: [] };
     const list = element.querySelector(".stages");
+    list.replaceChildren();
     stages.forEach((stage, i) => figure.thumbs.push(thumbnail(figure, list, stage, i)));
-    frame.addEventListener("pointermove", (event) => point(figure, under(frame, event)));
-    frame.addEventListener("pointerdown", (event) => point(figure, under(frame, event)));
-    frame.addEventListener("pointerleave", () => point(figure, null));
-    frame.addEventListener("blur", () => point(figure, null));
-    frame.addEventListener("keydown", (event) => step(figure, event));
+    listen(frame, "pointermove", (event) => point(figure, under(frame, event)));
+    listen(frame, "pointerdown", (event) => point(figure, under(frame, event)));
+    listen(frame, "pointerleave", () => point(figure, null));
+    listen(frame, "blur", () => point(figure, null));
+    listen(frame, "keydown", (event) => step(figure, event));
     return figure;
+  }
+
+  function listen(element, kind, act) {
+    element.addEventListener(kind, act, { signal });
   }
 
   function sized(canvas) {
@@ -275,6 +282,7 @@ function drawPatches(data) {
 
   function ticks() {
     const line = document.getElementById("ticks");
+    line.replaceChildren();
     const marks = new Map();
     const add = (layer, sign) => marks.set(layer, (marks.get(layer) || "") + sign);
     const seen = new Set();
@@ -313,13 +321,14 @@ function drawPatches(data) {
   }
 
   function begin() {
+    if (signal && signal.aborted) return; // another call came while the pictures were decoded
     for (const figure of figures) {
       colours(figure);
       for (const thumb of figure.thumbs) paint(thumb.canvas, thumb.state, figure.colours, null);
     }
     ticks();
-    slider.addEventListener("input", update);
-    for (const choice of document.getElementsByName("show")) choice.addEventListener("change", update);
+    listen(slider, "input", update);
+    for (const choice of document.getElementsByName("show")) listen(choice, "change", update);
     update();
     document.documentElement.dataset.drawn = "patches";
   }
