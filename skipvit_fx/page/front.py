@@ -27,7 +27,7 @@ from skipvit_fx.page.front_summary import (
 )
 from skipvit_fx.page.inputs import Inputs, inputs_of
 from skipvit_fx.page.runs import run
-from skipvit_fx.page.summary import Figure, spans_in_words
+from skipvit_fx.page.summary import Figure, spans_in_words, unit_of
 from skipvit_fx.page.writing import check_folder, page_template, write
 from skipvit_fx.planner.result import MEANS, Candidate, SearchResult
 from skipvit_fx.reports.environment import device_name, versions
@@ -104,7 +104,8 @@ def report_search(
     check_folder(target)
     template = page_template("front.html.j2", styles=STYLES, scripts=SCRIPTS)
     inputs = inputs_of(model, images)
-    shown, where = [], {}
+    shown: list[ShownPlan] = []
+    where: dict[str, Any] = {}
     for number, one in enumerate(result.front, start=1):
         fast = _rewritten(result, one, model, inputs)
         shown.append(_shown(result, one, fast, inputs, where))
@@ -119,6 +120,7 @@ def report_search(
         plots=plots_of(result),
         rows=front_rows(result),
         sensitivity=sensitivity(result),
+        unit=unit_of(result.baseline_macs)[1],
         plans=shown,
         first=_first(result),
         validated=validated_by(result),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from skipvit_fx.errors import ReportError
@@ -11,6 +11,9 @@ from skipvit_fx.planner.result import Candidate, SearchResult
 
 STEPS = (1, 2, 2.5, 5, 10)
 """Distances between ticks, times a power of ten."""
+
+Placed = tuple[Candidate, float]
+"""A plan and its cost."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class Plot:
         label: what the cost is.
         xs, ys: ticks of both axes.
         points: the plans of the front.
+        model: where the cost of the model itself is, from the left; ``None`` if it is all of the cost.
         published: plans that were published and are not on it.
-        line, spread, held, held_spread, others: SVG paths: through the front; its standard errors; its quality on
-            images held out, and their standard errors; and a dot for every other plan.
+        line, spread, held, held_spread, others: SVG paths: through the front, over multiply-adds; its standard errors;
+            its quality on images held out, and their standard errors; and a dot for every other plan.
         outside: how many other plans lie outside the picture.
     """
 
@@ -57,6 +61,7 @@ class Plot:
     xs: tuple[Tick, ...]
     ys: tuple[Tick, ...]
     points: tuple[Mark, ...]
+    model: float | None
     published: tuple[Mark, ...]
     line: str
     spread: str
@@ -68,12 +73,17 @@ class Plot:
 
 def plots_of(result: SearchResult) -> list[Plot]:
     """Over multiply-adds, and over time if it was measured."""
+    whole, before = result.baseline_macs, result.baseline_milliseconds
+    on_it = {str(one.plan) for one in result.front}
+    rest = [one for one in result.candidates if str(one.plan) not in on_it]
+    front = [(one, one.macs / whole) for one in result.front]
     share = "multiply-adds, as a share of the model's"
-    plots = [_plot(result, "macs", share, lambda one: one.macs / result.baseline_macs, _percent)]
-    if result.baseline_milliseconds is not None:
+    plots = [_plot("macs", share, front, [(one, one.macs / whole) for one in rest], _percent)]
+    if before is not None:
         images = f"{result.batch} image{'s' if result.batch > 1 else ''}"
-        what = f"milliseconds for {images} on {result.device}; the model itself: {result.baseline_milliseconds:.3g}"
-        plots.append(_plot(result, "time", what, lambda one: one.milliseconds, _number))
+        time = f"milliseconds for {images} on {result.device}"
+        timed = [(one, one.milliseconds or 0.0) for one in result.front]
+        plots.append(_plot("time", time, timed, [], _number, before))
     return plots
 
 
@@ -95,33 +105,34 @@ class _Scale:
 
 
 def _plot(
-    result: SearchResult,
     kind: str,
     label: str,
-    cost_of: Callable[[Candidate], float | None],
+    front: list[Placed],
+    rest: list[Placed],
     text: Callable[[float], str],
+    model: float | None = None,
 ) -> Plot:
-    front = [(one, cost) for one in result.front if (cost := cost_of(one)) is not None]
-    on_it = {str(one.plan) for one in result.front}
-    known = [(one, cost) for one in result.candidates if (cost := cost_of(one)) is not None]
-    rest = [(one, cost) for one, cost in known if str(one.plan) not in on_it]
+    """The plans of the front and all others, each with its cost, and the cost of the model itself, if it is shown."""
     named = [(one, cost) for one, cost in rest if one.method]
-    across = _Scale([cost for _, cost in front + named], text)
-    quality = [one.quality for one, _ in front + named]
-    ends = [end for one, _ in front for end in _ends(one.quality, one.spread)]
-    held = [(one, x) for one, x in front if one.held_out is not None]
-    held_ends = [end for one, _ in held for end in _ends(one.held_out, one.held_out_spread)]
-    up = _Scale(quality + ends + held_ends, _number)
+    across = _Scale(
+        [*(cost for _, cost in front + named), *([] if model is None else [model])], text
+    )
+    up = _Scale([*(one.quality for one, _ in named), *_heights(front)], _number)
+
+    def down(value: float) -> float:
+        return round(100 - up(value), 2)
 
     def mark(one: Candidate, cost: float) -> Mark:
-        return Mark(across(cost), round(100 - up(one.quality), 2), one.method, str(one.plan))
+        return Mark(across(cost), down(one.quality), one.method, str(one.plan))
 
-    def bar(cost: float, ends: list[float]) -> str:
-        low, high = (round(100 - up(end), 2) for end in ends) if ends else (0, 0)
-        return f"M{across(cost)} {low}V{high}" if ends else ""
+    def bar(cost: float, value: float | None, spread: float | None) -> str:
+        if value is None or spread is None:
+            return ""
+        return f"M{across(cost)} {down(value - spread)}V{down(value + spread)}"
 
+    held = [(one, cost, one.held_out) for one, cost in front if one.held_out is not None]
     points = tuple(mark(*one) for one in front)
-    others = [mark(*one) for one in rest if not one[0].method]
+    others = [mark(one, cost) for one, cost in rest if not one.method]
     inside = [one for one in others if 0 <= one.x <= 100 and 0 <= one.y <= 100]
     return Plot(
         kind=kind,
@@ -129,23 +140,24 @@ def _plot(
         xs=across.ticks,
         ys=tuple(Tick(round(100 - tick.place, 2), tick.text) for tick in up.ticks),
         points=points,
+        model=None if model is None else across(model),
         published=tuple(mark(*one) for one in named),
-        line="M" + "L".join(f"{one.x} {one.y}" for one in sorted(points, key=lambda one: one.x)),
-        spread="".join(bar(cost, _ends(one.quality, one.spread)) for one, cost in front),
-        held="".join(
-            f"M{across(cost)} {round(100 - up(one.held_out or 0.0), 2)}h0" for one, cost in held
-        ),
-        held_spread="".join(
-            bar(cost, _ends(one.held_out, one.held_out_spread)) for one, cost in held
-        ),
+        line="M" + "L".join(f"{one.x} {one.y}" for one in points) if kind == "macs" else "",
+        spread="".join(bar(cost, one.quality, one.spread) for one, cost in front),
+        held="".join(f"M{across(cost)} {down(value)}h0" for _, cost, value in held),
+        held_spread="".join(bar(cost, value, one.held_out_spread) for one, cost, value in held),
         others="".join(f"M{one.x} {one.y}h0" for one in inside),
         outside=len(others) - len(inside),
     )
 
 
-def _ends(value: float | None, spread: float | None) -> list[float]:
-    """The ends of the bar of a standard error; none if it is not known."""
-    return [] if value is None or spread is None else [value - spread, value + spread]
+def _heights(front: list[Placed]) -> Iterator[float]:
+    """Every height to which something of the front is drawn."""
+    for one, _ in front:
+        known = ((one.quality, one.spread), (one.held_out, one.held_out_spread))
+        for value, spread in known:
+            if value is not None:
+                yield from (value - (spread or 0.0), value + (spread or 0.0))
 
 
 def _percent(value: float) -> str:

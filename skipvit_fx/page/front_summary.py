@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from skipvit_fx.page.runs import Runs
 from skipvit_fx.page.summary import (
@@ -11,7 +11,9 @@ from skipvit_fx.page.summary import (
     agreement_figure,
     change,
     macs_figure,
+    short,
     tokens_figure,
+    unit_of,
     validation_figure,
 )
 from skipvit_fx.planner.result import Candidate, SearchResult
@@ -64,10 +66,9 @@ def _budget(result: SearchResult) -> Figure:
 def _itself(result: SearchResult) -> Figure:
     detail = "multiply-adds for one image"
     if result.baseline_milliseconds is not None:
-        detail += f"; {result.baseline_milliseconds:.3g} ms for a batch of {result.batch}"
-    macs = result.baseline_macs
-    size, unit = (1e9, "billion") if macs >= 1e9 else (1e6, "million")
-    return Figure("The model itself", f"{macs / size:.4g} {unit}", detail)
+        detail += f"; {short(result.baseline_milliseconds)} ms for a batch of {result.batch}"
+    size, unit = unit_of(result.baseline_macs)
+    return Figure("The model itself", f"{result.baseline_macs / size:.4g} {unit}", detail)
 
 
 def plan_figures(
@@ -79,7 +80,7 @@ def plan_figures(
         _quality(result, one),
         _time(result, one),
         tokens_figure(inspection),
-        agreement_figure(runs),
+        replace(agreement_figure(runs), name="On these images"),
         _check(result, inspection),
     )
 
@@ -98,7 +99,7 @@ def _time(result: SearchResult, one: Candidate) -> Figure:
     before, now = result.baseline_milliseconds, one.milliseconds
     if before is None or now is None:
         return Figure("Time", "not measured", "the search was made with measure=False")
-    return Figure("Time", change(now / before - 1), f"{before:.3g} → {now:.3g} ms")
+    return Figure("Time", change(now / before - 1), f"{short(before)} → {short(now)} ms")
 
 
 def _check(result: SearchResult, inspection: Inspection) -> Figure:
@@ -120,7 +121,7 @@ class FrontRow:
     Attributes:
         plan: in its notation.
         method: the method that it was published as; empty for the others.
-        macs, share: multiply-adds in billions, and as a share of the model's.
+        macs, share: multiply-adds in billions or millions, and as a share of the model's.
         quality, held, milliseconds, speed: as text; empty if not known.
     """
 
@@ -152,14 +153,14 @@ def front_rows(result: SearchResult) -> list[FrontRow]:
 
 
 def _rows(result: SearchResult) -> Iterator[FrontRow]:
-    before = result.baseline_milliseconds
+    before, (size, _) = result.baseline_milliseconds, unit_of(result.baseline_macs)
     for one in result.front:
         held, now = one.held_out, one.milliseconds
         timed = before is not None and now is not None
         yield FrontRow(
             plan=str(one.plan) or EVERY_TOKEN,
             method=one.method,
-            macs=f"{one.macs / 1e9:.3f}",
+            macs=f"{one.macs / size:.3f}",
             share=f"{100 * one.macs / result.baseline_macs:.1f} %",
             quality=with_spread(one.quality, one.spread),
             held="" if held is None else with_spread(held, one.held_out_spread),

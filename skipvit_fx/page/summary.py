@@ -41,11 +41,11 @@ def macs_figure(inspection: Inspection) -> Figure:
     """Multiply-adds saved."""
     now, before = inspection.macs, inspection.baseline_macs
     value = change(now / before - 1) if before else "none"
-    size, unit = (1e9, "billion") if before >= 1e9 else (1e6, "million")
+    size, unit = unit_of(before)
     return Figure(
         "Multiply-adds",
         value,
-        f"{_short(before / size)} → {_short(now / size)} {unit} for one image",
+        f"{short(before / size)} → {short(now / size)} {unit} for one image",
     )
 
 
@@ -101,12 +101,17 @@ def validation_figure(inspection: Inspection) -> Figure:
     return Figure("Check", verdict, f"against the model with masked tokens: {rest}")
 
 
+def unit_of(macs: int) -> tuple[float, str]:
+    """In what multiply-adds are given, as a number and in a word."""
+    return (1e9, "billion") if macs >= 1e9 else (1e6, "million")
+
+
 def change(share: float) -> str:
     """A share as a change, with a real minus sign."""
     return f"{share:+.1%}".replace("-", "−").replace("%", " %")  # noqa: RUF001
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """With three digits."""
     return f"{value:#.3g}".rstrip(".")
 
@@ -205,8 +210,8 @@ def _times(runs: Runs, rows: int) -> list[Amount | None]:
     longest = max(max(layer.measured, layer.baseline_measured) for layer in layers) or 1
     return [
         Amount(
-            _short(1e3 * layer.measured),
-            _short(1e3 * layer.baseline_measured),
+            short(1e3 * layer.measured),
+            short(1e3 * layer.baseline_measured),
             (layer.measured / longest, layer.baseline_measured / longest),
         )
         for layer in layers
