@@ -214,7 +214,7 @@ def test_axe_sees_a_violation(made: Made, open_page: Callable[..., Page]) -> Non
 def test_the_diff_is_copied_or_selected(made: Made, open_page: Callable[..., Page]) -> None:
     page = open_page().open(made.file)
     page.get_by_role("button", name="Copy the diff").click()
-    page.wait_for_function("document.getElementById('copied').textContent !== ''")
+    page.locator("#copied:not(:empty)").wait_for()
     if page.locator("#copied").inner_text().startswith("Selected"):
         assert page.evaluate("String(getSelection())").startswith("--- VisionTransformer\n+++ ")
     else:
