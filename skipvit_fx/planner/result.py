@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from skipvit_fx.errors import SearchError
 from skipvit_fx.plan import Plan
 from skipvit_fx.planner.profile import Profile
+from skipvit_fx.reports.html import paragraphs, table
 from skipvit_fx.reports.table import columns
 
 if TYPE_CHECKING:
@@ -211,7 +211,9 @@ class SearchResult:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        head, *rows = self._rows()
+        left = {0, len(head) - 1}
+        return f"{paragraphs(*self._head())}{table(head, rows, left)}{paragraphs(*self._notes())}"
 
     def _head(self) -> Iterator[str]:
         held = f", {self.held_out_images} held out" if self.held_out_images else ", none held out"
@@ -224,6 +226,11 @@ class SearchResult:
             yield "Interrupted: this is the front so far"
 
     def _table(self) -> Iterator[str]:
+        rows = self._rows()
+        yield from columns(rows, to_the_left={0, len(rows[0]) - 1})
+
+    def _rows(self) -> list[list[str]]:
+        """The head of the table, and a line for every plan of the front."""
         held, timed = self.held_out_images, self.baseline_milliseconds
         rows = [["plan", "GMACs", "of model", "quality", ""]]
         rows[0] += ["held out", ""] if held else []
@@ -242,7 +249,7 @@ class SearchResult:
             if timed:
                 row += [f"{one.milliseconds:.2f}", f"{timed / (one.milliseconds or timed):.3f}"]
             rows.append([*row, one.method])
-        yield from columns(rows, to_the_left={0, len(rows[0]) - 1})
+        return rows
 
     def _notes(self) -> Iterator[str]:
         if self.baseline_milliseconds:

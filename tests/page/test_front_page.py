@@ -132,7 +132,7 @@ def test_the_page_says_what_was_found(made: Made, open_page: Callable[..., Page]
         "0.9 of the model's multiply-adds",
         "seed 7",
         "No stage at layer 3: it is the last.",
-        "published: EViT, SkipViT",
+        "published: E EViT, S SkipViT",
         "validated each of them to time it",
         "0.9300 ± 0.0100 0.9100 ± 0.0200 4.79 1.25",
         "0.8000",

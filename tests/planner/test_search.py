@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,12 @@ class TestResult:
         for one in found().front:
             assert (str(one.plan) or "(every token)") in text
         assert "ToMe" in text or all(one.method != "ToMe" for one in found().front)
-        assert re.fullmatch(r"<pre>.*</pre>", found()._repr_html_(), re.DOTALL)
+        shown = found()._repr_html_()
+        assert shown.count("<tr>") == 1 + len(found().front)
+        assert all(escape(line) in shown for line in (*text.splitlines()[:2], "±0.0"))
+        hostile = replace(found(), model="<b>", doubts="<i>")._repr_html_()
+        assert "&lt;b&gt;" in hostile
+        assert not re.search("<[bi]>", hostile)
 
     def test_plain_values(self) -> None:
         said = json.loads(json.dumps(found().to_dict(), allow_nan=False))

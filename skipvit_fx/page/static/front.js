@@ -6,6 +6,7 @@ const choices = [...document.querySelectorAll("[data-choose]")];
 const parts = [...document.querySelectorAll("[data-plan]")];
 const slider = document.getElementById("layer");
 let drawn = new AbortController();
+let placed = slider.value; // where the page itself put the slider
 
 function choose(plan) {
   for (const part of parts) part.hidden = Number(part.dataset.plan) !== plan;
@@ -16,13 +17,19 @@ function choose(plan) {
   }
   const { stages } = plans[plan];
   document.querySelector(".controls").hidden = !stages.length;
-  if (!stages.some(isAway)) slider.value = String(stages.length ? stages[0].layer : 0);
+  if (slider.value === placed || !stages.some(isAway)) slider.value = placed = String(strongest(stages));
   drawn.abort();
   drawn = new AbortController();
   drawPatches({ ...map, ...plans[plan] }, drawn.signal);
 }
 
-// Whether tokens of a stage are away where the slider is: then it stays, so that plans are compared at one layer.
+// The layer after which most of the first span's tokens are away.
+function strongest(stages) {
+  const span = stages.filter((stage) => stage.span === stages[0].span);
+  return span.length ? span[span.length - 1].layer : 0;
+}
+
+// Whether tokens of a stage are away where the slider is: where it was moved to, it then stays, to compare plans there.
 function isAway(stage) {
   const layer = Number(slider.value);
   return stage.layer <= layer && (stage.returns === null || stage.returns > layer);
