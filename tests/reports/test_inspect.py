@@ -163,7 +163,7 @@ def test_dict_is_plain(report: Inspection) -> None:
         *("model", "plan", "cut", "score", "frontend", "frontend_reason"),
         *("eliminate_dead_tokens", "skipping", "validated"),
         *("prefix", "patches", "tail", "class_token", "stages"),
-        *("layers", "embedding", "head", "macs", "baseline_macs", "inserted"),
+        *("layers", "embedding", "head", "macs", "baseline_macs", "search", "inserted"),
     ]
     assert plain["class_token"] == "row 0: read by the head"
     assert plain["stages"] == [
