@@ -105,8 +105,8 @@ def page(found: dict[str, Any]) -> str:
         "# What a search costs",
         "",
         f"Written by `python benchmarks/search_cost.py` on {found['hardware']}; {found['versions']}; float32, "
-        f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}, a shared machine, so seconds of the processor "
-        "are shown as well.",
+        f"{found['threads']} thread{'s' if found['threads'] > 1 else ''}, a shared machine, so seconds of the "
+        "processor are shown as well.",
         "",
         f"`sv.search` with {found['plans']} plans of up to two stages, the profile and published plans among them, on "
         f"{found['images']} images for {found['model']} (random weights, noise). *Beside*: everything but the model: "
