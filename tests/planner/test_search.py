@@ -292,5 +292,5 @@ def test_options_that_are_none(name: str) -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(sv.PlanError, match="cut must be one of"):
         sv.search(model(), batches(2), cut="middle")
-    with pytest.raises(TypeError, match="torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         sv.search(Tiny, batches(2))  # type: ignore[arg-type]
