@@ -108,6 +108,9 @@ class _Liveness:
 
     def __init__(self, context: Context) -> None:
         self.analysis = context.analysis
+        self.parts: dict[str, nn.Module] = dict(
+            self.analysis.module.named_modules(remove_duplicate=False)
+        )
         self.shortened = {skip.kept_tokens for skip in context.skips.values()}
         self.need: dict[fx.Node, float] = {}
         for node in reversed(context.editor.graph.nodes):
@@ -158,7 +161,7 @@ class _Liveness:
     def _op(self, node: fx.Node) -> nn.Module | None:
         if node.op != "call_module":
             return None
-        return self.analysis.module.get_submodule(str(node.target))
+        return self.parts[str(node.target)]
 
     def _has_tokens(self, node: fx.Node) -> bool:
         return node in self.analysis.facts and carries_tokens(self.analysis[node])

@@ -126,6 +126,7 @@ def test_two_stages_then_off_and_on(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", CORE_THEN_SLOW, ids=names(FAMILIES))
+@pytest.mark.slow
 def test_return_before_the_norm(family: Family) -> None:
     check(family, BEFORE_NORM, eliminate_dead_tokens=False)
 
@@ -137,22 +138,26 @@ def test_no_return(family: Family) -> None:
 
 @pytest.mark.parametrize("plan", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("name", CORE[:3])
+@pytest.mark.slow
 def test_plans(name: str, plan: Plan) -> None:
     check(BY_NAME[name], plan)
 
 
 @pytest.mark.parametrize("plan", OTHERS.values(), ids=OTHERS)
+@pytest.mark.slow
 def test_plans_with_dead_tokens_computed(plan: Plan) -> None:
     check(BY_NAME["dinov2-reg4"], plan, eliminate_dead_tokens=False)
 
 
 @pytest.mark.parametrize("plan", [OTHERS["block"], OTHERS["first-to-norm"]], ids=["block", "three"])
 @pytest.mark.parametrize("name", CORE[3:])
+@pytest.mark.slow
 def test_plans_of_other_families(name: str, plan: Plan) -> None:
     check(BY_NAME[name], plan)
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
+@pytest.mark.slow
 def test_auto_score_takes_the_class_token_where_there_is_one(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()
@@ -162,6 +167,7 @@ def test_auto_score_takes_the_class_token_where_there_is_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2-reg4", "deit-distilled"])
+@pytest.mark.slow
 def test_mean_query_where_asked_for(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()
@@ -174,6 +180,7 @@ def test_mean_query_where_asked_for(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "eliminate"), [*((name, True) for name in CORE), ("vit", False), ("cait", False)]
 )
+@pytest.mark.slow
 def test_nothing_dropped_is_the_model(name: str, eliminate: bool) -> None:
     family = BY_NAME[name]
     model, x = family.build(rate=0.1), family.input()
@@ -184,6 +191,7 @@ def test_nothing_dropped_is_the_model(name: str, eliminate: bool) -> None:
 
 
 @pytest.mark.parametrize(("name", "read"), [("deit-distilled", 2), ("vit", 1), ("dinov2-reg4", 1)])
+@pytest.mark.slow
 def test_a_plan_without_stages_leaves_out_what_nobody_reads(name: str, read: int) -> None:
     model, x = BY_NAME[name].build(), BY_NAME[name].input()
     fast = skipvit_fx.rewrite(model, skipvit_fx.Plan(), example_inputs=(x,))
@@ -215,6 +223,7 @@ def test_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "reg4-gap", "beit", "rope-axial", "cait", "naflex-map"])
+@pytest.mark.slow
 def test_training_with_skipping_on(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(rate=0.1), family.input()
@@ -260,6 +269,7 @@ def test_fused_token(name: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["beit", "rope-axial", "relpos-mlp", "cait", "parallel-things"])
+@pytest.mark.slow
 def test_fused_token_elsewhere_is_sound_or_refused(name: str) -> None:
     """A fused token has no position: what depends on one must not be guessed."""
     family = BY_NAME[name]
@@ -313,6 +323,7 @@ THOROUGH = (
         if name in QUICK or example.name in THOROUGH
     ],
 )
+@pytest.mark.slow
 def test_odd_models(example: Example, plan: Plan) -> None:
     model, x = example.build(), image(batch=3)
     if "return_layer" not in plan and example.name in ("grid-output", "flatten-head"):
@@ -330,6 +341,7 @@ def test_odd_models(example: Example, plan: Plan) -> None:
 
 @pytest.mark.parametrize("plan", [TWO, NO_RETURN], ids=QUICK)
 @pytest.mark.parametrize("example", EITHER, ids=str)
+@pytest.mark.slow
 def test_odder_models_are_right_or_refused(example: Example, plan: Plan) -> None:
     model, x = example.build(), image(batch=3)
     fast = rewritten_or_refused(model, plan, image(), score="cls")
@@ -356,6 +368,7 @@ def test_styles_of_the_same_attention_agree() -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "rope-mixed", "hybrid-resnet26d", "naflex-gap"])
+@pytest.mark.slow
 def test_the_model_is_untouched_and_shares_everything(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()

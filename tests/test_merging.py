@@ -505,6 +505,7 @@ def test_the_reference_finds_keys_in_any_spelling(alike: tuple[str, ...]) -> Non
 
 @pytest.mark.parametrize("example", [*GOOD, *SPELLINGS], ids=str)
 @pytest.mark.parametrize("plan", ["1-4(3)+merged", "1-3(3)+5+merged", "1,3(30%,5)+4+merged"])
+@pytest.mark.slow
 def test_exact_in_any_spelling(plan: str, example: Example) -> None:
     if plan == "1-4(3)+merged" and example.name in WHOLE:
         pytest.skip("its head reads all patches")
@@ -533,6 +534,7 @@ def test_exact_or_refused(example: Example) -> None:
 
 
 @pytest.mark.parametrize("name", ["siglip-map", "reg4-map", "cait", "naflex-map", "pe-core"])
+@pytest.mark.slow
 def test_the_head_attends_in_proportion(name: str) -> None:
     family = BY_NAME[name]
     model = family.build()
@@ -542,6 +544,7 @@ def test_the_head_attends_in_proportion(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip-map", "rope-axial", "eva-gqa"])
+@pytest.mark.slow
 def test_without_proportional_attention(name: str) -> None:
     family = BY_NAME[name]
     model = family.build()
@@ -592,6 +595,7 @@ def test_gradients_of_patches_that_return() -> None:
     assert_same_gradients(gradients(model, lambda: fast(x)), wanted)
 
 
+@pytest.mark.slow
 def test_training_with_merging_on() -> None:
     family = BY_NAME["vit"]
     model, x = family.build(rate=0.1), family.input()
@@ -617,6 +621,7 @@ def test_training_with_merging_on() -> None:
         ("1(20)+2+merged;2,3(20)+merged", [12, 12, 6]),
     ],
 )
+@pytest.mark.slow
 def test_never_more_than_half_leaves(plan: str, left: list[int]) -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     stages = sv.trace_tokens(rewritten(model, plan, x), x)
@@ -632,6 +637,7 @@ def test_counts(amount: Any, present: int, merged: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2-reg4", "siglip-map", "deit-distilled"])
+@pytest.mark.slow
 def test_every_patch_is_in_one_token(name: str) -> None:
     """Sizes add up over stages, and the place of a destination is the place of its token."""
     family = BY_NAME[name]
@@ -678,6 +684,7 @@ def test_another_image_size() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_low_precision(dtype: torch.dtype) -> None:
     model = BY_NAME["vit"].build().to(dtype)
     x = BY_NAME["vit"].input().to(dtype)
@@ -689,6 +696,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert relative_error(out, whole) < 0.2  # merging as such changes 5 %
 
 
+@pytest.mark.slow
 def test_autocast() -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     fast = rewritten(model, "1-4(3)+merged", x)
@@ -743,6 +751,7 @@ def test_a_plan_that_merges_nothing_is_the_model() -> None:
         assert torch.equal(fast(x), model(x))
 
 
+@pytest.mark.slow
 def test_reports_count_tokens() -> None:
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()
     report = sv.inspect(rewritten(model, "1-4(3)+merged", x, eliminate_dead_tokens=False))
@@ -773,6 +782,7 @@ def test_a_schedule_raises_amounts() -> None:
 
 
 @pytest.mark.parametrize("plan", ["1-4(3)+merged", "1(4)+3+merged;3,4(5)+merged"])
+@pytest.mark.slow
 def test_files_and_copies(plan: str, tmp_path: Path) -> None:
     family = BY_NAME["siglip-map"]
     model, x = family.build(), family.input()
@@ -877,6 +887,7 @@ def test_the_file_for_onnx_names_the_patches_that_are_left(tmp_path: Path) -> No
         assert torch.equal(torch.from_numpy(positions).long(), stage.kept)
 
 
+@pytest.mark.slow
 def test_no_product_of_integers() -> None:
     """Neither in the graph nor while it is validated: CUDA has none."""
     model, x = BY_NAME["vit"].build(), BY_NAME["vit"].input()

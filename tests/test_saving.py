@@ -86,6 +86,7 @@ def test_round_trip(name: str, plan: str, options: dict[str, Any], tmp_path: Pat
     assert theirs.before == ours.before
 
 
+@pytest.mark.slow
 def test_inputs_by_name_are_kept(tmp_path: Path) -> None:
     example = {"x": VIT.input()}
     fast = skipvit_fx.rewrite(VIT.build(depth=2), "1(55%)+2", example_inputs=example)
@@ -124,6 +125,7 @@ class Tied(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_tied_tensors_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     model = Tied(VIT.build(depth=2))
     fast = skipvit_fx.rewrite(model, "1(55%)+2", example_inputs=VIT.input())
@@ -156,6 +158,7 @@ def assert_refused(path: Path, model: nn.Module, *said: str) -> None:
         assert torch.equal(value, before[key]), key
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(saved: Path) -> None:
     assert_refused(saved, VIT.build(depth=3), "blocks.3.norm1.weight: float32 [64]", "norm.weight")
     assert_refused(saved, VIT.build(num_classes=11), "float32 [10, 64]", "float32 [11, 64]")
@@ -170,6 +173,7 @@ def test_other_versions_are_named(saved: Path) -> None:
     assert_refused(saved, VIT.build(depth=3), f"torch {torch.__version__.split('+')[0]}")
 
 
+@pytest.mark.slow
 def test_a_changed_fingerprint_is_refused(saved: Path, tmp_path: Path) -> None:
     path = tmp_path / "changed"
     path.write_bytes(saved.read_bytes())
@@ -219,6 +223,7 @@ def auto(patches: Tensor) -> Tensor:
     ("plan", "score"),
     [("2(55%)+4", auto), ("2(55%)+4", lambda p: p.sum(-1)), ("", lambda p: p.sum(-1))],
 )
+@pytest.mark.slow
 def test_a_score_function_is_refused(plan: str, score: Any, tmp_path: Path) -> None:
     fast = rewritten(plan=plan, score=score)
     with pytest.raises(skipvit_fx.SavedModelError, match="score is a function") as caught:
@@ -294,6 +299,7 @@ def test_overwrites_and_has_ordinary_permissions(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
 
 
+@pytest.mark.slow
 def test_nothing_is_pickled(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("pickle")
@@ -313,6 +319,7 @@ def test_first_difference() -> None:
     assert first_difference(["a", "b"], ["a"]) == ("b", "")
 
 
+@pytest.mark.slow
 def test_a_file_outlives_other_names_of_nodes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later torch may call its nodes otherwise."""
     create_name = fx.graph._Namespace.create_name
@@ -345,6 +352,7 @@ def graph_text() -> str:
     return "\n".join(map(str, said))
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_graph_whatever_the_hash_seed() -> None:
     """In another process, and here, where the seed is another."""
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"

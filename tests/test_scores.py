@@ -139,6 +139,7 @@ def test_exact_on_every_family(kind: Kind, name: str, plan: str) -> None:
 
 @pytest.mark.parametrize("name", ["vit", "siglip-map", "parallel-things"])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_exact_if_whole_layers_score(kind: Kind, name: str) -> None:
     family = BY_NAME[name]
     model = family.build()
@@ -148,6 +149,7 @@ def test_exact_if_whole_layers_score(kind: Kind, name: str) -> None:
 
 @pytest.mark.parametrize("name", SPELLED)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_exact_in_any_spelling(kind: Kind, name: str) -> None:
     model = ODD[name].build()
     plan = "1,2(30%,5)+3;3(40%)+5"
@@ -188,6 +190,7 @@ class Attentions(TorchFunctionMode):
 
 @pytest.mark.parametrize("name", ["vit", "dinov2-reg4", "siglip-map", "eva02", "grouped"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_function_gets_what_it_names(name: str) -> None:
     """Of the patches, as the model itself multiplies them, prefix rows left out."""
     if name == "grouped":
@@ -228,6 +231,7 @@ def by_attention(tokens: Tensor, *, attention: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", ["vit", "vit-unfused", "siglip-map", "parallel-things"])
 @torch.no_grad()
+@pytest.mark.slow
 def test_attention_averaged_over_heads_is_auto(name: str) -> None:
     model, x = BY_NAME[name].build(), BY_NAME[name].input(2)
     fast = [
@@ -313,6 +317,7 @@ def test_a_function_that_cannot_be_called_is_refused(function: Any, why: str) ->
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_functions_of_tokens_alone_in_front_of_layer_1() -> None:
     model, x = BY_NAME["vit"].build(depth=2), BY_NAME["vit"].input(2)
     embedded: list[Tensor] = []
@@ -332,6 +337,7 @@ def test_what_reads_attention_in_front_of_layer_1_is_refused(score: Any) -> None
     assert "tokens alone" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_no_gradient_flows_through_the_choice() -> None:
     """The parameters of a score get none, and those of the model what they get of the kept tokens."""
     model, x, score = BY_NAME["vit"].build(depth=3), BY_NAME["vit"].input(2), Learned()
@@ -359,6 +365,7 @@ def draws(tokens: Tensor, *, keys: Tensor) -> Tensor:
     return torch.rand(tokens.shape[:2]) + keys.mean((1, 3))
 
 
+@pytest.mark.slow
 def test_functions_may_draw_random_numbers() -> None:
     """Validation runs them, and leaves no trace."""
     model, x = BY_NAME["vit"].build(depth=3), BY_NAME["vit"].input(2)
@@ -368,6 +375,7 @@ def test_functions_may_draw_random_numbers() -> None:
     assert "validated" in str(sv.inspect(fast))
 
 
+@pytest.mark.slow
 def test_the_matrix_is_counted() -> None:
     """Of four heads of ``[25, 16] @ [16, 25]`` each, as against one row."""
     model, x = BY_NAME["vit"].build(depth=2), BY_NAME["vit"].input(2)
@@ -458,6 +466,7 @@ def test_names_that_cannot_be_given() -> None:
 
 @pytest.mark.usefixtures("named")
 @pytest.mark.parametrize("score", ["received", "keys", "values", "mine", by_norm])
+@pytest.mark.slow
 def test_saved_by_name(score: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = BY_NAME["vit"]
     sv.register_score("mine", of_everything)

@@ -82,6 +82,7 @@ def test_exact_in_any_spelling(example: Example) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "rope-axial"])
+@pytest.mark.slow
 def test_gradients(name: str) -> None:
     plan = "1(7)+2;2,3(4,30%)+5"
     family = BY_NAME[name]
@@ -125,6 +126,7 @@ def test_each_span_may_have_fused_tokens() -> None:
     assert torch.equal(*states.values())
 
 
+@pytest.mark.slow
 def test_a_number_of_tokens_never_takes_the_last() -> None:
     family = BY_NAME["vit"]
     model, x = family.build(), family.input()
@@ -132,6 +134,7 @@ def test_a_number_of_tokens_never_takes_the_last() -> None:
     assert [stage.kept.shape[1] for stage in sv.trace_tokens(fast, x)] == [4, 1]
 
 
+@pytest.mark.slow
 def test_a_schedule_raises_numbers_too() -> None:
     family = BY_NAME["vit"]
     model, x = family.build(), family.input()
@@ -145,6 +148,7 @@ def test_a_schedule_raises_numbers_too() -> None:
 
 
 @pytest.mark.parametrize("plan", ["1(9)+2;2(50%)", "0(8)+2;2,3(4,30%)+4"])
+@pytest.mark.slow
 def test_reports_and_files_follow(plan: str, tmp_path: Path) -> None:
     family = BY_NAME["vit"]
     model, x = family.build(), family.input()

@@ -94,6 +94,7 @@ def test_all_is_what_is_used() -> None:
     assert [name for name in torch_internals.__all__ if name not in code] == []
 
 
+@pytest.mark.slow
 def test_a_missing_operator_breaks_nothing() -> None:
     missing = aten._an_operator_of_tomorrow.default
     assert missing != aten.add.Tensor

@@ -170,6 +170,7 @@ def test_learns_with_skipping_on(recipe: Recipe, data: tuple[Tensor, Tensor]) ->
     assert F.cross_entropy(trained(data[0]), data[1]).item() < 0.8 * before
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(data: tuple[Tensor, Tensor]) -> None:
     x, y = data
     fast = rewritten().double()
@@ -203,6 +204,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("plan", [PLAN, "2(50%)+4+fused", "2(50%)+fused"])
+@pytest.mark.slow
 def test_no_gradient_is_added_up_by_index(plan: str, data: tuple[Tensor, Tensor]) -> None:
     fast = rewritten(calm, plan)
     torch.use_deterministic_algorithms(True)
@@ -244,6 +246,7 @@ def test_the_papers_warm_up_is_the_default() -> None:
     assert [schedule.share(epoch) for epoch in (14, 15)] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_ramp_is_evits_cosine(data: tuple[Tensor, Tensor]) -> None:
     """EViT: the keep rate falls from 1 to that of the plan by half a cosine."""
     x = torch.randn(2, 3, 64, 64)
@@ -276,6 +279,7 @@ def vit(plan: sv.Plan | str) -> Any:
     ("build", "plan", "size"),
     [(vit, PLAN, 32), (vit, "1,3(40%,40%)+4+fused", 32), (vit, "2,3(60%,9%)", 32), (eva, PLAN, 56)],
 )
+@pytest.mark.slow
 def test_a_ratio_on_the_way_is_that_ratio(build: Any, plan: str, size: int) -> None:
     """Half-way up, the module computes what a rewrite with half the ratios does, to the last bit."""
     whole = sv.Plan.parse(plan)
@@ -386,6 +390,7 @@ def switched() -> Any:
 
 
 @pytest.mark.parametrize("how", ["rewrite", "schedule", "saved", "copied", "switched"])
+@pytest.mark.slow
 def test_the_full_sequence_in_eval_mode(
     how: str, tmp_path: Path, data: tuple[Tensor, Tensor]
 ) -> None:
@@ -409,6 +414,7 @@ def test_train_only_can_be_taken_back(data: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(logits(fast, data[0]), logits(rewritten().eval(), data[0]))
 
 
+@pytest.mark.slow
 def test_what_needs_skipping_says_that_it_is_off(
     tmp_path: Path, data: tuple[Tensor, Tensor]
 ) -> None:
@@ -450,6 +456,7 @@ def test_the_shortened_sequence_is_aligned(plan: str, multiple: int, lengths: li
         assert check_rewrite(calm().eval(), fast.eval(), torch.randn(2, 3, 32, 32)).exact
 
 
+@pytest.mark.slow
 def test_alignment_is_a_smaller_ratio(tmp_path: Path, data: tuple[Tensor, Tensor]) -> None:
     """9 tokens become 12: of 16 patches 5 leave instead of 8."""
     fast = rewritten(calm, "2(50%)+4", multiple_of=4).eval()

@@ -55,6 +55,7 @@ def outcomes() -> list[Any]:
 
 
 @pytest.mark.usefixtures("without_rule")
+@pytest.mark.slow
 def test_a_rule(capsys: pytest.CaptureFixture[str]) -> None:
     page = shown("writing-a-rule.md")
     script, wrong, right, cases, entry = blocks("writing-a-rule.md")
@@ -75,6 +76,7 @@ def test_a_rule(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[1] in page
 
 
+@pytest.mark.slow
 def test_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     file, tests = blocks("writing-a-pass.md")
     module = ModuleType("skipvit_fx.passes.cancel_transposes")

@@ -144,6 +144,7 @@ def test_validation_alone_catches_what_mixes(monkeypatch: pytest.MonkeyPatch, pl
 
 
 @pytest.mark.parametrize("name", ["minus-mean", "roll"])
+@pytest.mark.slow
 def test_validation_alone_catches_some_in_short(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A few of these for every day."""
     _accept_everything(monkeypatch)
@@ -278,6 +279,7 @@ PLANS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", PLANS)
+@pytest.mark.slow
 def test_every_kind_of_plan(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It passes as it is, and does not where the wrong rows are kept."""
     plan, options = PLANS[name]
@@ -293,6 +295,7 @@ NEED_POSITIONS = {"rope-mixed", "relpos-mlp", "beit"}
 
 
 @pytest.mark.parametrize("plan", ["", "2(0%)+4", "2(0%)"])
+@pytest.mark.slow
 def test_a_plan_that_drops_nothing(plan: str) -> None:
     assert found(rewrite(odd(), plan)) < 1e-5
 
@@ -367,6 +370,7 @@ def test_filled_taps(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
 # -- the capture ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wrong_capture_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph subtracts where the author adds."""
     capture = opening.capture
@@ -394,6 +398,7 @@ class OneAtATime(Odd):
         return super().forward(x)
 
 
+@pytest.mark.slow
 def test_an_author_who_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     model = scramble(OneAtATime([Block(), Block()])).eval()
     with pytest.raises(ValidationError, match="one image is not enough") as caught:
@@ -401,6 +406,7 @@ def test_an_author_who_fails_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+@pytest.mark.slow
 def test_a_leaf_that_fails_is_quoted() -> None:
     class Strict(Mlp):
         def forward(self, x: Tensor) -> Tensor:
@@ -414,6 +420,7 @@ def test_a_leaf_that_fails_is_quoted() -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
+@pytest.mark.slow
 def test_a_mistake_of_our_own_is_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise KeyError("ours")
@@ -517,6 +524,7 @@ def test_under_autocast_and_inference_mode() -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_what_is_drawn_under_a_drop_cannot_agree() -> None:
     class Noisy(Mlp):
         def forward(self, x: Tensor) -> Tensor:
@@ -551,6 +559,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch, model: nn.Module, plan: str) -> tu
 
 
 @pytest.mark.parametrize("plan", ["1(50%)+4", "2(50%)", ""])
+@pytest.mark.slow
 def test_it_costs_three_forward_passes_at_most(monkeypatch: pytest.MonkeyPatch, plan: str) -> None:
     model = odd()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -563,6 +572,7 @@ def test_it_costs_three_forward_passes_at_most(monkeypatch: pytest.MonkeyPatch, 
 # -- where it is not done, and what is said --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_said_whether_it_was_done(tmp_path: Path) -> None:
     model = odd(layers=2)
     fast, unchecked = rewrite(model, "1(50%)+2"), rewrite(model, "1(50%)+2", validate=False)
@@ -590,6 +600,7 @@ def test_the_command_line_leaves_it_out_on_request() -> None:
         assert said in result.output
 
 
+@pytest.mark.slow
 def test_nothing_is_run_on_the_meta_device() -> None:
     model = odd(layers=2).to("meta")
     fast = rewrite(model, "1(50%)+2", example_inputs=EXAMPLE.to("meta"))
@@ -672,6 +683,7 @@ def test_other_precisions(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
         rewrite(model, "1,2(30%,40%)+3", example_inputs=example)
 
 
+@pytest.mark.slow
 def test_infinite_values_at_the_same_places_are_equal() -> None:
     class Logarithm(Odd):
         def forward(self, x: Tensor) -> Tensor:

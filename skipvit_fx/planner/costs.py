@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,8 +32,9 @@ from skipvit_fx.torch_internals import pytree, tensor_leaves
 class Costs:
     """Multiply-adds of one image, for plan after plan; equal to ``inspect(rewrite(model, plan)).macs``.
 
-    Every node of the model is counted once with all tokens. A node on fewer tokens is run on fake tensors of that
-    length, once for all nodes that are alike: a model has only a few that differ.
+    Every node of the model is counted once with all tokens. What it does on fewer tokens is a polynomial of their
+    number, found by running it on fake tensors of a few lengths, once for all nodes that are alike: a model has only a
+    few that differ.
 
     Attributes:
         baseline: multiply-adds of the unmodified model.
@@ -50,6 +54,7 @@ class Costs:
         self._whole = {n: count.nodes[n.name] for n in shared.graph.nodes if count.nodes[n.name]}
         self._keys: dict[fx.Node, Hashable] = {}
         self._known: dict[Hashable, int] = {}
+        self._polynomials: dict[Hashable, Polynomial | None] = {}
 
     def macs(self, context: Context) -> int:
         """Those of the plan that is on the graph now.
@@ -68,19 +73,42 @@ class Costs:
             return self._whole[node]
         if not any(has_tokens(axes_of(t)) for t in tensor_leaves(self.shared.inputs(node))):
             return self._whole[node]  # after the tokens
+        if node.target in SDPA:
+            return self._count(node, patches, rows)
+        key = self._checked(node)
+        if rows is None:
+            return self._by_count(key, patches, lambda n: self._count(node, n, None))
+        if (key, "rows", rows) not in self._known:
+            self._known[key, "rows", rows] = self._count(node, patches, rows)
+        return self._known[key, "rows", rows]
+
+    def _checked(self, node: fx.Node) -> Hashable:
+        """The key of a node, for which the count with all tokens was found to be the right one."""
         if node not in self._keys:
-            self._keys[node] = self._key(node)
-            if self._count(node, context.stream.tokens.patches, None) != self._whole[node]:
+            key, whole = self._key(node), self.shared.stream.tokens.patches
+            if (
+                self._by_count(key, whole, lambda n: self._count(node, n, None))
+                != self._whole[node]
+            ):
                 raise UnsupportedModelError(
                     "what it multiplies does not follow from the number of tokens",
                     node=node.name,
                     module_path=module_path(node),
                     hint="choose a plan for this model by hand: rewrite and inspect count it",
                 )
-        key = (self._keys[node], patches, rows)
-        if key not in self._known:
-            self._known[key] = self._count(node, patches, rows)
-        return self._known[key]
+            self._keys[node] = key
+        return self._keys[node]
+
+    def _by_count(self, key: Hashable, patches: int, count: Callable[[int], int]) -> int:
+        """What ``count`` says for so many patches: by a polynomial if it is one, else by counting."""
+        if key not in self._polynomials:
+            self._polynomials[key] = fitted(count, self.shared.stream.tokens.patches)
+        polynomial = self._polynomials[key]
+        if polynomial is not None:
+            return polynomial(patches)
+        if (key, patches) not in self._known:
+            self._known[key, patches] = count(patches)
+        return self._known[key, patches]
 
     def _patches(self, context: Context, node: fx.Node) -> int:
         return context.patches_at(node, context.stream.tokens.patches)
@@ -96,10 +124,9 @@ class Costs:
         args, kwargs = self.shared.inputs(node)
         if node.target in SDPA:
             given = AttentionArguments(*args, **kwargs)
-            with self._analysis.fake_mode:
-                key, value = (_resized(t, patches) for t in (given.key, given.value))
-                query = _resized(given.query, patches, rows)
-            return attention_flops(query.shape, key.shape, value.shape) // 2
+            key, value = (torch.Size(_shape(t, patches)) for t in (given.key, given.value))
+            query = torch.Size(_shape(given.query, patches, rows))
+            return attention_flops(query, key, value) // 2
         return self._run(self._analysis.callee(node), (args, kwargs), patches, rows)
 
     def _run(
@@ -128,10 +155,12 @@ class Costs:
         if not isinstance(op, ScoreByQuery | ScoreByFunction):
             return 0
         patches = self._patches(context, _authors(node.all_input_nodes[0]))
-        key = (str(op), self._key_of_inputs(node), patches)
-        if key not in self._known:
-            self._known[key] = self._run(op, (self._inputs(context, node, patches), {}), patches)
-        return self._known[key]
+        key = (str(op), self._key_of_inputs(node))
+
+        def count(n: int) -> int:
+            return self._run(op, (self._inputs(context, node, n), {}), n)
+
+        return self._by_count(key, patches, count)
 
     def _of_merge(self, context: Context, node: fx.Node, op: Match) -> int:
         """The similarities of all pairs, and the shares of those that are merged in those that they merge into."""
@@ -182,11 +211,8 @@ def _authors(node: fx.Node) -> fx.Node:
     return node
 
 
-def _resized(leaf: Any, patches: int, rows: int | None = None) -> Any:
-    """A tensor of one sample, with so many patches along its token axes, or so many rows in all."""
-    axes = axes_of(leaf) if isinstance(leaf, Tensor) else None
-    if axes is None:
-        return leaf
+def _shape(tensor: Tensor, patches: int, rows: int | None = None) -> tuple[int, ...]:
+    """The shape for one sample, with so many patches along its token axes, or so many rows in all."""
 
     def length(factor: Any) -> Any:
         if isinstance(factor, Batch):
@@ -195,5 +221,41 @@ def _resized(leaf: Any, patches: int, rows: int | None = None) -> Any:
             return factor._replace(patches=patches) if rows is None else rows
         return factor
 
-    resized = tuple(tuple(length(factor) for factor in dim) for dim in axes)
-    return torch.empty(lengths(resized), dtype=leaf.dtype, device=leaf.device)
+    axes = axes_of(tensor)
+    if axes is None:
+        return tuple(tensor.shape)
+    return lengths(tuple(tuple(length(factor) for factor in dim) for dim in axes))
+
+
+def _resized(leaf: Any, patches: int, rows: int | None = None) -> Any:
+    """A fake tensor of that shape; other values as they are."""
+    if not isinstance(leaf, Tensor) or axes_of(leaf) is None:
+        return leaf
+    return torch.empty(_shape(leaf, patches, rows), dtype=leaf.dtype, device=leaf.device)
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """Of degree two at most, through three points."""
+
+    points: tuple[tuple[int, int], ...]
+
+    def __call__(self, x: int) -> int:
+        total = Fraction(0)
+        for i, (xi, yi) in enumerate(self.points):
+            others = [xj for j, (xj, _) in enumerate(self.points) if j != i]
+            total += yi * Fraction(
+                math.prod(x - xj for xj in others), math.prod(xi - xj for xj in others)
+            )
+        return int(total)
+
+
+def fitted(count: Callable[[int], int], most: int) -> Polynomial | None:
+    """The polynomial that says what ``count`` does; ``None`` if it is none, or ``most`` is too small to tell."""
+    places = sorted({most, most * 3 // 4, most // 2, most // 4} - {0})
+    if len(places) < 4:
+        return None
+    values = [count(place) for place in places]
+    *points, (last, value) = zip(places, values, strict=True)
+    found = Polynomial(tuple(points))
+    return found if found(last) == value else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterable
@@ -107,8 +108,9 @@ def search(
     study = Study(name, storage, seed, space)
     evaluator = Evaluator(shared, costs, chosen, ours)
     run = Run(evaluator, study, space, share * costs.baseline, trials, progress)
-    interrupted = run.to_the_end()
-    front = run.front()
+    with contextlib.closing(study):
+        interrupted = run.to_the_end()
+        front, candidates, profile = run.front(), run.candidates(), run.profile()
     if held:
         front = _held_out(Evaluator(shared, costs, chosen, held), front)
     own_time = None
@@ -119,8 +121,8 @@ def search(
     known = {str(one.plan): one for one in front}
     return SearchResult(
         front=front,
-        candidates=tuple(known.get(str(one.plan), one) for one in run.candidates()),
-        profile=run.profile(),
+        candidates=tuple(known.get(str(one.plan), one) for one in candidates),
+        profile=profile,
         baseline_macs=costs.baseline,
         baseline_milliseconds=own_time,
         model=type(model).__name__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -19,6 +20,9 @@ MOST_REFUSED = 500
 
 _PLAN = "plan "
 """Begins the name of an attribute of the study that holds what is known of a plan."""
+
+_ATTEMPTS = 5
+"""How often a database is opened whose tables are being made."""
 
 _HINT = (
     "give a file ending in .log, or a URL: journal:///study.log, sqlite:///study.db or "
@@ -60,14 +64,28 @@ def storage_at(place: Any) -> Any:
                 raise SearchError(f"cannot tell what kind of storage {text!r} is", hint=_HINT)
             journal = need("optuna.storages.journal", "search", SearchError)
             return storages.JournalStorage(journal.JournalFileBackend(str(path)))
-        return storages.RDBStorage(text)
+        return _database(storages, text)
     except SearchError:
         raise
     except Exception as error:  # whatever the database's own package raises
+        missing = isinstance(error, ModuleNotFoundError)
+        driver = "install the driver of the database: for PostgreSQL, pip install 'psycopg[binary]'"
         raise SearchError(
             f"the storage {_without_password(text)!r} cannot be opened: {first_line(error)}",
-            hint=_HINT,
+            hint=driver if missing else _HINT,
         ) from error
+
+
+def _database(storages: Any, url: str) -> Any:
+    """A database, whose tables another process may be making at this moment."""
+    for _ in range(_ATTEMPTS):
+        try:
+            return storages.RDBStorage(url)
+        except Exception as error:
+            if "already exists" not in str(error):
+                raise
+            time.sleep(1)
+    return storages.RDBStorage(url)
 
 
 def _without_password(text: str) -> str:
@@ -102,13 +120,21 @@ class Study:
             one.name: self._optuna.distributions.IntDistribution(one.low, one.high)
             for one in space.dimensions()
         }
+        self._opened = storage_at(storage)
+        self._closes = self._opened is not storage
         self._own = self._optuna.create_study(
             study_name=name,
-            storage=storage_at(storage),
+            storage=self._opened,
             directions=["minimize", "maximize"],
             load_if_exists=True,
         )
         self._rejected: set[str] = set()
+
+    def close(self) -> None:
+        """Close the connections to a database that was opened here."""
+        if self._closes and hasattr(self._opened, "engine"):
+            self._opened.remove_session()
+            self._opened.engine.dispose()
 
     def known(self) -> dict[str, Known]:
         """Every plan that was evaluated, by any process."""

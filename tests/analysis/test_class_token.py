@@ -250,6 +250,7 @@ def _styles() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "style"), _styles())
+@pytest.mark.slow
 def test_row_and_reason(name: str, style: str) -> None:
     options, row, reason = CASES[name]
     model, x = build(options, style), image(batch=3)
@@ -267,6 +268,7 @@ def test_row_and_reason(name: str, style: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["registers-first", "at-the-end", "storage"])
+@pytest.mark.slow
 def test_reports(name: str) -> None:
     options, row, _ = CASES[name]
     report = find_attention(build(options), example_inputs=(image(),))
@@ -303,6 +305,7 @@ AMBIGUOUS = {"front": [("a", 2), ("prompts", 3)], "read": average}
     ],
     ids=["nothing-read", "register-behind", "unnamed-behind"],
 )
+@pytest.mark.slow
 def test_what_cannot_be_told_is_refused_with_the_ways_out(
     options: dict[str, Any], named: str
 ) -> None:
@@ -325,6 +328,7 @@ def test_what_cannot_be_told_is_refused_with_the_ways_out(
 @pytest.mark.parametrize(
     "score", ["received", "keys", "values", lambda tokens, *, keys: keys.mean((1, 3))]
 )
+@pytest.mark.slow
 def test_scores_that_need_no_class_token_need_not_know_it(score: Any) -> None:
     model = build(AMBIGUOUS)
     fast = skipvit_fx.rewrite(model, "1(50%)+3", example_inputs=(image(),), score=score)
@@ -341,6 +345,7 @@ def test_the_ways_out_work(score: Any, row: int | None) -> None:
 
 
 @pytest.mark.parametrize("score", ["random", lambda patches: patches.norm(dim=-1)])
+@pytest.mark.slow
 def test_other_scores_do_not_ask(score: Any) -> None:
     for plan, scored in (("1(50%)+3", {"score": score}), ("", {})):
         fast = skipvit_fx.rewrite(build(AMBIGUOUS), plan, example_inputs=(image(),), **scored)
@@ -356,6 +361,7 @@ def test_no_class_token_to_score_with(name: str) -> None:
     assert "score='mean'" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_what_is_computed_and_not_used_is_not_read() -> None:
     class Wasteful(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -104,6 +104,7 @@ def refusal(model: nn.Module, plan: str = PLAN) -> UnsupportedModelError | Trace
 
 @pytest.mark.parametrize("place", ["leaf", "traced"])
 @pytest.mark.parametrize("name", OVER_SAMPLES)
+@pytest.mark.slow
 def test_samples_are_never_mixed(name: str, place: str) -> None:
     error = refusal(mixing(OVER_SAMPLES[name], place))
     if isinstance(error, UnsupportedModelError):
@@ -146,6 +147,7 @@ class Encoder(Odd):
 
 
 @pytest.mark.filterwarnings("ignore:.*nested tensor")
+@pytest.mark.slow
 def test_attention_over_the_samples_is_refused() -> None:
     model = Encoder(batch_first=False)
     scramble(model)

@@ -86,6 +86,7 @@ def test_same_findings(family: Family, training: bool, request: pytest.FixtureRe
 
 @pytest.mark.usefixtures("on_cuda")
 @pytest.mark.parametrize("name", ["roll", "cumsum", "mean-token", "token-softmax", "conv1d"])
+@pytest.mark.slow
 def test_same_refusals(name: str) -> None:
     model = Odd([Block(mlp=MixingMlp(MIXERS[name]())), *(Block() for _ in range(3))])
     with pytest.raises(UnsupportedModelError):
@@ -93,6 +94,7 @@ def test_same_refusals(name: str) -> None:
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.slow
 def test_a_default_device_concerns_the_author_alone(frontend: Any) -> None:
     """What is drawn to try a rewrite is made on the CPU, and moved to where the model is."""
     model, x = Odd([Block() for _ in range(3)]).eval(), image()

@@ -575,6 +575,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     ("place", "mixer"),
     [("weights", mixer) for mixer in MIXERS] + [("query", "reversed"), ("query", "running")],
 )
+@pytest.mark.slow
 def test_an_attention_that_cannot_score_is_a_layer_all_the_same(
     place: str, mixer: str, layer: int
 ) -> None:
@@ -595,6 +596,7 @@ def test_an_attention_that_cannot_score_is_a_layer_all_the_same(
 
 
 @pytest.mark.parametrize("gate", GATES)
+@pytest.mark.slow
 def test_another_softmax_is_no_layer(gate: str) -> None:
     blocks = [Block(mlp=Gate(GATES[gate]) if i == 0 else None) for i in range(DEPTH)]
     model: Any = scramble(Blocks(blocks)).eval()

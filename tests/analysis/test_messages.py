@@ -164,6 +164,7 @@ def test_the_reason_is_true_and_the_hint_helps(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["swin-transformers", "xcit", "pvt-v2"])
+@pytest.mark.slow
 def test_the_report_says_the_same(name: str) -> None:
     case = CASES[name]
     report = skipvit_fx.find_attention(case.build(), example_inputs=(torch.randn(*case.shape),))

@@ -86,6 +86,7 @@ def test_position_in_the_span_is_right_or_refused(name: str, place: str) -> None
 
 
 @pytest.mark.parametrize("name", ["roll", "mean-token", "conv1d", "flip"])
+@pytest.mark.slow
 def test_mixing_in_the_ffn_of_the_cut_layer_is_in_the_span(name: str) -> None:
     assert_refused(mixing(name, "leaf", layer=1), image(), within="blocks.0")
     assert_accepted(mixing(name, "leaf", layer=1), {**SPAN, "cut": "block"})

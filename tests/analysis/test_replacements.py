@@ -158,6 +158,7 @@ def test_a_pickle_holds_what_was_replaced() -> None:
         assert torch.allclose(pickle.loads(pickle.dumps(fast))(pixels()), fast(pixels()), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_call_watches_its_modules_too() -> None:
     fast = fast_vit(dynamic_img_size=True)
     fast(pixels(size=40))
@@ -234,6 +235,7 @@ def test_what_is_on_the_meta_device_has_to_be_called_before() -> None:
         fast(pixels())
 
 
+@pytest.mark.slow
 def test_a_graph_that_others_run_keeps_up() -> None:
     fast = fast_vit()
     model = vit(num_classes=3)

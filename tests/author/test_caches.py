@@ -98,6 +98,7 @@ PLACES = [in_an_attribute, in_a_closure, in_a_class, under_a_new_name, in_a_prop
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.slow
 def test_a_new_cache_is_found_and_left_as_it_was(
     place: Callable[[], tuple[nn.Module, Any]],
 ) -> None:

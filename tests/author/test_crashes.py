@@ -212,6 +212,7 @@ def is_proxy(x: Any) -> bool:
 @pytest.mark.parametrize(
     "fault", [f for f in FAULTS if f not in ("a shape", "an operator", "an attribute")]
 )
+@pytest.mark.slow
 def test_what_proxies_cannot_do_the_export_can(fault: str) -> None:
     run, name = FAULTS[fault]
     model = faulty(run, leaf=False, when=is_proxy)
@@ -234,6 +235,7 @@ def test_what_is_nobodys_fault(kind: type[BaseException], frontend: str) -> None
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.slow
 def test_an_author_may_handle_what_he_raises(frontend: str) -> None:
     class Handles(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -353,6 +355,7 @@ def test_a_refusal_prints_nothing(
 # -- front ends -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_both_reasons_are_told() -> None:
     with pytest.raises(TraceError) as caught:
         rewrite(odd(ReadsInTraining), PLAN)
@@ -366,6 +369,7 @@ def test_both_reasons_are_told() -> None:
     assert caught.value.hint == symbolic_.value.hint
 
 
+@pytest.mark.slow
 def test_both_reasons_for_a_closed_module() -> None:
     class Reads(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -385,6 +389,7 @@ def test_both_reasons_for_a_closed_module() -> None:
         ("export", "export", "it was asked for"),
     ],
 )
+@pytest.mark.slow
 def test_the_front_end_is_told(frontend: str, used: str, reason: str) -> None:
     inspection = skipvit_fx.inspect(rewrite(odd(), PLAN, frontend=frontend))
     assert (inspection.frontend, inspection.frontend_reason) == (used, reason)
@@ -393,6 +398,7 @@ def test_the_front_end_is_told(frontend: str, used: str, reason: str) -> None:
     assert (plain["frontend"], plain["frontend_reason"]) == (used, reason)
 
 
+@pytest.mark.slow
 def test_why_a_model_was_exported_is_told() -> None:
     class NeedsTensor(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -406,6 +412,7 @@ def test_why_a_model_was_exported_is_told() -> None:
     assert "TypeError: a tensor, please" in str(inspection)
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_an_exported_model() -> None:
     class Flips(Block):
         def forward(self, x: Tensor) -> Tensor:

@@ -170,6 +170,7 @@ class Scales(Block):
 )
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("calls", [0, 2])
+@pytest.mark.slow
 def test_what_is_read_in_the_same_call_alone(calls: int, frontend: str) -> None:
     model = odd(KeepsOnly)
     for _ in range(calls):
@@ -267,6 +268,7 @@ def check_cache(
 
 
 @pytest.mark.parametrize("keep", caching.PLACES)
+@pytest.mark.slow
 def test_caches_are_as_before(keep: Callable[[Tensor], Tensor]) -> None:
     index = caching.PLACES.index(keep)
     for filled in (False, True):

@@ -411,12 +411,14 @@ PROBES: dict[str, Callable[[], bool]] = {
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("phase", ["watched", "followed", "stay"])
+@pytest.mark.slow
 def test_another_thread_sees_nothing(phase: str, frontend: str) -> None:
     with captured_meanwhile(phase, frontend):
         wrong = [name for name, probe in PROBES.items() if not probe()]
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_the_probes_can_fail() -> None:
     """In the capturing thread itself most of them do."""
     found: dict[str, bool] = {}
@@ -544,6 +546,7 @@ def test_what_is_drawn_past_all_replacements(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.slow
 def test_modules_that_stay_may_draw_and_seed(frontend: str) -> None:
     def draw() -> float:
         return sum(float(draw() or 0.0) for draw in IN_PYTHON.values())

@@ -75,6 +75,7 @@ class OnItsWay(Block):
         (OnItsWay, "export"),
     ],
 )
+@pytest.mark.slow
 def test_writes_that_a_graph_can_show(block: type[Block], frontend: str) -> None:
     assert_like_its_twin(odd(block), odd(), frontend)
 
@@ -132,6 +133,7 @@ def test_writes_that_a_graph_would_lose(act: Callable[[Tensor], Tensor], fronten
     assert caught.value.hint
 
 
+@pytest.mark.slow
 def test_a_write_that_keeps_its_dtype() -> None:
     model = scramble(Head(wider)).eval()
     with pytest.raises(TraceError, match="of another shape or dtype"):
@@ -272,6 +274,7 @@ def test_a_cache_is_no_memory() -> None:
     assert_like_its_twin(odd(Caches), odd(Computes), "symbolic")
 
 
+@pytest.mark.slow
 def test_what_a_model_keeps_of_a_call_is_told() -> None:
     class Keeps(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -419,6 +422,7 @@ class Stopped(Block):
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.slow
 def test_gradients_that_stay(frontend: str) -> None:
     model = odd(Stopped)
     fast = skipvit_fx.rewrite(model, "1(0%)+3", example_inputs=image(), frontend=frontend)

@@ -45,6 +45,7 @@ def at(place: str, block: int, code: str, make: str = "") -> Placed:
 
 
 @pytest.mark.parametrize("seed", QUICK)
+@pytest.mark.slow
 def test_a_case(seed: int) -> None:
     outcome = run(draw_case(seed))
     assert outcome.kind in ("exact", "refused", "guard"), outcome
@@ -151,6 +152,7 @@ def test_what_is_no_refusal(monkeypatch: pytest.MonkeyPatch, raised: Exception, 
     assert outcome.failed
 
 
+@pytest.mark.slow
 def test_other_tokens_other_gradients_and_the_wrong_model_when_off_are_seen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -87,6 +87,7 @@ def _mask_forgotten(fast: fx.GraphModule) -> None:
 
 
 @pytest.mark.parametrize("spoil", [_keep_others, _return_in_order, _mask_forgotten])
+@pytest.mark.slow
 def test_a_wrong_graph_is_seen(spoil: Callable[[fx.GraphModule], None]) -> None:
     family = BY_NAME["vit"]
     model, x = family.build(), family.input()
@@ -115,6 +116,7 @@ def test_tokens_that_never_return_or_are_fused(plan: str) -> None:
     assert not check_rewrite(model, fast, x).exact
 
 
+@pytest.mark.slow
 def test_where_it_does_not_apply() -> None:
     model, fast, x = rewritten()
     skipvit_fx.set_skipping(fast, False)
@@ -245,11 +247,13 @@ def test_default_plan_fits(depth: int, plan: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "plan"), [(Kind.SPANS, "1(30%)+2;2(9)+4"), (Kind.MERGED, "1-2(10%)+4+merged")]
 )
+@pytest.mark.slow
 def test_other_kinds_of_plans(kind: Kind, plan: str) -> None:
     row = survey("timm:vit_tiny_patch16_224", limit=GIB, kind=kind, **TINY)
     assert (row.status, row.plan) == ("exact", plan)
 
 
+@pytest.mark.slow
 def test_exact_refused_skipped_and_failed() -> None:
     exact = survey("timm:vit_tiny_patch16_224", limit=GIB, **TINY)
     assert exact.status == "exact"
@@ -265,6 +269,7 @@ def test_exact_refused_skipped_and_failed() -> None:
     assert failed.reason
 
 
+@pytest.mark.slow
 def test_a_wrong_rewrite_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoiled(*args: Any, **kwargs: Any) -> nn.Module:
         fast = rewrite(*args, **kwargs)
@@ -277,6 +282,7 @@ def test_a_wrong_rewrite_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.status, row.reason) == ("wrong", "differs from the reference")
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_made_shallower_and_says_so() -> None:
     name, full = "timm:vit_tiny_patch16_224", parameter_bytes(parse_spec("vit_tiny_patch16_224"))
     options, note = zoo._fit(name, full // 2, {})
@@ -287,6 +293,7 @@ def test_what_does_not_fit_is_made_shallower_and_says_so() -> None:
     assert "its depth cannot be set" in survey("timm:resnet18", limit=10).reason
 
 
+@pytest.mark.slow
 def test_finished_models_are_not_done_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

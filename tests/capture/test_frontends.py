@@ -132,6 +132,7 @@ def test_classifier_in_its_own_output_class(frontend: str) -> None:
     assert_is_the_model(fast, model, pixels())
 
 
+@pytest.mark.slow
 def test_masked_autoencoder_encodes_what_its_noise_left() -> None:
     model = HuggingFace("vit_mae", 1, options={"mask_ratio": 0.25}).build(num_hidden_layers=2)
     noise = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
@@ -171,6 +172,7 @@ def test_siglip2_reads_the_shapes_of_its_images(frontend: Any) -> None:
         assert_is_the_model(fast, model, **x)
 
 
+@pytest.mark.slow
 def test_no_fake_tensor_stays_in_the_author_s_caches() -> None:
     """DINOv3 keeps the coordinates of its patches in a cache that outlives every model."""
     encoder = next(e for e in HUGGING_FACE if e.kind == "dinov3_vit")
@@ -211,6 +213,7 @@ def test_inference_kernels_are_the_model_s_where_nothing_is_skipped() -> None:
         assert torch.equal(in_training(x), wanted)
 
 
+@pytest.mark.slow
 def test_other_arguments_than_the_examples() -> None:
     model, x = HUGGING_FACE[0].build(num_hidden_layers=2), pixels()
     fast = rewrite(model, ONE, {"pixel_values": pixels(2)})
@@ -232,6 +235,7 @@ def test_other_arguments_than_the_examples() -> None:
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", OPEN_CLIP)
+@pytest.mark.slow
 def test_open_clip(name: str, frontend: str) -> None:
     tower = open_clip_tower(**OPEN_CLIP[name])
     fast = rewrite(tower, TWO, pixels(2), frontend=frontend)
@@ -242,6 +246,7 @@ def test_open_clip(name: str, frontend: str) -> None:
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.slow
 def test_attention_of_other_code_bases(name: str, frontend: str) -> None:
     model = scramble(ATTENTIONS[name]()).eval()
     fast = rewrite(model, TWO, image(), frontend=frontend)
@@ -271,6 +276,7 @@ def test_auto_exports_what_cannot_be_traced() -> None:
     assert_is_the_model(fast, model, image(3))
 
 
+@pytest.mark.slow
 def test_any_arguments_and_a_dict_of_features() -> None:
     model = scramble(HubStyle()).eval()
     fast = rewrite(model, TWO, image())
@@ -522,6 +528,7 @@ def test_hidden_states_are_filled_where_asked_for(frontend: str) -> None:
     ],
     ids=["all", "normed", "alone"],
 )
+@pytest.mark.slow
 def test_timm_intermediates_are_whole_and_in_order(options: dict[str, Any], plan: str) -> None:
     family = BY_NAME["dinov2-reg4"]
     model, x = Intermediates(family.build(), **options).eval(), family.input()
@@ -558,6 +565,7 @@ def test_states_at_several_cuts_that_are_handed_out_together(plan: str) -> None:
     assert [state.shape for state in states] == [state.shape for state in plain]
 
 
+@pytest.mark.slow
 def test_a_tap_that_is_no_state_cannot_be_filled() -> None:
     class Branches(Odd):
         """Hands out what a layer adds to the stream."""

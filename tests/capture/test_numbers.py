@@ -101,6 +101,7 @@ def test_a_factor_that_is_compiled() -> None:
     assert calls(fast) == before
 
 
+@pytest.mark.slow
 def test_a_branch_is_guarded() -> None:
     model = Scaled("branch").eval()
     fast = rewritten(model)
@@ -110,6 +111,7 @@ def test_a_branch_is_guarded() -> None:
     assert calls(fast) <= 5
 
 
+@pytest.mark.slow
 def test_what_decides_a_shape_has_a_graph_for_each_value() -> None:
     model = Scaled("cut").eval()
     fast = rewritten(model)

@@ -61,6 +61,7 @@ def named(parts: str, hint: str) -> str:
     ("model", "plan", "error"),
     [(Mixing, "2(50%)", UnsupportedModelError), (Deciding, PLAN, TraceError)],
 )
+@pytest.mark.slow
 def test_a_backbone(model: Any, plan: str, error: Any) -> None:
     whole = model().eval()
     with pytest.raises(error) as caught:

@@ -96,6 +96,7 @@ MODELS: list[Callable[[], nn.Module]] = [
 
 
 @pytest.mark.parametrize("build", MODELS, ids=["timm", "layers", "pairs", "reentrant"])
+@pytest.mark.slow
 def test_the_same_gradients_from_less_memory(build: Callable[[], nn.Module]) -> None:
     model = build()
     fast = rewrite(model, PLAN)
@@ -120,6 +121,7 @@ def test_a_drop_amid_a_checkpoint_is_recomputed_with_it() -> None:
     assert starts[0] < select < ends[0]
 
 
+@pytest.mark.slow
 def test_evaluation_recomputes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = by_timm()
     fast = rewrite(model, PLAN).eval()
@@ -140,6 +142,7 @@ def test_compiled_as_one_graph() -> None:
         torch.testing.assert_close(got[f"_orig_mod.{name}"], gradient)
 
 
+@pytest.mark.slow
 def test_an_exported_graph_says_that_it_keeps_activations() -> None:
     with pytest.warns(UserWarning, match="takes more memory in training"):
         fast = rewrite(by_hand(), PLAN, frontend="export")

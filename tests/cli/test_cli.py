@@ -105,6 +105,7 @@ class TestRewrite:
         said = said_as_json("rewrite", VIT, PLAN, *SMALL)
         assert [layer["attention_tokens"] for layer in said["layers"]] == [17, 13, 17]
 
+    @pytest.mark.slow
     def test_options_reach_the_compiler(self) -> None:
         said = said_as_json("rewrite", VIT, PLAN, *SMALL, "--cut", "block", "--keep-dead-tokens")
         assert [layer["ffn_tokens"] for layer in said["layers"]] == [17, 13, 17]
@@ -125,9 +126,11 @@ class TestRewrite:
         assert len(said_as_json("rewrite", "module:own_vit:make", PLAN)["layers"]) == 3
 
     @pytest.mark.parametrize("score", ["received", "keys", "values"])
+    @pytest.mark.slow
     def test_named_scores(self, score: str) -> None:
         assert said_as_json("rewrite", VIT, PLAN, *SMALL, "--score", score)["score"] == score
 
+    @pytest.mark.slow
     def test_own_score(self, own_score: str, tmp_path: Path) -> None:
         """From a module, by the name that the module gave it, so that it can be saved; and by that name."""
         target, place = tmp_path / "fast", f"module:{own_score}:"
@@ -152,6 +155,7 @@ class TestRewrite:
 
 
 class TestDiff:
+    @pytest.mark.slow
     def test_text(self) -> None:
         result = skipvit("rewrite", VIT, PLAN, *SMALL, "--diff")
         assert "+stage_1_scores" in result.stdout
@@ -180,6 +184,7 @@ class TestTrace:
             place = (16 * column + 8, 16 * row + 8)
             assert kept.getpixel(place) == shown.getpixel(place)
 
+    @pytest.mark.slow
     def test_merged_patches_have_one_colour(self, tmp_path: Path) -> None:
         out = tmp_path / "kept.png"
         said = said_as_json("trace", VIT, PICTURE, "1(25%)+3+merged", *SMALL, "--out", str(out))
@@ -231,6 +236,7 @@ class TestTrace:
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_a_page(self, tmp_path: Path) -> None:
         out = tmp_path / "page.html"
         args = ("report", VIT, PLAN, PICTURE, PICTURE, "-o", str(out), *SMALL, "--rounds", "1")
@@ -277,6 +283,7 @@ class TestFailures:
     def test_json_keeps_stdout_clean(self) -> None:
         assert_fails(skipvit("rewrite", "resnet18", PLAN, "--json"), REFUSED)
 
+    @pytest.mark.slow
     def test_without_typer(self) -> None:
         code = "import sys\nsys.modules['typer'] = None\nfrom skipvit_fx.cli import main\nmain()\n"
         done = subprocess.run(

@@ -48,6 +48,7 @@ class Explorer(ModuleType):
         self.shown.append("opened")
 
 
+@pytest.mark.slow
 def test_it_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     explorer = Explorer()
     monkeypatch.setitem(sys.modules, "model_explorer", explorer)

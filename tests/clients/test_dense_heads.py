@@ -115,6 +115,7 @@ def layout(model: nn.Module, prefix: int, suffix: int) -> Layout:
 @pytest.mark.client(
     "dense heads", "{case}", caveat="features of layers under a drop: fill_taps=True"
 )
+@pytest.mark.slow
 def test_a_dense_head(make: Callable[[], Any], whole: bool) -> None:
     output, backbone, prefix, suffix = MODELS[make]
     model = built(make)
@@ -136,6 +137,7 @@ def test_a_dense_head(make: Callable[[], Any], whole: bool) -> None:
         assert torch.equal(fast(x)[output], plain)
 
 
+@pytest.mark.slow
 def test_features_under_a_drop_are_named() -> None:
     with pytest.raises(UnsupportedModelError, match="is under the drop at layer 2") as caught:
         skipvit_fx.rewrite(built(dpt), PLAN, example_inputs=pixels())

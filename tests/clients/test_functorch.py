@@ -19,6 +19,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.mark.parametrize("case", ["vit", "fused", "beit", "torchvision", "tied"])
 @pytest.mark.client("torch.func", "vmap")
+@pytest.mark.slow
 def test_a_batch_of_batches(case: str) -> None:
     _, fast, x, output = rewritten(case)
     with torch.no_grad():

@@ -69,6 +69,7 @@ def test_another_image_size() -> None:
     "save_pretrained, from_pretrained",
     caveat="what is saved is the author's model; rewrite it again after loading",
 )
+@pytest.mark.slow
 def test_saved_as_the_model_itself(tmp_path: Path) -> None:
     model, fast = classifier(), fast_classifier()
     fast.save_pretrained(tmp_path)

@@ -218,6 +218,7 @@ def test_an_image_tower_that_open_clip_locks() -> None:
 @pytest.mark.client(
     "towers", "Qwen2-VL", shows="refused", caveat="it packs images of any size into one sequence"
 )
+@pytest.mark.slow
 def test_packed_images_are_refused_with_the_reason() -> None:
     from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel

@@ -57,6 +57,7 @@ def test_pruning() -> None:
 
 
 @pytest.mark.client("timm", "train script: layer decay, EMA, AGC, checkpoint saver")
+@pytest.mark.slow
 def test_the_pieces_of_timms_train_script(tmp_path: Path) -> None:
     def trained(model: Any, folder: Path) -> tuple[Any, Any]:
         folder.mkdir()
@@ -251,6 +252,7 @@ def test_bitsandbytes() -> None:
 
 
 @pytest.mark.client("PyTorch", "a layer is replaced by another")
+@pytest.mark.slow
 def test_a_layer_is_replaced() -> None:
     class Doubled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:

@@ -417,6 +417,7 @@ def test_weights_are_folded(tmp_path: Path) -> None:
     assert not again
 
 
+@pytest.mark.slow
 def test_a_tiny_epsilon_stays(tmp_path: Path) -> None:
     """Without it, a constant row would be divided by zero."""
     path = tmp_path / "m.onnx"

@@ -72,6 +72,7 @@ def _configured() -> tuple[Any, Settings]:
     ],
     ids=["in a list", "in a dict", "of an object"],
 )
+@pytest.mark.slow
 def test_a_change_of_what_a_block_reads(change: Callable[[Settings], None]) -> None:
     (model, theirs), (twin, ours) = _configured(), _configured()
     fast = rewritten(twin)
@@ -85,6 +86,7 @@ def test_a_change_of_what_a_block_reads(change: Callable[[Settings], None]) -> N
     assert vars(ours) == vars(Settings())
 
 
+@pytest.mark.slow
 def test_a_change_of_a_configuration() -> None:
     fast = fast_classifier()
     with torch.no_grad():
@@ -111,6 +113,7 @@ def test_a_change_of_a_configuration_of_a_compiled_model() -> None:
 
 
 @pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.slow
 def test_a_change_of_a_dropout_that_is_read_and_not_called(replaced: bool) -> None:
     fast = fast_vit().train()
     assert torch.equal(fast(pixels()), fast(pixels()))
@@ -153,6 +156,7 @@ def _swap(model: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [_replace_one, _cut, _append, _swap])
+@pytest.mark.slow
 def test_a_change_of_the_list_of_layers(change: Callable[[Any], None]) -> None:
     model, twin = (classifier(num_hidden_layers=DEPTH) for _ in range(2))
     fast = rewritten(twin)

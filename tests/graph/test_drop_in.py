@@ -147,6 +147,7 @@ def test_an_author_s_name_that_would_be_hidden_is_refused() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_class_of_no_module_that_is_imported() -> None:
     names: dict[str, Any] = {"__name__": "nowhere", "Odd": Odd}
     exec("class Made(Odd):\n    pass", names)
@@ -186,6 +187,7 @@ def test_an_author_who_calls_all_children_in_turn() -> None:
 
 
 @pytest.mark.client("timm", "forward_features, forward_head, get_classifier")
+@pytest.mark.slow
 def test_a_method_that_runs_attention_skips(model: Any, fast: Any) -> None:
     never = rewrite(model, "1(50%)")
     x = images()
@@ -276,6 +278,7 @@ def _note(module: nn.Module, *_: Any) -> None:
 
 
 @pytest.mark.client("PyTorch", "a hook on the model")
+@pytest.mark.slow
 def test_a_hook_on_the_model_itself_runs_whatever_graph_does(fast: Any) -> None:
     RAN.clear()
     fast.register_forward_hook(_note)
@@ -308,6 +311,7 @@ def assert_as_rewritten_anew(fast: Any, model: Any) -> None:
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.client("timm", "reset_classifier")
+@pytest.mark.slow
 def test_another_head(fast: Any, pool: str) -> None:
     model = vit()
     for each in (fast, model):
@@ -318,6 +322,7 @@ def test_another_head(fast: Any, pool: str) -> None:
     assert fast(images()).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_flag_of_a_block(fast: Any) -> None:
     late, other = copy.deepcopy(fast), vit()
     for each in (fast, other):
@@ -398,6 +403,7 @@ def test_calls_without_end_are_stopped() -> None:
 
 
 @pytest.mark.client("timm", "set_input_size, another image size")
+@pytest.mark.slow
 def test_another_size() -> None:
     model = vit(dynamic_img_size=True)
     fast, x = rewrite(model), images(size=96)

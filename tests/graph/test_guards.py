@@ -98,6 +98,7 @@ KIND_CASES = list(zip(KIND, QUICK[3:], itertools.cycle(FRONTENDS), strict=False)
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize(("name", "place"), BATCH_CASES)
+@pytest.mark.slow
 def test_branches_on_the_batch_size(name: str, place: str, frontend: str) -> None:
     check_batch(name, place, frontend)
 
@@ -216,6 +217,7 @@ def test_gradients(asks: str) -> None:
 @pytest.mark.parametrize(
     "name", ["dtype", "dtype-is", "dtype-in-set", "floating", "on-cpu", "cuda"]
 )
+@pytest.mark.slow
 def test_another_dtype(name: str, frontend: str) -> None:
     model = branching(KIND[name], "every-block")
     fast = rewrite(model, PLAN, frontend=frontend)
@@ -249,6 +251,7 @@ def test_a_guard_says_what_and_where(frontend: str) -> None:
 
 
 @pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.slow
 def test_guards_last(frontend: str) -> None:
     """Through a copy, train mode, another mode and back, and switching off, in which the author's forward runs."""
     model, fast = guarded(frontend)
@@ -262,6 +265,7 @@ def test_guards_last(frontend: str) -> None:
         assert torch.equal(fast(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_guard_in_train_mode_only() -> None:
     class Warms(Block):
         def forward(self, x: Tensor) -> Tensor:
@@ -315,6 +319,7 @@ def test_validated_on_as_many_samples_as_the_graph_is_for(
         torch.testing.assert_close(fast(x), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_counting_takes_one_sample_for_any() -> None:
     model = branching(BATCH["not-one"], "every-block")
     fast = rewrite(model, PLAN, frontend="symbolic")

@@ -49,6 +49,7 @@ def placed(nodes: Any) -> list[NodeRecord]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_each_graph_is_replayed(case: str) -> None:
     options, plan, chosen = CASES[case]
     fast = sv.rewrite(Tiny(**options).eval(), plan, example_inputs=(X,), validate=False, **chosen)

@@ -114,7 +114,7 @@ def test_a_function_gets_outputs_and_batch() -> None:
 
 @pytest.mark.parametrize("returned", [torch.zeros(3), torch.zeros(2, 2), math.nan, "good", None])
 def test_a_function_that_returns_something_else(returned: Any) -> None:
-    with pytest.raises(SearchError, match="returned .* for 2 images"):
+    with pytest.raises(SearchError, match=r"returned .* for 2 images"):
         Metric(lambda *_: returned).values(torch.ones(2, 3), None, None, 2)
 
 

@@ -152,6 +152,7 @@ class Mixes(Tiny):
         self.blocks[1].mlp = nn.Sequential(self.blocks[1].mlp, Roll())
 
 
+@pytest.mark.slow
 def test_a_layer_that_mixes_tokens_is_no_place_and_others_are() -> None:
     graph = shared(Mixes().eval(), tiny_images())
     assert graph.places["skip"] == (1, 3)

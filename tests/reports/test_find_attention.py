@@ -104,6 +104,7 @@ class TestFound:
         assert {site.kind for layer in cait.layers for site in layer.sites} == {"spelled out"}
         assert cait.class_token is False
 
+    @pytest.mark.slow
     def test_two_sites_in_a_layer_of_parallel_blocks(self) -> None:
         report = look(BY_NAME["parallel-things"])
         assert all(len(layer.sites) == 2 for layer in report.layers)
@@ -117,6 +118,7 @@ class TestFound:
         assert read["layers"][0]["sites"][0]["module_path"] == "blocks.0.attn"
         assert read["refusal"] is None
 
+    @pytest.mark.slow
     def test_the_numbers_are_those_that_plans_use(self) -> None:
         family = BY_NAME["parallel-things"]
         model = family.build(depth=2)
@@ -194,6 +196,7 @@ class TestExplainFailures:
     def test_read_but_not_called(self, small: AttentionReport) -> None:
         assert "its parameters are read" in small.explain("blocks.0.gated.borrowed")
 
+    @pytest.mark.slow
     def test_container(self, small: AttentionReport) -> None:
         assert "holds the attention of layers 1 to 2" in small.explain("blocks")
         vit = look(BY_NAME["relpos-mlp"])
@@ -209,6 +212,7 @@ class TestExplainFailures:
     def test_node_that_is_no_tensor(self, vit: AttentionReport) -> None:
         assert vit.explain("getattr_1").endswith("is not a tensor.")
 
+    @pytest.mark.slow
     def test_leaf_that_mixes_tokens_is_looked_into(self) -> None:
         report = find_attention(mixing("roll", "leaf", layer=2), example_inputs=image())
         (node, reason), *rest = report.obstacles.items()
@@ -221,6 +225,7 @@ class TestExplainFailures:
         assert f"It does not keep tokens apart: {reason}" in report.explain(node)
 
     @pytest.mark.parametrize("name", ["conv1d", "mean-token", "sort", "linear-over-tokens"])
+    @pytest.mark.slow
     def test_every_obstacle_has_a_reason(self, name: str) -> None:
         report = find_attention(mixing(name, "leaf", layer=2), example_inputs=image())
         assert len(report.layers) == DEPTH

@@ -65,6 +65,7 @@ def test_macs(report: Inspection) -> None:
     assert sum(node.macs for node in report.nodes) == report.macs
 
 
+@pytest.mark.slow
 def test_two_stages_and_a_return_before_the_norm() -> None:
     two = small("1,3(30%,40%)+5", eliminate_dead_tokens=False)
     # 24 patches: 7 leave, then 6 of 17
@@ -78,12 +79,14 @@ def test_what_nobody_reads_does_not_return() -> None:
     assert small("1(50%)+3", depth=2).head.returned == 0
 
 
+@pytest.mark.slow
 def test_block_cut() -> None:
     block = small("2(50%)+4", cut="block", eliminate_dead_tokens=False)
     assert tokens(block) == [(25, 25, 25), (25, 25, 25), (13, 13, 13), (25, 25, 25)]
     assert [layer.dropped for layer in block.layers] == [0, 12, 0, 0]
 
 
+@pytest.mark.slow
 def test_fused_token_is_a_row() -> None:
     fused = small("1,2(50%,50%)+4+fused", eliminate_dead_tokens=False)
     # 24 patches: 12 stay and one stands in, of these 13 again 7 and one
@@ -94,6 +97,7 @@ def test_fused_token_is_a_row() -> None:
 @pytest.mark.parametrize(
     "name", ["vit-unfused", "parallel-scaling", "beit-unfused", "relpos-unfused", "cait", "eva-gqa"]
 )
+@pytest.mark.slow
 def test_other_attentions(name: str) -> None:
     other = small("2(50%)+4", name, eliminate_dead_tokens=False)
     full = other.prefix + other.patches
@@ -163,7 +167,7 @@ def test_dict_is_plain(report: Inspection) -> None:
         *("model", "plan", "cut", "score", "frontend", "frontend_reason"),
         *("eliminate_dead_tokens", "skipping", "validated"),
         *("prefix", "patches", "tail", "class_token", "stages"),
-        *("layers", "embedding", "head", "macs", "baseline_macs", "inserted"),
+        *("layers", "embedding", "head", "macs", "baseline_macs", "search", "inserted"),
     ]
     assert plain["class_token"] == "row 0: read by the head"
     assert plain["stages"] == [
@@ -189,6 +193,7 @@ def test_dict_is_plain(report: Inspection) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_same_rewrite_has_the_same_report() -> None:
     one, other = small("1(50%)+2", depth=2), small("1(50%)+2", depth=2)
     assert one == other

@@ -63,6 +63,7 @@ def test_later_stages_name_original_positions(name: str) -> None:
 
 
 @pytest.mark.parametrize("plan", ["", "2(0%)+4", "1,3(0%,50%)+4"])
+@pytest.mark.slow
 def test_stages_that_drop_nothing(plan: str) -> None:
     _, fast, x = rewritten(plan)
     traces = skipvit_fx.trace_tokens(fast, x)
@@ -81,6 +82,7 @@ FUSED = [(1, "0.5"), (2, "0.5"), (3, "0.5")]
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.slow
 def test_fused_tokens_are_no_patches(seed: int) -> None:
     """Against the reference, which names fused tokens PATCHES, PATCHES + 1, ... after the patches."""
     model, fast, _ = rewritten("1,2,3(50%,50%,50%)+4+fused", seed=seed)
@@ -110,6 +112,7 @@ def test_fused_tokens_are_no_patches(seed: int) -> None:
         names = torch.cat([theirs.kept.sort(1).values, one_more], 1)
 
 
+@pytest.mark.slow
 def test_some_fused_tokens_are_dropped_and_some_not() -> None:
     """The test above would prove little if all samples did the same."""
     seen = set()
@@ -121,6 +124,7 @@ def test_some_fused_tokens_are_dropped_and_some_not() -> None:
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_a_fused_plan_that_drops_nothing_fuses_nothing() -> None:
     _, fast, x = rewritten("1,2(0%,50%)+4+fused")
     first, second = skipvit_fx.trace_tokens(fast, x)
@@ -140,6 +144,7 @@ def test_by_keyword_and_in_train_mode() -> None:
     assert not got.scores.requires_grad
 
 
+@pytest.mark.slow
 def test_parallel_attentions_share_one_score() -> None:
     _, fast, x = rewritten("2(50%)+4", "parallel-things")
     (stage,) = skipvit_fx.trace_tokens(fast, x)
@@ -163,6 +168,7 @@ def hooks(module: nn.Module) -> int:
     return sum(not isinstance(hook, StayAway) for hook in found)
 
 
+@pytest.mark.slow
 def test_no_hook_stays() -> None:
     _, fast, x = rewritten("1,3(30%,40%)+4")
     skipvit_fx.trace_tokens(fast, x)
