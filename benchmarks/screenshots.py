@@ -1,8 +1,8 @@
-"""Pictures of a report for the documentation: ``docs/images/report*.png``.
+"""Pictures of reports for the documentation: ``docs/images/report*.png``.
 
     python benchmarks/screenshots.py
 
-Needs Chromium. The weights are random, as the report says.
+Needs Chromium. The weights are random, as the reports say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from sklearn.datasets import load_sample_image
+from torch.nn.functional import interpolate
 
 import skipvit_fx as sv
 
@@ -30,12 +31,13 @@ NOTE = "The weights are random: counts and times are real, answers and the choic
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make a report and its pictures."""
+    """Make the reports and their pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224")
     parser.add_argument("--plan", default="4,7(40%,40%)+11")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--trials", type=int, default=120, help="plans of the search")
     args = parser.parse_args(argv)
     browser = shutil.which("chromium")
     if browser is None:
@@ -43,10 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
+        front = Path(folder) / "front.html"
         write_report(args.model, args.plan, args.rounds, page)
+        write_search(args.model, args.trials, front)
         with sync_playwright() as driver:
             chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
             photograph(chromium, page, args.out)
+            photograph_search(chromium, front, args.out)
             chromium.close()
     return 0
 
@@ -55,12 +60,26 @@ def write_report(name: str, plan: str, rounds: int, path: Path) -> None:
     """A report of three pictures."""
     torch.manual_seed(0)
     fast = sv.rewrite(timm.create_model(name).eval(), plan)
-    pictures: list[Any] = [ROOT / "examples" / "images" / "chelsea.png"]
+    sv.report(fast, pictures(), path, title=name, note=NOTE, rounds=rounds)
+
+
+def write_search(name: str, trials: int, path: Path) -> None:
+    """A report of a search on coarse noise, shown on the same pictures."""
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    batches = [interpolate(torch.randn(8, 3, 7, 7), size=224, mode="bicubic") for _ in range(4)]
+    result = sv.search(model, batches, metric="cosine", trials=trials, measure=False)
+    sv.report_search(result, model, pictures(), path, title=name, note=NOTE)
+
+
+def pictures() -> list[Any]:
+    """Three pictures with a free licence."""
+    found: list[Any] = [ROOT / "examples" / "images" / "chelsea.png"]
     for sample in ("china.jpg", "flower.jpg"):
         picture: Any = Image.fromarray(load_sample_image(sample))
         picture.filename = sample
-        pictures.append(picture)
-    sv.report(fast, pictures, path, title=name, note=NOTE, rounds=rounds)
+        found.append(picture)
+    return found
 
 
 def photograph(chromium: Any, page: Path, out: Path) -> None:
@@ -79,6 +98,16 @@ def photograph(chromium: Any, page: Path, out: Path) -> None:
     save(shots, out / "report-phone.png")
 
 
+def photograph_search(chromium: Any, page: Path, out: Path) -> None:
+    """The front and the images, for a plan in its middle."""
+    wide = opened(chromium, page, WIDE, HIGH, "light")
+    points = wide.locator(".points button")
+    points.nth(points.count() // 2).click()
+    wide.mouse.move(0, 0)
+    clip = box(wide, "#front", ".picture .state")
+    save([wide.screenshot(full_page=True, clip=clip)], out / "report-search.png")
+
+
 def opened(chromium: Any, page: Path, width: int, height: int, scheme: str) -> Any:
     """The page, drawn."""
     viewport = {"width": width, "height": height}
@@ -90,9 +119,9 @@ def opened(chromium: Any, page: Path, width: int, height: int, scheme: str) -> A
 
 def box(tab: Any, first: str, last: str) -> dict[str, float]:
     """The part of a page from the top of one element to the end of another."""
-    top, bottom = tab.locator(first).bounding_box(), tab.locator(last).bounding_box()
+    top, bottom = (tab.locator(place).first.bounding_box() for place in (first, last))
     height = bottom["y"] + bottom["height"] - top["y"] + 24
-    return {"x": 0, "y": top["y"], "width": WIDE, "height": height}
+    return {"x": 0, "y": top["y"] + tab.evaluate("scrollY"), "width": WIDE, "height": height}
 
 
 def save(shots: Sequence[bytes], path: Path) -> None:

@@ -42,6 +42,29 @@ def test_a_table_and_pictures(folder: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_size for path in pictures)
 
 
+@pytest.mark.slow
+def test_a_report_of_the_first_four_pictures(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "front.html"
+    result = search("--images", str(folder), "--report", str(out), "--score", "mean")
+    assert result.exit_code == 0, result.output
+    assert f"report written to {out}" in result.stderr
+    text = out.read_text(encoding="utf-8")
+    assert "The weights are random" in text
+    assert "score=&#39;mean&#39;" in text
+    assert [name for name in map("{}.png</h3>".format, range(6)) if name in text] == [
+        f"{i}.png</h3>" for i in range(4)
+    ]
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(
+    folder: Path, tmp_path: Path
+) -> None:
+    result = search("--images", str(folder), "--report", str(tmp_path / "no" / "front.html"))
+    assert result.exit_code == 2
+    assert "does not exist" in result.stderr
+    assert "hint" in result.stderr
+
+
 def test_labels_and_json(folder: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     labels.write_text("0.png,3\n1.png, 5\n\n4.png,7\n5.png,7\n")
