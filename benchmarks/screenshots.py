@@ -34,10 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make the reports and their pictures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="vit_small_patch16_224")
+    parser.add_argument(
+        "--searched", default="vit_tiny_patch16_224", help="the model of the search"
+    )
     parser.add_argument("--plan", default="4,7(40%,40%)+11")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--trials", type=int, default=120, help="plans of the search")
+    parser.add_argument("--trials", type=int, default=80, help="plans of the search")
     args = parser.parse_args(argv)
     browser = shutil.which("chromium")
     if browser is None:
@@ -47,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = Path(folder) / "report.html"
         front = Path(folder) / "front.html"
         write_report(args.model, args.plan, args.rounds, page)
-        write_search(args.model, args.trials, front)
+        write_search(args.searched, args.trials, front)
         with sync_playwright() as driver:
             chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
             photograph(chromium, page, args.out)
@@ -67,7 +70,7 @@ def write_search(name: str, trials: int, path: Path) -> None:
     """A report of a search on coarse noise, shown on the same pictures."""
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    batches = [interpolate(torch.randn(8, 3, 7, 7), size=224, mode="bicubic") for _ in range(4)]
+    batches = [interpolate(torch.randn(8, 3, 7, 7), size=224, mode="bicubic") for _ in range(2)]
     result = sv.search(model, batches, metric="cosine", trials=trials, measure=False)
     sv.report_search(result, model, pictures(), path, title=name, note=NOTE)
 

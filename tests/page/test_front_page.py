@@ -272,3 +272,19 @@ def test_what_is_refused(made: Made, tmp_path: Path) -> None:
     with pytest.raises(sv.ReportError, match="no weights"):
         sv.report_search(result, Tiny().to("meta"), images(), out)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_twelve_plans_on_four_noisy_images_fit_into_five_megabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise is the worst that a picture can hold, and 1024 patches are many."""
+    large, file = Tiny(), tmp_path / "front.html"
+    large.embed = nn.Conv2d(3, 8, 16, 16)
+    x = torch.rand(4, 3, 512, 512)
+    fast = sv.rewrite(large.eval(), "1,2(30%)+4", example_inputs=x, validate=False)
+    monkeypatch.setattr(front_module, "rewrite", lambda *_, **__: fast)
+    one = found({"1(50%)+3": fast}).front[0]
+    result = replace(found({"1(50%)+3": fast}), front=(one,) * 12)
+    sv.report_search(result, large, x, file)
+    assert file.stat().st_size < 5e6
