@@ -73,8 +73,12 @@ class Costs:
             return self._whole[node]
         if not any(has_tokens(axes_of(t)) for t in tensor_leaves(self.shared.inputs(node))):
             return self._whole[node]  # after the tokens
-        if node.target in SDPA:
-            return self._count(node, patches, rows)
+        if (
+            node.target in SDPA
+        ):  # in proportion, as the samples of a query without tokens have no known axis
+            ours = self._of_attention(node, patches, rows)
+            every = self._of_attention(node, context.stream.tokens.patches, None)
+            return self._whole[node] * ours // every
         key = self._checked(node)
         if rows is None:
             return self._by_count(key, patches, lambda n: self._count(node, n, None))
@@ -119,15 +123,18 @@ class Costs:
         own = structure(called) if isinstance(called, nn.Module) else node.target
         return own, tuple(map(described, pytree.tree_leaves(self.shared.inputs(node))))
 
-    def _count(self, node: fx.Node, patches: int, rows: int | None) -> int:
-        """Multiply-adds of an author's node on so many patches, or on so many rows of what it works on row by row."""
+    def _of_attention(self, node: fx.Node, patches: int, rows: int | None) -> int:
+        """Those of a fused attention, from the shapes of what it reads."""
         args, kwargs = self.shared.inputs(node)
-        if node.target in SDPA:
-            given = AttentionArguments(*args, **kwargs)
-            key, value = (torch.Size(_shape(t, patches)) for t in (given.key, given.value))
-            query = torch.Size(_shape(given.query, patches, rows))
-            return attention_flops(query, key, value) // 2
-        return self._run(self._analysis.callee(node), (args, kwargs), patches, rows)
+        given = AttentionArguments(*args, **kwargs)
+        key, value = (torch.Size(_shape(t, patches)) for t in (given.key, given.value))
+        query = torch.Size(_shape(given.query, patches, rows))
+        return attention_flops(query, key, value) // 2
+
+    def _count(self, node: fx.Node, patches: int, rows: int | None) -> int:
+        """Those of another node on so many patches, or on so many rows of what it works on row by row."""
+        inputs = self.shared.inputs(node)
+        return self._run(self._analysis.callee(node), inputs, patches, rows)
 
     def _run(
         self, called: Callable[..., Any], inputs: Any, patches: int, rows: int | None = None

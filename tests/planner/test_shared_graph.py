@@ -20,17 +20,7 @@ from skipvit_fx.torch_internals import tensor_leaves
 from support.models import BY_NAME
 from support.tiny import Tiny, lines
 
-PLANS = (
-    "",
-    "1(50%)",
-    "2(30%)+4",
-    "1,3(30%,40%)+4+fused",
-    "1-4(3)+merged",
-    "1(20%)+2;3(40%)",
-    "4(50%)",
-    "2(50%)+3;3(30%)+5",
-    "1(40%)+3+merged;3(5)+5",
-)
+PLANS = ("", "1,3(30%,40%)+4+fused", "1-4(3)+merged", "1(20%)+2;3(40%)", "2(50%)+3;4(30%)+5")
 
 
 def shared(model: nn.Module, example: Any, **options: Any) -> SharedGraph:
