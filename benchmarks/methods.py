@@ -279,8 +279,8 @@ def methods_page(measured: Measured, caption: str) -> str:
         "training step, as these methods skip in training only. Written by `benchmarks/methods.py`; "
         "[all figures](results/methods.md). None of them says how accurate a method is.",
         "",
-        "On a fast GPU the work of choosing counts for more: in eager mode on an H200, in bfloat16 with batch 256, the many "
-        "small operators of a plan that merges or chooses in every layer make it slower than the model itself "
+        "On a fast GPU the work of choosing counts for more: in eager mode on an H200, in bfloat16 with batch 256, the "
+        "many small operators of a plan that merges or chooses in every layer make it slower than the model itself "
         "([figures](results/methods-h200.md)). Drop or merge more in fewer layers there, and measure.",
         "",
         "## What is equal, and what is not",
