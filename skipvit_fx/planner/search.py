@@ -95,8 +95,14 @@ def search(
     chosen, wanted = _metric(metric), _options(options)
     labelled = labelled or metric == "accuracy"
     optuna()
+    device = floating_like(model).device
+    if device.type == "meta":
+        raise SearchError(
+            "the model is on the meta device", hint="plans are tried: load its weights first"
+        )
     ours, held = split(read_all(batches, labelled), holdout, seed, labelled)
-    shared = share_graph(model, ours[0].args, ours[0].kwargs, wanted)
+    example = ours[0].to(device)
+    shared = share_graph(model, example.args, example.kwargs, wanted)
     shared_print = fingerprint(
         numbered_lines(shared.graph), module_lines(model), state_lines(model.state_dict())
     )
@@ -131,7 +137,7 @@ def search(
         images=images_of(ours),
         held_out_images=images_of(held),
         batch=ours[0].images,
-        device=str(floating_like(model).device),
+        device=str(device),
         budget=budget,
         options={k: v for k, v in wanted.to_dict().items() if k in options},
         seed=seed,

@@ -114,7 +114,6 @@ class Study:
             SearchError: the storage cannot be used.
         """
         self._optuna = optuna()
-        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
         self._seed, self._space = seed, space
         self._ranges = {
             one.name: self._optuna.distributions.IntDistribution(one.low, one.high)
@@ -122,12 +121,17 @@ class Study:
         }
         self._opened = storage_at(storage)
         self._closes = self._opened is not storage
-        self._own = self._optuna.create_study(
-            study_name=name,
-            storage=self._opened,
-            directions=["minimize", "maximize"],
-            load_if_exists=True,
-        )
+        said = self._optuna.logging.get_verbosity()
+        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
+        try:
+            self._own = self._optuna.create_study(
+                study_name=name,
+                storage=self._opened,
+                directions=["minimize", "maximize"],
+                load_if_exists=True,
+            )
+        finally:
+            self._optuna.logging.set_verbosity(said)
         self._rejected: set[str] = set()
 
     def close(self) -> None:
