@@ -170,6 +170,10 @@ class TokenAnalysis:
     """The facts of every node of a graph.
 
     A token axis is known from the point where a constant prefix is joined to it, or from :meth:`seed`.
+
+    Attributes:
+        judged: how code mixes tokens, by what it is and what it is called with.
+        unsound: the same by node, as long as the graph is as it was captured: kept for the next plan.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -177,6 +181,7 @@ class TokenAnalysis:
         self.facts: dict[fx.Node, NodeFacts] = {}
         self.fake_mode = capture.fake_mode
         self.judged: dict[Hashable, str] = {}
+        self.unsound: dict[fx.Node, str] = {}
         self._fake = fake_structure(self.module, self.fake_mode)
         self._more_samples = _placeholders(capture, 1)
         given = _placeholders(capture, 0)

@@ -52,6 +52,11 @@ class Costs:
         count = count_macs(capture.module, capture.args, capture.kwargs)
         self.baseline = count.total
         self._whole = {n: count.nodes[n.name] for n in shared.graph.nodes if count.nodes[n.name]}
+        self._on_tokens = {
+            node
+            for node in self._whole
+            if any(has_tokens(axes_of(t)) for t in tensor_leaves(shared.inputs(node)))
+        }
         self._keys: dict[fx.Node, Hashable] = {}
         self._known: dict[Hashable, int] = {}
         self._polynomials: dict[Hashable, Polynomial | None] = {}
@@ -69,16 +74,16 @@ class Costs:
 
     def _of_node(self, context: Context, node: fx.Node) -> int:
         patches, rows = self._patches(context, node), context.narrow.get(node)
-        if rows is None and patches == context.stream.tokens.patches:
+        every = context.stream.tokens.patches
+        if node not in self._on_tokens or (rows is None and patches == every):
             return self._whole[node]
-        if not any(has_tokens(axes_of(t)) for t in tensor_leaves(self.shared.inputs(node))):
-            return self._whole[node]  # after the tokens
         if (
             node.target in SDPA
         ):  # in proportion, as the samples of a query without tokens have no known axis
-            ours = self._of_attention(node, patches, rows)
-            every = self._of_attention(node, context.stream.tokens.patches, None)
-            return self._whole[node] * ours // every
+            ours, theirs = (
+                self._of_attention(node, *at) for at in ((patches, rows), (every, None))
+            )
+            return self._whole[node] * ours // theirs
         key = self._checked(node)
         if rows is None:
             return self._by_count(key, patches, lambda n: self._count(node, n, None))
