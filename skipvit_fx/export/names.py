@@ -64,6 +64,27 @@ def take_names(model: ir.Model, names: list[str]) -> None:
     del outputs[first:]
 
 
+def name_batch(model: ir.Model) -> None:
+    """Call a size of the first axis of an input that is not fixed ``batch``, wherever it appears."""
+    import onnx_ir as ir
+
+    given = [value.shape[0] for value in model.graph.inputs if value.shape]
+    symbols = {str(size.value) for size in given if isinstance(size, ir.SymbolicDim) and size.value}
+    if not symbols:
+        return
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(symbols)))})\b")
+
+    def renamed(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(size, int) or not size.value:
+            return size
+        return ir.SymbolicDim(pattern.sub("batch", str(size.value)))
+
+    made = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *made):
+        if value.shape is not None:
+            value.shape = ir.Shape([renamed(size) for size in value.shape])
+
+
 def name_by_module(model: ir.Model, inserted: list[str]) -> None:
     """Name nodes by their module and operator, as in ``blocks.0.attn/Softmax``, and the values that they make likewise.
 

@@ -22,7 +22,7 @@ from skipvit_fx.export.decompose import decompose, free_attention_matrices
 from skipvit_fx.export.files import check_folder, write_model
 from skipvit_fx.export.inputs import inputs_of
 from skipvit_fx.export.kept import add_kept
-from skipvit_fx.export.names import add_inserted, name_by_module, take_names
+from skipvit_fx.export.names import add_inserted, name_batch, name_by_module, take_names
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
 from skipvit_fx.graph.module import SkipViTModule
@@ -258,6 +258,7 @@ def _to_ir(program: ExportedProgram, opset: int, profile: Profile, inserted: lis
     if opset != EXPORTER_OPSET:
         lower_opset(model, opset)
     name_by_module(model, inserted)
+    name_batch(model)
     finish(model, profile.ir_version)
     return model
 

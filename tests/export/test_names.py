@@ -126,3 +126,16 @@ def test_merged_tokens(tmp_path: Path) -> None:
     sv.export_onnx(fast, tmp_path / "m.onnx", example_inputs=(x,), verify=True)
     values = made(onnx.load(tmp_path / "m.onnx"))
     assert {f"stage_{i}_kept_tokens" for i in (1, 2, 3)} <= values.keys()
+
+
+def test_a_batch_of_any_size_is_called_so(tmp_path: Path) -> None:
+    file = exported(rewritten(), tmp_path, batch="dynamic")
+    for value in (*file.graph.input, *file.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
+    sizes = [
+        size.dim_param
+        for value in file.graph.value_info
+        for size in value.type.tensor_type.shape.dim
+    ]
+    assert "batch" in sizes
+    assert not any(re.search(r"\bs\d+\b", size) for size in sizes)
