@@ -191,10 +191,24 @@ class Costs:
         return tuple(map(described, values))
 
     def _inputs(self, context: Context, node: fx.Node, patches: int) -> tuple[Any, ...]:
-        """What an inserted score reads, for so many patches; a mask is left out, as it multiplies nothing."""
+        """What an inserted score reads, for so many patches."""
+        read = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        values = [self._input(context, argument, patches) for argument in read]
         op = context.editor.module.get_submodule(str(node.target))
-        read = node.all_input_nodes[:2] if isinstance(op, ScoreByQuery) else node.all_input_nodes
-        return tuple(self._input(context, argument, patches) for argument in read)
+        if isinstance(op, ScoreByQuery) and len(values) == 3:
+            query, key, mask = values
+            values[2] = self._mask_like(mask, query, key, patches)
+        return tuple(values)
+
+    def _mask_like(self, mask: Tensor, query: Tensor, key: Tensor, patches: int) -> Tensor:
+        """A mask for so many patches; its rows are gathered by position, so its axes do not say which these are."""
+        lengths = [
+            1 if own == 1 else _shape(of, patches)[-2]
+            for own, of in zip(mask.shape[-2:], (query, key), strict=True)
+        ]
+        with self._analysis.fake_mode:
+            shape = [1] * (mask.ndim - 2) + lengths
+            return torch.empty(shape, dtype=mask.dtype, device=mask.device)
 
     def _input(self, context: Context, node: fx.Node, patches: int) -> Any:
         if node.op == "call_module" and INSERTED_BY in node.meta:
