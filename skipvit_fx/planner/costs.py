@@ -111,7 +111,8 @@ class Costs:
     def _by_count(self, key: Hashable, patches: int, count: Callable[[int], int]) -> int:
         """What ``count`` says for so many patches: by a polynomial if it is one, else by counting."""
         if key not in self._polynomials:
-            self._polynomials[key] = fitted(count, self.shared.stream.tokens.patches)
+            with contained(self.shared.model):  # once for all points: it takes longer than they do
+                self._polynomials[key] = fitted(count, self.shared.stream.tokens.patches)
         polynomial = self._polynomials[key]
         if polynomial is not None:
             return polynomial(patches)
