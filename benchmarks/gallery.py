@@ -80,11 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page and its pictures."""
     args = parse(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [Image.open(ROOT / "examples" / "images" / "chelsea.png")]
-    pictures += [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
     parts = []
     for spec in args.models:
-        originals, rows = look(spec, args.plans, pictures, args.options)
+        originals, rows = look(spec, args.plans, pictures(), args.options)
         name = f"gallery-{spec.partition(':')[2].replace('_', '-')}.png"
         draw(originals, rows, args.out.parent / "images" / name)
         parts.append(section(spec, rows, name))
@@ -104,8 +102,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def pictures() -> list[Any]:
+    """Three pictures with a free licence."""
+    found: list[Any] = [ROOT / "examples" / "images" / "chelsea.png"]
+    for name in ("china.jpg", "flower.jpg"):
+        picture: Any = Image.fromarray(load_sample_image(name))
+        picture.filename = name
+        found.append(picture)
+    return found
+
+
 def look(
-    spec: str, plans: Sequence[str], pictures: Sequence[Any], options: dict[str, Any]
+    spec: str, plans: Sequence[str], images: Sequence[Any], options: dict[str, Any]
 ) -> tuple[list[Tensor], list[Shown]]:
     """The pictures as the model sees them, and what each plan leaves of them."""
     torch.manual_seed(0)
@@ -114,7 +122,7 @@ def look(
     originals: list[Tensor] = []
     for plan in plans:
         fast = sv.rewrite(model, plan)
-        inputs = inputs_of(fast, pictures)
+        inputs = inputs_of(fast, images)
         assert inputs.image is not None
         originals = [shown(image, fast) for image in inputs.image]
         with torch.no_grad():

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import skipvit_fx as sv
 from skipvit_fx.page.inputs import read_picture
-from skipvit_fx.reports.environment import hardware, versions
+from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.grid import Grid
 from skipvit_fx.reports.pictures import after_stage, shown
 from throughput import Result, Setting, measure, rows, sections, tables, write, write_json
@@ -116,8 +116,7 @@ def build(name: str, args: argparse.Namespace) -> nn.Module:
 
 def conditions(args: argparse.Namespace) -> str:
     """On what, with what and how often is measured."""
-    cuda = torch.device(args.device).type == "cuda"
-    where = torch.cuda.get_device_name(args.device) if cuda else hardware()
+    where = device_name(torch.device(args.device))
     weights = "timm's" if args.pretrained else "random"
     return f"{where}; {versions('timm')}; {weights} weights; {args.rounds} rounds."
 

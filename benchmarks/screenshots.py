@@ -20,12 +20,11 @@ import timm
 import torch
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from sklearn.datasets import load_sample_image
 from torch.nn.functional import interpolate
 
 import skipvit_fx as sv
+from gallery import ROOT, pictures
 
-ROOT = Path(__file__).resolve().parents[1]
 WIDE, HIGH, PHONE = 1180, 900, (390, 800)
 NOTE = "The weights are random: counts and times are real, answers and the choice of patches mean nothing."
 
@@ -73,16 +72,6 @@ def write_search(name: str, trials: int, path: Path) -> None:
     batches = [interpolate(torch.randn(8, 3, 7, 7), size=224, mode="bicubic") for _ in range(2)]
     result = sv.search(model, batches, metric="cosine", trials=trials, measure=False)
     sv.report_search(result, model, pictures(), path, title=name, note=NOTE)
-
-
-def pictures() -> list[Any]:
-    """Three pictures with a free licence."""
-    found: list[Any] = [ROOT / "examples" / "images" / "chelsea.png"]
-    for sample in ("china.jpg", "flower.jpg"):
-        picture: Any = Image.fromarray(load_sample_image(sample))
-        picture.filename = sample
-        found.append(picture)
-    return found
 
 
 def photograph(chromium: Any, page: Path, out: Path) -> None:

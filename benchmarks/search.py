@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import skipvit_fx as sv
 from skipvit_fx.planner.space import published
 from skipvit_fx.reports.environment import hardware, versions
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from train_digits import learn as step
+from train_digits import scenes, vit
 
 
 def _sklearn() -> tuple[Tensor, Tensor]:
@@ -135,29 +138,11 @@ class Pictures:
         """``[count, 1, canvas, canvas]`` and classes ``[count]``."""
         first, last = (int(end * len(self.classes)) for end in SHARES[share])
         chosen = torch.randint(first, last, (count,), generator=generator)
-        task, side = self.task, self.pixels.shape[-1]
-        canvas = torch.zeros(count, task.canvas, task.canvas)
-
-        def anywhere(room: int) -> tuple[Tensor, Tensor]:
-            rows, columns = torch.randint(room + 1, (2, count), generator=generator)
-            return rows, columns
-
-        for _ in range(task.pieces):
-            others = self.pixels[chosen[torch.randperm(count, generator=generator)]]
-            piece = others[_window(*anywhere(side - task.piece), size=task.piece)]
-            place = _window(*anywhere(task.canvas - task.piece), size=task.piece)
-            canvas[place] = torch.maximum(canvas[place], piece)
-        row, column = anywhere((task.canvas - side) // task.patch)
-        place = _window(row * task.patch, column * task.patch, size=side)
-        canvas[place] = torch.maximum(canvas[place], self.pixels[chosen])
-        return canvas.unsqueeze(1) * 2 - 0.5, self.classes[chosen]
-
-
-def _window(rows: Tensor, columns: Tensor, *, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Index of one ``size`` x ``size`` window per picture, from its upper left corner."""
-    pictures = torch.arange(len(rows))[:, None, None]
-    steps = torch.arange(size)
-    return pictures, rows[:, None, None] + steps[:, None], columns[:, None, None] + steps
+        task = self.task
+        images = scenes(
+            self.pixels, chosen, generator, task.canvas, task.patch, task.pieces, task.piece
+        )
+        return images, self.classes[chosen]
 
 
 # -- one seed ---------------------------------------------------------------------------------------------------------
@@ -166,17 +151,7 @@ def _window(rows: Tensor, columns: Tensor, *, size: int) -> tuple[Tensor, Tensor
 def trained(task: Task, pictures: Pictures, seed: int, settings: Settings) -> nn.Module:
     """A ViT trained from scratch."""
     torch.manual_seed(seed)
-    model = VisionTransformer(
-        img_size=task.canvas,
-        patch_size=task.patch,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=settings.width,
-        depth=12,
-        num_heads=settings.heads,
-        mlp_ratio=2,
-        weight_init="jax",
-    )
+    model = vit(task.canvas, task.patch, settings.width, settings.heads)
     generator = torch.Generator().manual_seed(seed)
     learn(model, pictures, generator, settings, settings.images, settings.epochs, settings.rate)
     return model.eval()
@@ -199,10 +174,7 @@ def learn(
     for _ in range(epochs):
         images, classes = pictures.make("training", count, generator)
         for x, y in zip(images.split(settings.batch), classes.split(settings.batch), strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            step(model, optimizer, x, y)
             rates.step()
     model.eval()
 

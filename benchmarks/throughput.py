@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import skipvit_fx as sv
-from skipvit_fx.reports.environment import hardware, versions
+from skipvit_fx.reports.environment import device_name, versions
 
 MODEL, PLAN = "vit_small_patch16_224", "6(55%)+11"
 
@@ -98,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for result in measure(setting, models, limits, device, args.rounds)
     ]
     console = Console()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()
-    caption = f"{where}; {versions('timm')}; random weights; {args.rounds} rounds."
+    caption = f"{device_name(device)}; {versions('timm')}; random weights; {args.rounds} rounds."
     console.print(f"{args.model} {args.plan}", *tables(results), sep="\n")
     console.print(caption, highlight=False)
     if args.out:

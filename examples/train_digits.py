@@ -148,21 +148,47 @@ class Digits:
         return self._scenes(chosen, generator)
 
     def _scenes(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        canvas = torch.zeros(len(chosen), self.settings.canvas, self.settings.canvas)
+        task = self.settings
+        images = scenes(self.pixels, chosen, generator, task.canvas, task.patch, task.pieces)
+        return images, self.classes[chosen]
 
-        def anywhere(room: int) -> tuple[Tensor, Tensor]:
-            rows, columns = torch.randint(room + 1, (2, len(chosen)), generator=generator)
-            return rows, columns
 
-        for _ in range(self.settings.pieces):
-            others = self.pixels[chosen[torch.randperm(len(chosen), generator=generator)]]
-            piece = others[_window(*anywhere(5), size=3)]
-            place = _window(*anywhere(self.settings.canvas - 3), size=3)
-            canvas[place] = torch.maximum(canvas[place], piece)
-        row, column = anywhere((self.settings.canvas - 8) // self.settings.patch)
-        place = _window(row * self.settings.patch, column * self.settings.patch, size=8)
-        canvas[place] = torch.maximum(canvas[place], self.pixels[chosen])
-        return canvas.unsqueeze(1) * 2 - 0.5, self.classes[chosen]
+def scenes(
+    pixels: Tensor,
+    chosen: Tensor,
+    generator: torch.Generator,
+    canvas: int,
+    patch: int,
+    pieces: int,
+    piece: int = 3,
+) -> Tensor:
+    """Images ``[images, 1, canvas, canvas]``, each with one whole digit.
+
+    Args:
+        pixels: the digits ``[digits, side, side]``, from 0 to 1.
+        chosen: the digit of each image, ``[images]``.
+        generator: draws the places, and the pieces' digits among the chosen ones.
+        canvas: height and width of an image, in pixels.
+        patch: the digit lies on a multiple of so many pixels.
+        pieces: how many windows of other digits clutter each image.
+        piece: height and width of such a window, in pixels.
+    """
+    side = pixels.shape[-1]
+    images = torch.zeros(len(chosen), canvas, canvas)
+
+    def anywhere(room: int) -> tuple[Tensor, Tensor]:
+        rows, columns = torch.randint(room + 1, (2, len(chosen)), generator=generator)
+        return rows, columns
+
+    for _ in range(pieces):
+        others = pixels[chosen[torch.randperm(len(chosen), generator=generator)]]
+        window = others[_window(*anywhere(side - piece), size=piece)]
+        place = _window(*anywhere(canvas - piece), size=piece)
+        images[place] = torch.maximum(images[place], window)
+    row, column = anywhere((canvas - side) // patch)
+    place = _window(row * patch, column * patch, size=side)
+    images[place] = torch.maximum(images[place], pixels[chosen])
+    return images.unsqueeze(1) * 2 - 0.5
 
 
 def _window(rows: Tensor, columns: Tensor, *, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,21 +204,26 @@ def _window(rows: Tensor, columns: Tensor, *, size: int) -> tuple[Tensor, Tensor
 def build(row: Row, seed: int, settings: Settings) -> nn.Module:
     """The row's model, with the same random weights for every row. As in the paper, unread rows are computed."""
     torch.manual_seed(seed)
-    model = VisionTransformer(
-        img_size=settings.canvas,
-        patch_size=settings.patch,
-        in_chans=1,
-        num_classes=10,
-        embed_dim=settings.width,
-        depth=12,
-        num_heads=settings.heads,
-        mlp_ratio=2,
-        weight_init="jax",
-    )
+    model = vit(settings.canvas, settings.patch, settings.width, settings.heads)
     if not row.plan:
         return model
     example = torch.zeros(2, 1, settings.canvas, settings.canvas)
     return sv.rewrite(model, row.plan, example_inputs=example, eliminate_dead_tokens=False)
+
+
+def vit(canvas: int, patch: int, width: int, heads: int) -> nn.Module:
+    """timm's ViT of 12 layers for ten classes of grey images, with random weights."""
+    return VisionTransformer(
+        img_size=canvas,
+        patch_size=patch,
+        in_chans=1,
+        num_classes=10,
+        embed_dim=width,
+        depth=12,
+        num_heads=heads,
+        mlp_ratio=2,
+        weight_init="jax",
+    )
 
 
 def train(row: Row, seed: int, settings: Settings) -> tuple[float, float]:

@@ -1,7 +1,5 @@
 """skipvit_fx: a graph compiler that gives any Vision Transformer a token-level skip connection."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from skipvit_fx.api import rewrite, set_skipping, skipping
 from skipvit_fx.ascend.atc import AtcReport, Finding, atc_check
 from skipvit_fx.errors import (
@@ -29,6 +27,7 @@ from skipvit_fx.planner.running import Progress
 from skipvit_fx.planner.search import search
 from skipvit_fx.reports.attention import find_attention
 from skipvit_fx.reports.attention_report import AttentionReport, FoundLayer, Site
+from skipvit_fx.reports.environment import version_of
 from skipvit_fx.reports.inspection import inspect
 from skipvit_fx.reports.inspection_report import (
     Inspection,
@@ -45,11 +44,8 @@ from skipvit_fx.saving import load, save
 from skipvit_fx.scores import register_score
 from skipvit_fx.training import SkipSchedule
 
-try:
-    __version__ = version("skipvit_fx")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "unknown"
-del version, PackageNotFoundError
+__version__ = version_of("skipvit_fx")
+del version_of
 
 __all__ = [
     "METHODS",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,6 +18,7 @@ from skipvit_fx.api import rewrite
 from skipvit_fx.arguments import check_model
 from skipvit_fx.capture.example import floating_like
 from skipvit_fx.errors import SavedModelError
+from skipvit_fx.files import appearing
 from skipvit_fx.graph.fingerprint import (
     fingerprint,
     first_difference,
@@ -32,6 +31,7 @@ from skipvit_fx.graph.record import RewriteRecord, record_of
 from skipvit_fx.names import RECORD, SEARCH
 from skipvit_fx.ops.switch import switches
 from skipvit_fx.planner.result import SearchResult
+from skipvit_fx.reports.environment import version_of
 from skipvit_fx.scores import known_scores, name_of
 
 _FORMAT = 3
@@ -181,40 +181,23 @@ def _check_savable(fast: nn.Module, record: RewriteRecord, state: Mapping[str, A
             )
 
 
-def version_of(package: str) -> str:
-    """The installed version of a package, or ``unknown``."""
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout that was not installed
-        return "unknown"
-
-
 def _write(path: Path, weights: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write to a file beside ``path`` and rename it, so that no reader ever finds a partial file."""
+    """Write weights and header, so that no reader ever finds a partial file."""
     try:
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-        unfinished.touch(exist_ok=False)
-    except (OSError, ValueError) as error:  # ValueError: an empty name, or one with a zero byte
-        raise _not_written(path, error) from error
-    try:
-        mode = unfinished.stat().st_mode  # safetensors makes a file that only its owner may read
-        save_file(weights, unfinished, metadata=header)
-        unfinished.chmod(mode)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with appearing(path) as unfinished:
+            mode = (
+                unfinished.stat().st_mode
+            )  # safetensors makes a file that only its owner may read
+            save_file(weights, unfinished, metadata=header)
+            unfinished.chmod(mode)
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
     except (OSError, SafetensorError) as error:
-        raise _not_written(path, error) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _not_written(path: Path, error: Exception) -> SavedModelError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return SavedModelError(
-        f"cannot write {os.fspath(path)!r}: {reason}",
-        hint="give the name of a file in a directory that exists and may be written to",
-    )
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SavedModelError(
+            f"cannot write {os.fspath(path)!r}: {reason}",
+            hint="give the name of a file in a directory that exists and may be written to",
+        ) from error
 
 
 def _read_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:

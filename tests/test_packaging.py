@@ -19,6 +19,7 @@ OPTIONAL |= {"jinja2", "matplotlib", "optuna", "PIL"}
 LAYERS = [
     *(
         "errors",
+        "files",
         "optional",
         "names",
         "torch_internals",

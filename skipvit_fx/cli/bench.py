@@ -58,7 +58,7 @@ def bench(
     images = torch.randn(batch, *example.shape[1:], dtype=example.dtype, device=place)
     with counting("Measuring") as progress:
         report = measure_latency(original, fast, images, rounds=rounds, progress=progress)
-    where = device_name(original)
+    where = device_name(place)
     made_of = versions("timm", "skipvit_fx")
     text = f"{report}\n\n{where}; {made_of}"
     show(report.to_dict() | {"hardware": where, "versions": made_of}, text, as_json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -23,17 +24,18 @@ from skipvit_fx.cli.options import (
     Score,
     Validate,
     build,
+    note_on_weights,
     rewritten,
     show,
 )
 from skipvit_fx.cli.picture import print_patches, write_picture
 from skipvit_fx.cli.progress import counting
-from skipvit_fx.errors import PlanError
+from skipvit_fx.errors import PlanError, ReportError
+from skipvit_fx.files import check_folder
 from skipvit_fx.page.inputs import inputs_of
-from skipvit_fx.page.writing import check_folder
 from skipvit_fx.plan import Plan
 from skipvit_fx.reports.grid import find_grid
-from skipvit_fx.reports.pictures import after_stage, shown
+from skipvit_fx.reports.pictures import after_stage, as_image, shown
 
 
 def trace(
@@ -71,8 +73,7 @@ def trace(
                 hint="leave out --out; the indices are right anyway",
             )
         panels = [picture, *(after_stage(picture, stage, grid) for stage in traces)]
-        write_picture(panels, out)
-        typer.echo(f"picture written to {out}", err=True)
+        write_picture(as_image(torch.cat(panels, dim=2)).save, out)
     lines = []
     stages = []
     for stage in traces:
@@ -109,10 +110,10 @@ def report(
 ) -> None:
     """Write an HTML file that shows what a rewrite did to a model, and to these images."""
     wanted = Plan.parse(plan)
-    check_folder(out)
+    check_folder(out, ReportError)
     built = build(model, img_size, depth, pretrained)
     fast = rewritten(built, wanted, prefix_tokens, cut, score, keep_dead_tokens, validate)
-    note = "" if pretrained or model.startswith("module:") else RANDOM
+    note = note_on_weights(model, pretrained)
     with counting("Measuring") as progress:
         written = skipvit_fx.report(
             fast, images, out, title=model, note=note, rounds=rounds, progress=progress
@@ -121,9 +122,3 @@ def report(
     show(
         {"path": str(written), "bytes": size}, f"written to {written}, {size / 1e6:.1f} MB", as_json
     )
-
-
-RANDOM = (
-    "The weights are random: multiply-adds and times are as with others, but answers, scores and the choice of patches "
-    "mean nothing."
-)

@@ -70,6 +70,16 @@ def build(spec: str, img_size: int | None, depth: int | None, pretrained: bool) 
     return model
 
 
+def note_on_weights(spec: str, pretrained: bool) -> str:
+    """What a report says of a model's weights: nothing if they are published ones, or the user's own."""
+    if pretrained or parse_spec(spec).source == "module":
+        return ""
+    return (
+        "The weights are random: multiply-adds and times are as with others, but answers, scores and the choice of "
+        "patches mean nothing."
+    )
+
+
 def rewritten(
     model: nn.Module,
     plan: Plan,

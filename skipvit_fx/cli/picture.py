@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+import typer
 from torch import Tensor
 
-from skipvit_fx.cli.models import SpecError, need
+from skipvit_fx.cli.models import SpecError
 from skipvit_fx.reports.grid import Grid
 from skipvit_fx.reports.pictures import patch_colours, token_colours
 from skipvit_fx.reports.token_report import TokenTrace
@@ -19,21 +20,17 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
-def write_picture(panels: list[Tensor], path: Path) -> None:
-    """Write pictures side by side to an image file.
+def write_picture(save: Callable[[Path], None], path: Path) -> None:
+    """Call ``save`` with the path of an image file, and say so on stderr.
 
     Raises:
         SpecError: the file cannot be written.
     """
-    images = need("PIL.Image", "report")
-    row = torch.cat(panels, dim=2)
-    data = (row * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
-    height, width, _ = data.shape
-    image: Any = images.frombytes("RGB", (width, height), bytes(data.flatten().tolist()))
     try:
-        image.save(path)
+        save(path)
     except (OSError, ValueError) as error:
         raise SpecError(f"cannot write {path}: {error}", hint="end its name with .png") from error
+    typer.echo(f"picture written to {path}", err=True)
 
 
 def print_patches(

@@ -7,15 +7,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import nn
 
 import skipvit_fx
 from skipvit_fx.capture.example import example_of
 from skipvit_fx.cli.bench import device_named
-from skipvit_fx.cli.look import RANDOM
 from skipvit_fx.cli.models import SpecError
 from skipvit_fx.cli.options import (
     Cut,
@@ -27,15 +23,16 @@ from skipvit_fx.cli.options import (
     Pretrained,
     Score,
     build,
+    note_on_weights,
     score_named,
     show,
 )
-from skipvit_fx.cli.progress import counting
+from skipvit_fx.cli.picture import write_picture
+from skipvit_fx.cli.progress import counting, searching
 from skipvit_fx.errors import ReportError
+from skipvit_fx.files import check_folder
 from skipvit_fx.optional import need
 from skipvit_fx.page.inputs import read_picture
-from skipvit_fx.page.writing import check_folder
-from skipvit_fx.planner.running import Progress
 
 PICTURES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 REPORTED = 4
@@ -96,13 +93,13 @@ def search(
     """Find the plans that cost least and preserve most of a model on your own pictures. Ctrl-C ends it early."""
     place = device_named(device)
     if report is not None:
-        check_folder(report)
+        check_folder(report, ReportError)
         need("jinja2", "report", ReportError)
     built = build(model, img_size, depth, pretrained).to(place)
     files, classes = _pictures(images, labels)
     batches = _batches(files, classes, built, batch)
     share = _budget(budget)
-    with _Bar(share if isinstance(share, float) else SHOWN) as bar:
+    with searching(share if isinstance(share, float) else SHOWN) as progress:
         result = skipvit_fx.search(
             built,
             batches,
@@ -115,16 +112,16 @@ def search(
             seed=seed,
             labelled=labels is not None,
             measure=measure,
-            progress=bar.update,
+            progress=progress,
             prefix_tokens=prefix_tokens,
             cut=cut,
             score=score_named(score),
         )
     for path, picture in ((plot, result), (plot_profile, result.profile)):
         if path is not None:
-            _write(picture.plot(), path)
+            write_picture(picture.plot().savefig, path)
     if report is not None:
-        note = "" if pretrained or model.startswith("module:") else RANDOM
+        note = note_on_weights(model, pretrained)
         with counting("Writing the report") as count:
             skipvit_fx.report_search(
                 result, built, files[:REPORTED], report, title=model, note=note, progress=count
@@ -194,47 +191,3 @@ def _classes(path: Path) -> dict[str, int]:
             )
         found[name.strip()] = int(label)
     return found
-
-
-def _write(figure: Any, path: Path) -> None:
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise SpecError(f"cannot write {path}: {error}", hint="end its name with .png") from error
-    typer.echo(f"picture written to {path}", err=True)
-
-
-class _Bar:
-    """A progress bar on stderr that shows the best plan so far."""
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._bar.add_task("the model itself", total=None)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def update(self, progress: Progress) -> None:
-        """Show one more plan."""
-        cheap = [one for one in progress.front if one.macs <= self._share * progress.baseline_macs]
-        text = "no plan within the budget yet"
-        if cheap:
-            best = max(cheap, key=lambda one: one.quality)
-            text = f"{best.plan}: {best.quality:.3f} at {best.macs / progress.baseline_macs:.1%}"
-        self._bar.update(
-            self._task,
-            description=text,
-            completed=progress.evaluated,
-            total=max(progress.trials, progress.evaluated),
-        )

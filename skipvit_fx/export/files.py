@@ -20,21 +20,6 @@ KEPT_INSIDE = 2**16
 """Bytes up to which a constant stays in the model file even then: shapes, axes, indices, biases."""
 
 
-def check_folder(path: Path) -> None:
-    """Check early that ``path`` can be written later.
-
-    Raises:
-        ExportError: the folder does not exist or is not writable, or ``path`` is itself a folder.
-    """
-    folder = path.parent
-    if not folder.is_dir():
-        raise ExportError(f"the folder {folder} does not exist", hint="create it first")
-    if path.is_dir():
-        raise ExportError(f"{path} is a folder", hint="give the name of a file in it")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ExportError(f"the folder {folder} is not writable", hint="choose another folder")
-
-
 def write_model(
     model: ir.Model, path: Path, check: Callable[[Path], None] = lambda path: None
 ) -> tuple[Path, ...]:

@@ -19,17 +19,18 @@ from skipvit_fx.capture.cloning import clone_structure
 from skipvit_fx.capture.example import batch_size, has_samples
 from skipvit_fx.errors import ExportError, GuardError, SkipViTError, first_line
 from skipvit_fx.export.decompose import decompose, free_attention_matrices
-from skipvit_fx.export.files import check_folder, write_model
+from skipvit_fx.export.files import write_model
 from skipvit_fx.export.inputs import inputs_of
 from skipvit_fx.export.kept import add_kept
 from skipvit_fx.export.names import add_inserted, name_batch, name_by_module, take_names
 from skipvit_fx.export.profiles import LAYER_NORM_OPSET, Profile, Target, profile_of
 from skipvit_fx.export.verify import verified
+from skipvit_fx.files import check_folder
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import RewriteRecord, find_record
 from skipvit_fx.ops.score import ScoreAtRandom
 from skipvit_fx.ops.switch import Switchable
-from skipvit_fx.saving import version_of
+from skipvit_fx.reports.environment import version_of
 from skipvit_fx.torch_internals import pytree
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def export_onnx(
     opset = profile.check_opset(opset)
     check_target(cann, soc)
     destination = Path(path)
-    check_folder(destination)
+    check_folder(destination, ExportError)
     _require("onnx", "onnx_ir", "onnxscript", *(("onnxruntime",) if verify else ()))
     _check_model(model)
     (args, kwargs), fixed = inputs_of(model, example_inputs, batch, profile)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -195,22 +195,24 @@ def authors_module(node: fx.Node) -> str:
     return "" if ours else module_path(node)
 
 
-def node_records(graph: fx.Graph) -> Iterator[NodeRecord]:
-    """Every node of a graph, in order."""
+def node_records(graph: fx.Graph, names: Collection[str] | None = None) -> Iterator[NodeRecord]:
+    """The nodes of a graph in order; all of them, or those with these names."""
     after = ""
     for node in graph.nodes:
+        before, after = after, node.name
+        if names is not None and node.name not in names:
+            continue
         inserted_by = node.meta.get(INSERTED_BY)
         yield NodeRecord(
             node.name,
             node.op,
             printed_target(node),
             tuple(read.name for read in node.all_input_nodes),
-            after,
+            before,
             authors_module(node),
             source_of(node),
             inserted_by,
         )
-        after = node.name
 
 
 def graph_lines(graph: fx.Graph) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from skipvit_fx.planner.quality import named_logits
 from skipvit_fx.torch_internals import tensor_leaves
 
 BEST = 3
@@ -64,7 +65,7 @@ def answers(model: nn.Module, before: Any, after: Any, samples: int) -> tuple[An
 
 def _logits(model: nn.Module, output: Any) -> Tensor | None:
     """The logits ``[batch, classes]`` of an output; ``None`` if it is not known that it has such."""
-    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    named = named_logits(output)
     if isinstance(named, Tensor) and named.ndim == 2:
         return named
     config = getattr(model, "config", None)

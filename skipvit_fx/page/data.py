@@ -17,7 +17,7 @@ from skipvit_fx.optional import need
 from skipvit_fx.page.inputs import Inputs
 from skipvit_fx.page.runs import Runs
 from skipvit_fx.reports.grid import Grid
-from skipvit_fx.reports.pictures import shown
+from skipvit_fx.reports.pictures import as_image, shown
 
 LARGEST = 640
 """Pixels along the longer side of a picture in the page, at most."""
@@ -106,11 +106,9 @@ def pictures_of(model: nn.Module, images: Tensor | None, samples: int) -> Sequen
 
 
 def _data_url(picture: Tensor) -> str:
-    pil = need("PIL.Image", "report", ReportError)
-    _, height, width = picture.shape
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0)
-    image = pil.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist()))
-    image.thumbnail((LARGEST, LARGEST), pil.Resampling.LANCZOS)
+    image = as_image(picture)
+    lanczos = need("PIL.Image", "report", ReportError).Resampling.LANCZOS
+    image.thumbnail((LARGEST, LARGEST), lanczos)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

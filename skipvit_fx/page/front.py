@@ -12,7 +12,9 @@ from torch import nn
 
 from skipvit_fx.api import rewrite
 from skipvit_fx.arguments import check_model
+from skipvit_fx.capture.example import floating_like
 from skipvit_fx.errors import ReportError
+from skipvit_fx.files import check_folder
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.page.answers import Answer
@@ -28,7 +30,7 @@ from skipvit_fx.page.front_summary import (
 from skipvit_fx.page.inputs import Inputs, inputs_of
 from skipvit_fx.page.runs import run
 from skipvit_fx.page.summary import Figure, spans_in_words, unit_of
-from skipvit_fx.page.writing import check_folder, page_template, write
+from skipvit_fx.page.writing import page_template, write
 from skipvit_fx.planner.result import MEANS, Candidate, SearchResult
 from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.inspection import inspect
@@ -96,12 +98,12 @@ def report_search(
         ReportError: the front is empty, a plan has other multiply-adds than in the search, so that the model or the
             size of the images is another one, or something is as for :func:`skipvit_fx.report`.
         PlanError: the search was made with a score that is a function and is not registered.
-        TypeError: ``model`` is not a module, ``result`` not the result of a search, or ``images`` none of the above.
+        TypeError: ``model`` is not a module, ``result`` not the result of a search, or ``images`` is not as there.
         SkipViTError: the model does not run on the images.
     """
     _check(result, model)
     target = Path(path)
-    check_folder(target)
+    check_folder(target, ReportError)
     template = page_template("front.html.j2", styles=STYLES, scripts=SCRIPTS)
     inputs = inputs_of(model, images)
     shown: list[ShownPlan] = []
@@ -128,7 +130,7 @@ def report_search(
         pictures=pictures_of(model, inputs.image, len(inputs.names)),
         map=where,
         data={"map": where, "plans": [one.data for one in shown], "first": _first(result)},
-        made_on=device_name(model),
+        made_on=device_name(floating_like(model).device),
         made_with=versions("timm", "transformers", "skipvit_fx"),
     )
     write(target, html)
@@ -144,8 +146,6 @@ def _check(result: Any, model: Any) -> None:
             "the front of the search is empty, so there is no plan to show",
             hint="search with more trials or a larger budget",
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ReportError("the model has no weights (meta device)", hint="load its weights first")
 
 
 def _rewritten(
@@ -154,8 +154,7 @@ def _rewritten(
     options = dict(result.options)
     if validated_by(result):
         options["validate"] = False
-    call = inputs.kwargs or inputs.args
-    fast = rewrite(model, one.plan, example_inputs=call, **options)
+    fast = rewrite(model, one.plan, example_inputs=inputs.call, **options)
     assert isinstance(fast, SkipViTModule)
     return fast
 

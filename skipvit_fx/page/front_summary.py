@@ -24,8 +24,6 @@ MEANINGS = {
     "accuracy": "for how many of the images the class of the label is the best",
     "cosine": "between the outputs and those of the model",
 }
-EVERY_TOKEN = "(every token)"
-"""How a plan without stages is called."""
 
 
 def validated_by(result: SearchResult) -> bool:
@@ -158,7 +156,7 @@ def _rows(result: SearchResult) -> Iterator[FrontRow]:
         held, now = one.held_out, one.milliseconds
         timed = before is not None and now is not None
         yield FrontRow(
-            plan=str(one.plan) or EVERY_TOKEN,
+            plan=one.name,
             method=one.method,
             macs=f"{one.macs / size:.3f}",
             share=f"{100 * one.macs / result.baseline_macs:.1f} %",
@@ -186,13 +184,12 @@ class Cell:
 def sensitivity(result: SearchResult) -> dict[int, list[Cell | None]]:
     """For every layer a cell for every amount of the profile; ``None`` where it was not tried."""
     profile = result.profile
-    known = {(entry.layer, entry.percent): entry for entry in profile.entries}
     qualities = [entry.quality for entry in profile.entries]
     own = [one.quality for one in result.candidates if not one.plan.spans]
     best, worst = max(qualities + own, default=0.0), min(qualities, default=0.0)
 
     def cell(layer: int, percent: int) -> Cell | None:
-        entry = known.get((layer, percent))
+        entry = profile.find(layer, percent)
         if entry is None:
             return None
         lost = 100 * (best - entry.quality) / (best - worst) if best > worst else 0.0

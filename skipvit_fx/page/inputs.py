@@ -42,6 +42,11 @@ class Inputs:
     prepared: str = ""
 
     @property
+    def call(self) -> tuple[Any, ...] | dict[str, Any]:
+        """The arguments as example inputs: a tuple, or a dict of those given by name."""
+        return self.kwargs or self.args
+
+    @property
     def image(self) -> Tensor | None:
         """The images ``[batch, channels, height, width]``, if the model takes such."""
         image = image_of(self.args, self.kwargs)
@@ -57,10 +62,12 @@ def inputs_of(model: nn.Module, images: Any) -> Inputs:
             or several pictures: paths of image files, or PIL images. Pictures are prepared by :func:`read_picture`.
 
     Raises:
-        ReportError: a picture cannot be read, or the model takes something other than colour pictures, or names no
-            size of them.
-        TypeError: ``images`` is none of these.
+        ReportError: the model has no weights, a picture cannot be read, or the model takes something other than colour
+            pictures, or names no size of them.
+        TypeError: ``images`` is something else.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ReportError("the model has no weights (meta device)", hint="load its weights first")
     pictures = _pictures(images)
     if not pictures:
         args, kwargs = arguments_of(images)

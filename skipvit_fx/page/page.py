@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from skipvit_fx.capture.example import floating_like
 from skipvit_fx.errors import ReportError
+from skipvit_fx.files import check_folder
 from skipvit_fx.graph.module import SkipViTModule
 from skipvit_fx.graph.record import record_of
 from skipvit_fx.page.data import page_data, pictures_of
@@ -17,7 +19,7 @@ from skipvit_fx.page.graph import graph_data
 from skipvit_fx.page.inputs import inputs_of
 from skipvit_fx.page.runs import run
 from skipvit_fx.page.summary import figures_of, layer_rows, spans_in_words
-from skipvit_fx.page.writing import check_folder, page_template, write
+from skipvit_fx.page.writing import page_template, write
 from skipvit_fx.reports.environment import device_name, versions
 from skipvit_fx.reports.inspection import inspect
 
@@ -60,17 +62,15 @@ def report(
         NotRewrittenError: ``fast`` does not come from :func:`skipvit_fx.rewrite`.
         ReportError: a picture cannot be read, these are not inputs for the model, the file cannot be written, or jinja2
             or Pillow is not installed.
-        TypeError: ``images`` is none of the above.
+        TypeError: ``images`` is something else.
         SkipViTError: the model does not run on the images.
     """
     record = record_of(fast)
     assert isinstance(fast, SkipViTModule)
     if not isinstance(rounds, int) or rounds < 0:
         raise ReportError(f"{rounds!r} rounds cannot be measured", hint="pass 0 or more")
-    if any(parameter.is_meta for parameter in fast.parameters()):
-        raise ReportError("the model has no weights (meta device)", hint="load its weights first")
     target = Path(path)
-    check_folder(target)
+    check_folder(target, ReportError)
     template = page_template("page.html.j2", styles=STYLES, scripts=SCRIPTS, licences=LICENCES)
     inputs = inputs_of(fast, images)
     runs = run(fast, inputs, rounds, progress)
@@ -89,7 +89,7 @@ def report(
         data=page_data(record, inputs, runs),
         graph=graph_data(fast, inspection),
         diff=inspection.diff().splitlines(),
-        made_on=device_name(fast),
+        made_on=device_name(floating_like(fast).device),
         made_with=versions("timm", "transformers", "skipvit_fx"),
     )
     write(target, html)

@@ -83,8 +83,9 @@ def run(
         raise _other_kind()
     latency = None
     if rounds:
-        call = args or kwargs  # one of them, as inputs were given
-        latency = measure_latency(author_of(fast), fast, call, rounds=rounds, progress=progress)
+        latency = measure_latency(
+            author_of(fast), fast, inputs.call, rounds=rounds, progress=progress
+        )
     return Runs(
         tuple(traces_of(noted)),
         answers(fast, before, after, len(inputs.names)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import skipvit_fx.page as here
 from skipvit_fx.errors import ReportError
+from skipvit_fx.files import appearing
 from skipvit_fx.optional import need
 
 
@@ -54,31 +54,16 @@ def page_template(
     )
 
 
-def check_folder(path: Path) -> None:
-    """Check early that a file can be written later.
-
-    Raises:
-        ReportError: its folder does not exist, or it is itself a folder.
-    """
-    if path.is_dir():
-        raise ReportError(f"{path} is a folder", hint="give the name of a file in it")
-    if not path.parent.is_dir():
-        raise ReportError(f"the folder {path.parent} does not exist", hint="create it first")
-
-
 def write(path: Path, text: str) -> None:
-    """Write to a file beside ``path`` and rename it, so that no reader ever finds a partial file.
+    """Write a page, so that no reader ever finds a part of it.
 
     Raises:
         ReportError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        with appearing(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportError(
             f"{path} could not be written: {error.strerror or error}", hint="choose another folder"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)

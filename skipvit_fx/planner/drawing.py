@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from skipvit_fx.errors import SearchError
+from skipvit_fx.optional import need
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,15 +17,7 @@ _MARKS = {"SkipViT": "s", "EViT": "^", "ToMe": "D"}
 
 
 def _figure(width: float) -> Any:
-    try:
-        kind = importlib.import_module("matplotlib.figure").Figure
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        raise SearchError(
-            "a picture needs matplotlib, which is not installed",
-            hint="pip install 'skipvit_fx[search]'",
-        ) from error
+    kind = need("matplotlib.figure", "search", SearchError).Figure
     return kind(figsize=(width, 4.5), dpi=120, layout="constrained")
 
 
@@ -78,9 +70,8 @@ def draw_profile(profile: Profile) -> Figure:
     """Quality over layers, a line for every amount."""
     figure = _figure(7)
     axes = figure.subplots()
-    known = {(entry.layer, entry.percent): entry for entry in profile.entries}
     for percent in profile.percents:
-        ours = [known[layer, percent] for layer in profile.layers if (layer, percent) in known]
+        ours = [one for one in profile.entries if one.percent == percent]
         layers = [one.layer for one in ours]
         bars = [one.spread or 0.0 for one in ours]
         axes.errorbar(

@@ -64,7 +64,15 @@ class Profile:
         Raises:
             KeyError: it was not tried.
         """
-        return {(entry.layer, entry.percent): entry for entry in self.entries}[layer, percent]
+        found = self.find(layer, percent)
+        if found is None:
+            raise KeyError((layer, percent))
+        return found
+
+    def find(self, layer: int, percent: int) -> Sensitivity | None:
+        """The same; ``None`` if it was not tried."""
+        wanted = (layer, percent)
+        return next((one for one in self.entries if (one.layer, one.percent) == wanted), None)
 
     def plot(self) -> Figure:
         """Quality over layers, a line for every amount.
@@ -92,11 +100,10 @@ class Profile:
     def _lines(self) -> Iterator[str]:
         yield f"{self.metric} with one stage, and its multiply-adds as a share of the model's"
         rows = [["layer", *(cell for p in self.percents for cell in (f"{p}%", ""))]]
-        known = {(entry.layer, entry.percent): entry for entry in self.entries}
         for layer in self.layers:
             row = [str(layer)]
             for percent in self.percents:
-                entry = known.get((layer, percent))
+                entry = self.find(layer, percent)
                 row += (
                     ["", ""]
                     if entry is None

@@ -50,14 +50,20 @@ def quality_of(values: list[tuple[Tensor, int]]) -> Quality:
     return Quality(mean, spread, images)
 
 
+def named_logits(outputs: Any) -> Any:
+    """What a model returns as ``logits``; ``None`` if nothing has that name."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits")
+    return getattr(outputs, "logits", None)
+
+
 def logits_of(outputs: Any) -> Tensor:
     """The class scores ``[batch, classes]`` among the outputs of a model: ``logits``, or the first tensor.
 
     Raises:
         SearchError: there are none.
     """
-    named = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    found = getattr(outputs, "logits", None) if named is None else named
+    found = named_logits(outputs)
     scores = next(iter(tensor_leaves(outputs)), None) if found is None else found
     if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < 2:
         shape = list(scores.shape) if isinstance(scores, Tensor) else "no tensor"
@@ -99,13 +105,17 @@ def features_of(outputs: Any) -> list[Tensor]:
     Raises:
         SearchError: there are none.
     """
-    found = [t for t in tensor_leaves(outputs) if t.is_floating_point() and t.ndim >= 2]
+    found = _features(outputs)
     if not found:
         raise SearchError(
             "the model returns no features [batch, ..., channels]",
             hint="pass a function of outputs and batch as the metric",
         )
     return found
+
+
+def _features(outputs: Any) -> list[Tensor]:
+    return [t for t in tensor_leaves(outputs) if t.is_floating_point() and t.ndim >= 2]
 
 
 @dataclass(frozen=True)
@@ -198,5 +208,5 @@ def doubts(outputs: list[Any], metric: Metric) -> str:
 
 def _first(outputs: Any) -> Tensor:
     """The first output as ``[batch, numbers]``: a plain model's class scores, or its features."""
-    tensors = [t for t in tensor_leaves(outputs) if t.is_floating_point() and t.ndim >= 2]
+    tensors = _features(outputs)
     return tensors[0].detach().float().flatten(1).cpu() if tensors else torch.zeros(0, 2)

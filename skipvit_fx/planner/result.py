@@ -45,6 +45,11 @@ class Candidate:
     milliseconds: float | None = None
     method: str = ""
 
+    @property
+    def name(self) -> str:
+        """The plan in its notation, or in words if it drops nothing."""
+        return str(self.plan) or "(every token)"
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, with the plan in its notation."""
         return {**asdict(self), "plan": str(self.plan)}
@@ -178,7 +183,7 @@ class SearchResult:
                 about = {name: getattr(self, name) for name in _SUMMARY}
                 return {**one.to_dict(), **about, "evaluated": len(self.candidates)}
         raise SearchError(
-            f"the plan {wanted!r} is none of the {len(self.candidates)} that were evaluated",
+            f"the plan {wanted!r} is not one of the {len(self.candidates)} that were evaluated",
             hint="pass a plan of result.front or result.candidates",
         )
 
@@ -238,7 +243,7 @@ class SearchResult:
         rows[0].append("")
         for one in self.front:
             row = [
-                str(one.plan) or "(every token)",
+                one.name,
                 f"{one.macs / 1e9:.3f}",
                 f"{one.macs / self.baseline_macs:.1%}",
                 f"{one.quality:.4f}",

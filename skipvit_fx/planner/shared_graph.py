@@ -47,7 +47,7 @@ class SharedGraph:
         capture: the model as a graph in eval mode, with the model's parameters.
         options: those of the rewrites; the plan in them is of no account.
         places: for every kind, the layers at which tokens may leave.
-        refused: why a layer is none of them, by layer.
+        refused: why no tokens may leave at a layer, by layer.
     """
 
     model: nn.Module

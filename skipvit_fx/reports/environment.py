@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 
 import torch
-from torch import nn
 
 
 def versions(*packages: str) -> str:
@@ -19,6 +18,14 @@ def versions(*packages: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(parts)
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package, or ``unknown``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        return "unknown"
 
 
 def hardware() -> str:
@@ -34,9 +41,8 @@ def hardware() -> str:
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def device_name(model: nn.Module) -> str:
-    """What runs a model: the name of its accelerator, or of the processor."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+def device_name(device: torch.device) -> str:
+    """The name of an accelerator, or of the processor."""
     if device.type == "cpu":
         return hardware()
     return str(torch.get_device_module(device).get_device_name(device))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skipvit_fx.errors import ExportError
+from skipvit_fx.files import appearing
 
 if TYPE_CHECKING:
     from skipvit_fx.reports.inspection_report import Inspection, LayerReport, NodeReport
@@ -66,17 +66,14 @@ def write_json(content: Any, path: Path) -> None:
     Raises:
         ExportError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        unfinished.write_text(json.dumps(content), encoding="utf-8")
-        unfinished.replace(path)
+        with appearing(path) as unfinished:
+            unfinished.write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
         raise ExportError(
             f"cannot write {path}: {error.strerror or error}",
             hint="give the name of a file in a folder that exists and may be written to",
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _graph_id(report: Inspection) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from skipvit_fx.errors import ReportError
+from skipvit_fx.optional import need
 from skipvit_fx.reports.grid import Grid
 
 if TYPE_CHECKING:
@@ -50,15 +52,23 @@ def shown(image: Tensor, model: nn.Module) -> Tensor:
     return (picture - low) / (high - low).clamp(min=1e-12)
 
 
+def as_image(picture: Tensor) -> Any:
+    """A picture ``[3, height, width]`` in [0, 1] as a PIL image.
+
+    Raises:
+        ReportError: Pillow is not installed.
+    """
+    images = need("PIL.Image", "report", ReportError)
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0)
+    height, width, _ = pixels.shape
+    return images.frombytes("RGB", (width, height), bytes(pixels.flatten().tolist()))
+
+
 def dim_dropped(picture: Tensor, kept: Tensor, grid: Grid) -> Tensor:
     """The picture ``[3, height, width]`` with all patches except the kept ones darkened."""
-    rows, columns = grid
-    light = torch.full((rows * columns,), DIMMED)
+    light = torch.full((grid.rows * grid.columns,), DIMMED)
     light[kept] = 1.0
-    light = light.view(rows, columns)
-    _, height, width = picture.shape
-    spread = light.repeat_interleave(height // rows, 0).repeat_interleave(width // columns, 1)
-    return picture * spread
+    return picture * _spread(light, picture, grid)
 
 
 def patch_colours(picture: Tensor, grid: Grid) -> Tensor:
@@ -78,10 +88,15 @@ def token_colours(picture: Tensor, owner: Tensor, grid: Grid) -> Tensor:
 
 def mean_colours(picture: Tensor, owner: Tensor, grid: Grid) -> Tensor:
     """The picture ``[3, height, width]`` with every patch in the mean colour of the token that it is part of."""
-    rows, columns = grid
-    _, height, width = picture.shape
-    means = token_colours(picture, owner, grid).view(3, rows, columns)
-    return means.repeat_interleave(height // rows, 1).repeat_interleave(width // columns, 2)
+    return _spread(token_colours(picture, owner, grid), picture, grid)
+
+
+def _spread(values: Tensor, picture: Tensor, grid: Grid) -> Tensor:
+    """What each patch has, ``[..., patches]``, at all of its pixels in a picture: ``[..., height, width]``."""
+    height, width = picture.shape[1:]
+    tall, wide = height // grid.rows, width // grid.columns
+    placed = values.reshape(*values.shape[:-1], grid.rows, grid.columns)
+    return placed.repeat_interleave(tall, -2).repeat_interleave(wide, -1)
 
 
 def after_stage(picture: Tensor, stage: TokenTrace, grid: Grid, sample: int = 0) -> Tensor:

@@ -70,7 +70,7 @@ def run_passes(passes: Iterable[Pass], context: Context) -> tuple[PassRecord, ..
 def _touched(editor: GraphEditor) -> tuple[NodeRecord, ...]:
     """The nodes that the events are about, as far as they are still there."""
     names = {event.node for event in editor.events}
-    return tuple(node for node in node_records(editor.graph) if node.name in names) if names else ()
+    return tuple(node_records(editor.graph, names))
 
 
 def _check(name: str, verb: str, conditions: Iterable[Condition], context: Context) -> None:
