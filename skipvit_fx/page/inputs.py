@@ -149,7 +149,7 @@ def read_picture(picture: Any, size: tuple[int, int], model: nn.Module) -> Tenso
     try:
         image = picture if isinstance(picture, images.Image) else images.open(picture)
         upright = operations.exif_transpose(image).convert("RGB")
-    except OSError as error:
+    except (OSError, images.DecompressionBombError) as error:
         raise ReportError(
             f"{picture} is not a readable image: {error}", hint="use PNG or JPEG"
         ) from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from skipvit_fx.arguments import check_flag, check_model
@@ -24,7 +25,7 @@ from skipvit_fx.planner.images import Batch, contents, images_of, read_all, samp
 from skipvit_fx.planner.quality import METRICS, Metric, MetricFunction
 from skipvit_fx.planner.result import Candidate, SearchResult
 from skipvit_fx.planner.running import Progress, Run
-from skipvit_fx.planner.shared_graph import share_graph
+from skipvit_fx.planner.shared_graph import SharedGraph, share_graph
 from skipvit_fx.planner.space import Space
 from skipvit_fx.planner.study import Study, optuna
 from skipvit_fx.planner.timing import milliseconds
@@ -89,23 +90,15 @@ def search(
     check_flag("labelled", labelled)
     check_flag("measure", measure)
     _check_numbers(stages, trials, holdout, seed)
-    share, limit = _budget(budget)
-    if limit is not None and not measure:
-        raise SearchError("a budget in milliseconds needs measured times", hint="pass measure=True")
+    share, limit = _budget(budget, measure)
     chosen, wanted = _metric(metric), _options(options)
     labelled = labelled or metric == "accuracy"
     optuna()
-    device = floating_like(model).device
-    if device.type == "meta":
-        raise SearchError(
-            "the model is on the meta device", hint="plans are tried: load its weights first"
-        )
+    device = _device(model)
     ours, held = split(read_all(batches, labelled), holdout, seed, labelled)
     example = ours[0].to(device)
     shared = share_graph(model, example.args, example.kwargs, wanted)
-    shared_print = fingerprint(
-        numbered_lines(shared.graph), module_lines(model), state_lines(model.state_dict())
-    )
+    shared_print = _fingerprint(model, shared)
     costs = Costs(shared)
     if limit is not None:
         share = limit / milliseconds(model, (), ours[0], {})[0]
@@ -119,11 +112,8 @@ def search(
         front, candidates, profile = run.front(), run.candidates(), run.profile()
     if held:
         front = _held_out(Evaluator(shared, costs, chosen, held), front)
-    own_time = None
-    if measure:
-        own_time, *times = milliseconds(model, [c.plan for c in front], ours[0], options)
-        timed = (replace(c, milliseconds=ms) for c, ms in zip(front, times, strict=True))
-        front = tuple(c for c in timed if limit is None or (c.milliseconds or 0.0) <= limit)
+    timed = _timed(model, front, ours[0], options, limit) if measure else (None, front)
+    own_time, front = timed
     known = {str(one.plan): one for one in front}
     return SearchResult(
         front=front,
@@ -148,6 +138,13 @@ def search(
     )
 
 
+def _fingerprint(model: nn.Module, shared: SharedGraph) -> str:
+    """Of the author's graph, modules and state; the values of weights have no part in it."""
+    return fingerprint(
+        numbered_lines(shared.graph), module_lines(model), state_lines(model.state_dict())
+    )
+
+
 def _held_out(evaluator: Evaluator, front: Iterable[Candidate]) -> tuple[Candidate, ...]:
     """The same plans with their quality on images that had no part in choosing them."""
     scored = []
@@ -157,6 +154,21 @@ def _held_out(evaluator: Evaluator, front: Iterable[Candidate]) -> tuple[Candida
         _, quality = found
         scored.append(replace(one, held_out=quality.mean, held_out_spread=quality.spread))
     return tuple(scored)
+
+
+def _timed(
+    model: nn.Module,
+    front: tuple[Candidate, ...],
+    batch: Batch,
+    options: dict[str, Any],
+    limit: float | None,
+) -> tuple[float, tuple[Candidate, ...]]:
+    """The model's own time, and the same plans with theirs, in ms; none that takes longer than the limit."""
+    own_time, *times = milliseconds(model, [one.plan for one in front], batch, options)
+    timed = (replace(one, milliseconds=ms) for one, ms in zip(front, times, strict=True))
+    return own_time, tuple(
+        one for one in timed if limit is None or (one.milliseconds or 0.0) <= limit
+    )
 
 
 def _study_name(
@@ -194,7 +206,16 @@ def _check_numbers(stages: Any, trials: Any, holdout: Any, seed: Any) -> None:
         )
 
 
-def _budget(value: Any) -> tuple[float, float | None]:
+def _device(model: nn.Module) -> torch.device:
+    device = floating_like(model).device
+    if device.type == "meta":
+        raise SearchError(
+            "the model is on the meta device", hint="plans are tried: load its weights first"
+        )
+    return device
+
+
+def _budget(value: Any, measure: bool) -> tuple[float, float | None]:
     """The share of multiply-adds, and the milliseconds, that a budget allows."""
     if value is None:
         return math.inf, None
@@ -204,6 +225,10 @@ def _budget(value: Any) -> tuple[float, float | None]:
             limit = float(number)
         except ValueError:
             limit = math.nan
+        if 0 < limit < math.inf and not measure:
+            raise SearchError(
+                "a budget in milliseconds needs measured times", hint="pass measure=True"
+            )
         if 0 < limit < math.inf:
             return math.inf, limit
     elif isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1:

@@ -67,7 +67,7 @@ def storage_at(place: Any) -> Any:
         return _database(storages, text)
     except SearchError:
         raise
-    except Exception as error:  # whatever the database's own package raises
+    except _failures() as error:
         missing = isinstance(error, ModuleNotFoundError)
         driver = "install the driver of the database: for PostgreSQL, pip install 'psycopg[binary]'"
         raise SearchError(
@@ -81,11 +81,17 @@ def _database(storages: Any, url: str) -> Any:
     for _ in range(_ATTEMPTS):
         try:
             return storages.RDBStorage(url)
-        except Exception as error:
+        except need("sqlalchemy.exc", "search", SearchError).SQLAlchemyError as error:
             if "already exists" not in str(error):
                 raise
             time.sleep(1)
     return storages.RDBStorage(url)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What optuna raises where a storage cannot be opened; a RuntimeError is that of tables of another version."""
+    database = need("sqlalchemy.exc", "search", SearchError).SQLAlchemyError
+    return OSError, ValueError, RuntimeError, ImportError, optuna().exceptions.OptunaError, database
 
 
 def _without_password(text: str) -> str:

@@ -25,7 +25,7 @@ def record_rewrite(
     validated: str,
 ) -> RewriteRecord:
     """What was found in a model and done to it, by names and numbers; see :class:`RewriteRecord`."""
-    stream, capture, spans = context.stream, context.capture, context.spans
+    stream, capture = context.stream, context.capture
     layers = tuple(
         LayerRecord(
             layer.index,
@@ -36,18 +36,6 @@ def record_rewrite(
             module_path(layer.attention),
         )
         for layer in stream.layers
-    )
-    stages = tuple(
-        StageRecord(
-            stage.index,
-            stage.layer.index,
-            spans.returns.index(stage.returns),
-            f"{OWN_CHILD}.{stage.name}",
-            stage.leave_after,
-            stage.leave_before,
-            stage.returns.before,
-        )
-        for stage in spans.stages
     )
     return RewriteRecord(
         model=capture.module.own.author.__name__,
@@ -62,7 +50,7 @@ def record_rewrite(
         args=_on_meta(capture.args),
         kwargs=_on_meta(capture.kwargs),
         layers=layers,
-        stages=stages,
+        stages=tuple(_stages(context)),
         passes=edits,
         nodes=nodes,
         token_dims=dict(_token_dims(context)),
@@ -70,6 +58,19 @@ def record_rewrite(
         computation=computation,
         validated=validated,
     )
+
+
+def _stages(context: Context) -> Iterator[StageRecord]:
+    for stage in context.spans.stages:
+        yield StageRecord(
+            stage.index,
+            stage.layer.index,
+            context.spans.returns.index(stage.returns),
+            f"{OWN_CHILD}.{stage.name}",
+            stage.leave_after,
+            stage.leave_before,
+            stage.returns.before,
+        )
 
 
 def _token_dims(context: Context) -> Iterator[tuple[str, tuple[int, ...]]]:

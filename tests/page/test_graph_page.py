@@ -258,7 +258,8 @@ def test_it_is_accessible(
 
 
 def test_it_fits_a_phone(file: Path, open_page: Callable[..., Page]) -> None:
-    browser = open_page(390, 844).open(file)
+    opened = open_page(390, 844)
+    browser = opened.open(file)
     head(browser, LAYER_1).click()
-    assert browser.evaluate("document.scrollingElement.scrollWidth") <= 390
+    assert opened.sideways() == 0
     assert head(browser, LAYER_1, "before").is_hidden()

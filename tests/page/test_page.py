@@ -206,9 +206,14 @@ def test_an_unfinished_file_is_never_left(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_jinja_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(skipvit_fx.ReportError, match="jinja2 is not installed") as missing:
+@pytest.mark.parametrize("package", ["jinja2", "PIL"])
+def test_without_a_package_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(skipvit_fx.ReportError, match=f"{package} is not installed") as missing:
         made(tmp_path / "report.html", rewritten())
     assert missing.value.hint == "pip install 'skipvit_fx[report]'"
     assert list(tmp_path.iterdir()) == []

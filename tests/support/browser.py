@@ -48,6 +48,11 @@ class Page:
             if violation["impact"] in ("serious", "critical")
         ]
 
+    def sideways(self) -> int:
+        """By how many pixels the page can be scrolled to the side."""
+        root = "document.scrollingElement"
+        return int(self.page.evaluate(f"{root}.scrollWidth - {root}.clientWidth"))
+
     def _said(self, message: Any) -> None:
         if message.type in ("error", "warning"):
             self.complaints.append(message.text)
