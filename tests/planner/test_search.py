@@ -136,7 +136,7 @@ class TestResult:
         sv.save(again, tmp_path / "again.safetensors")
         assert sv.inspect(sv.load(tmp_path / "again.safetensors", model())).search == said
         assert sv.inspect(fast).search is None
-        with pytest.raises(sv.SearchError, match="none of the 24"):
+        with pytest.raises(sv.SearchError, match="not one of the 24"):
             found().summary("1(13%)")
 
 
