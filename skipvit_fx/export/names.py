@@ -61,7 +61,7 @@ def take_names(model: ir.Model, names: list[str]) -> None:
         if value not in others and value.producer() is not None:
             value.name = name
             others.add(value)
-    del outputs[first:]
+    outputs[first:] = []  # `del` would leave them marked as outputs
 
 
 def name_batch(model: ir.Model) -> None:

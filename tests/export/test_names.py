@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
 import skipvit_fx as sv
+from skipvit_fx.export.names import take_names
 from support.models import BY_NAME
 from support.once import made_once
 from support.tiny import Tiny
@@ -42,6 +44,17 @@ def file_for(target: Any) -> onnx.ModelProto:
 def made(file: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     """The nodes by the values that they make."""
     return {value: node for node in file.graph.node for value in node.output}
+
+
+def test_what_lends_its_name_is_no_output_any_more() -> None:
+    """What is still marked as an output stops the clean-up of onnx-ir: rotary tables alike in two places did."""
+    x = ir.val("x", ir.DataType.FLOAT, [2])
+    out, inserted = (ir.node("Relu", [x]).outputs[0] for _ in range(2))
+    nodes = [value.producer() for value in (out, inserted)]
+    graph = ir.Graph([x], [out, inserted], nodes=nodes, opset_imports={"": 20}, name="g")
+    take_names(ir.Model(graph, ir_version=10), ["stage_1_kept"])
+    assert graph.outputs == [out]
+    assert (inserted.name, inserted.is_graph_output()) == ("stage_1_kept", False)
 
 
 @pytest.mark.parametrize("target", TARGETS)
