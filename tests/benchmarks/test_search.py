@@ -47,7 +47,7 @@ def test_a_plan_that_is_less_accurate_is_counted() -> None:
         {**common, "seconds": seconds, "rows": [row(0.8, 0.9)]},
         {**common, "seconds": seconds, "rows": [row(0.8, 0.75)]},
     ]
-    page = script.page(lines, script.Settings())
+    page = script.page({script.TASKS[0]: lines}, script.Settings())
     assert "Of 2 comparisons" in page
     assert "less accurate in 1, by more than a point in 1" in page
     assert "| 80.0 (80.0 to 80.0) |" in page
