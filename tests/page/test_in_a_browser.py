@@ -204,6 +204,24 @@ def test_everyone_can_use_it(
     assert (sum(map(int, re.findall(r"\d+", paper))) < 200) == dark
 
 
+def test_on_paper_nothing_asks_to_be_clicked(made: Made, open_page: Callable[..., Page]) -> None:
+    page = open_page().open(made.file)
+    away = (
+        "nav",
+        "#layer",
+        ".controls fieldset",
+        ".patch",
+        ".copying",
+        ".gv-controls",
+        ".gv-lanes",
+    )
+    assert all(page.locator(what).first.is_visible() for what in away)
+    page.emulate_media(media="print")
+    assert not [what for what in away if page.locator(what).first.is_visible()]
+    assert page.locator("#layer-now").inner_text().startswith("after layer")
+    assert page.locator(".frame").first.is_visible()
+
+
 def test_axe_sees_a_violation(made: Made, open_page: Callable[..., Page]) -> None:
     opened = open_page()
     opened.open(made.file).evaluate("document.querySelector('label[for=layer]').remove()")
