@@ -1,6 +1,6 @@
 """Writes docs/clients.md out of the tests that are marked with what they show: a row for each client and use.
 
-`python -m pytest -m client --clients-page docs/clients.md` runs all of them and writes the page.
+`python -m pytest -m client --clients-page=docs/clients.md` runs all of them and writes the page.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ClientsPage:
             )
         ]
         lines += ["", f"{hardware()}; {versions(*TOOLS)}.", ""]
-        lines += ["Written by `python -m pytest -m client --clients-page docs/clients.md`.", ""]
+        lines += ["Written by `python -m pytest -m client --clients-page=docs/clients.md`.", ""]
         self.path.write_text("\n".join(lines), encoding="utf-8")
 
 
