@@ -211,7 +211,7 @@ def test_a_random_score_is_refused(tmp_path: Path) -> None:
         ({"batch": "any"}, "batch='any' is not possible"),
         ({"batch": 0}, "a batch of 0"),
         ({"batch": 4, "example_inputs": torch.zeros(2, 3, 64, 96)}, "have a batch of 2"),
-        ({"example_inputs": (1.0,)}, "no tensor"),
+        ({"example_inputs": (1.0,)}, "no image"),
         ({"example_inputs": torch.zeros(2, 3, 48, 48)}, "does not run on the example inputs"),
     ],
 )
