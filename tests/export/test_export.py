@@ -240,7 +240,7 @@ def test_tied_scores_are_told_from_a_wrong_file(
             block.attn.qkv.weight[:64] = 0
             block.attn.qkv.bias[:64] = 0
     tied = skipvit_fx.rewrite(model, ONE, example_inputs=(BY_NAME["vit"].input(2),))
-    refused(tied, tmp_path / "m.onnx", "keep different patches at layer 2", verify=True)
+    refused(tied, tmp_path / "m.onnx", "choose different patches at layer 2", verify=True)
 
 
 def _tiny_ir(values: int = 8) -> Any:
