@@ -94,7 +94,7 @@ def _tensor_error(got: Tensor, wanted: Tensor) -> float:
 def _largest(values: Tensor) -> Tensor:
     """The largest absolute value; NaN if there is one."""
     low, high = values.aminmax()
-    return torch.maximum(-low, high)
+    return torch.maximum(-low, high).abs()  # -0.0 is 0
 
 
 def _outline(value: Any) -> str:
