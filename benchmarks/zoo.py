@@ -168,6 +168,13 @@ class Kind(StrEnum):
     MERGED = "merged"
 
 
+_TITLES = {
+    Kind.DROPPED: "# The zoo",
+    Kind.SPANS: "# The zoo, with two spans",
+    Kind.MERGED: "# The zoo, merging",
+}
+
+
 def default_plan(depth: int, kind: Kind = Kind.DROPPED) -> str:
     """A plan for a model with so many layers, or as much of it as these allow.
 
@@ -362,11 +369,11 @@ def run(
 # -- the page -------------------------------------------------------------------------------------------------
 
 
-def page(rows: Sequence[Row], command: str) -> str:
+def page(rows: Sequence[Row], command: str, kind: Kind = Kind.DROPPED) -> str:
     """The table as Markdown."""
     counts = {status: sum(row.status == status for row in rows) for status in _MEANING}
     lines = [
-        "# The zoo",
+        _TITLES[kind],
         "",
         f"Written by `{command}`, with {_places(rows)}.",
         "",
@@ -477,7 +484,8 @@ def main(
         log.unlink(missing_ok=True)
     options = {"img_size": img_size, "depth": depth, "kind": kind}
     rows = _with_progress(list(dict.fromkeys(wanted)), log, limit, options)
-    text = page(rows, " ".join(["python benchmarks/zoo.py", *map(shlex.quote, sys.argv[1:])]))
+    command = " ".join(["python benchmarks/zoo.py", *map(shlex.quote, sys.argv[1:])])
+    text = page(rows, command, kind)
     out.write_text(text, encoding="utf-8")
     summary = "\n".join(f"{row.status:<8} {row.name}  {row.reason}".rstrip() for row in rows)
     show([asdict(row) for row in rows], f"{summary}\nwritten to {out}", as_json)
