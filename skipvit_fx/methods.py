@@ -48,8 +48,8 @@ _ALL = (
         "SkipViT: Speeding Up Vision Transformers with a Token-Level Skip Connection",
         "2401.15293",
         "6(55%)+11",
-        equal="The layers, the amount and the return of the paper's fastest method with one stage. Patches are chosen by "
-        "the class token's attention, pass around layers 7 to 10, and return to their positions.",
+        equal="The layers, the amount and the return of the paper's fastest method with one stage. Patches are chosen "
+        "by the class token's attention, pass around layers 7 to 10, and return to their positions.",
         differs="The paper does not say where in layer 6 they leave. Here it is after the attention, as in EViT, "
         'whose score the paper uses; `cut="block"` is after the whole layer. The paper\'s warm-up is '
         "`SkipSchedule(fast, warmup_epochs=15)`.",
