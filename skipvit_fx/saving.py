@@ -185,9 +185,8 @@ def _write(path: Path, weights: dict[str, Tensor], header: dict[str, str]) -> No
     """Write weights and header, so that no reader ever finds a partial file."""
     try:
         with appearing(path) as unfinished:
-            mode = (
-                unfinished.stat().st_mode
-            )  # safetensors makes a file that only its owner may read
+            # safetensors makes a file that only its owner may read
+            mode = unfinished.stat().st_mode
             save_file(weights, unfinished, metadata=header)
             unfinished.chmod(mode)
             with unfinished.open("rb") as file:

@@ -81,7 +81,7 @@ def _database(storages: Any, url: str) -> Any:
     for _ in range(_ATTEMPTS):
         try:
             return storages.RDBStorage(url)
-        except need("sqlalchemy.exc", "search", SearchError).SQLAlchemyError as error:
+        except _database_error() as error:
             if "already exists" not in str(error):
                 raise
             time.sleep(1)
@@ -90,8 +90,13 @@ def _database(storages: Any, url: str) -> Any:
 
 def _failures() -> tuple[type[Exception], ...]:
     """What optuna raises where a storage cannot be opened; a RuntimeError is that of tables of another version."""
-    database = need("sqlalchemy.exc", "search", SearchError).SQLAlchemyError
-    return OSError, ValueError, RuntimeError, ImportError, optuna().exceptions.OptunaError, database
+    theirs = optuna().exceptions.OptunaError, _database_error()
+    return OSError, ValueError, RuntimeError, ImportError, *theirs
+
+
+def _database_error() -> type[Exception]:
+    kind: type[Exception] = need("sqlalchemy.exc", "search", SearchError).SQLAlchemyError
+    return kind
 
 
 def _without_password(text: str) -> str:
