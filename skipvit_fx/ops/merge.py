@@ -8,7 +8,6 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from skipvit_fx.ops.following import kept_whole, recorded, sizes
 from skipvit_fx.ops.operands import OperandLayout
@@ -54,8 +53,8 @@ class Match(Amount, Switchable):
         Returns:
             ``[batch, k]`` indices of the patches that stay, in their order in the shorter sequence: first the others at
             odd places, then those at even places; ``[batch, n - k]`` of those that are merged, ascending; for each of
-            these, the place among those that stay of the one that it is merged into; ``[batch, n]`` the highest
-            similarity of each patch at an odd place, and -inf for the others. ``None`` for each if nothing is merged.
+            these, the place among those that stay of the one that it is merged into; ``[batch, n // 2]`` the highest
+            similarity of each patch at an odd place. ``None`` for each if nothing is merged.
         """
         return self.choose(self.metric(*keys)) if self.active else (None, None, None, None)
 
@@ -78,10 +77,7 @@ class Match(Amount, Switchable):
         even = torch.arange(0, n, 2, dtype=chosen.dtype, device=chosen.device)
         kept = torch.cat([others * 2 + 1, even.expand(chosen.shape[0], destinations)], 1)
         into = rows_of(nearest, chosen) + (sources - merged)
-        scores = torch.stack([torch.full_like(best, -torch.inf), best], -1).flatten(1)
-        if destinations > sources:
-            scores = F.pad(scores, (0, 1), value=-torch.inf)
-        return kept, chosen * 2 + 1, into, scores
+        return kept, chosen * 2 + 1, into, best
 
     def metric(self, *keys: Tensor) -> Tensor:
         """The mean of the keys over heads, ``[batch, patches, channels]``.
@@ -132,27 +128,27 @@ class Merge(OnStream):
         The sums are small matrix products, without a scatter: deterministic on every device, and known to every tool.
         """
         n = self.patch_count(tokens)
+        start, stop = self.prefix, self.prefix + n
         if before is None:
             before = torch.ones(tokens.shape[0], n, device=tokens.device)
-        first = kept.shape[1] - (
-            n - n // 2
-        )  # the place of the first one that others are merged into
-        places = torch.arange(first, kept.shape[1], dtype=into.dtype, device=into.device)
+        others = kept.shape[1] - (n - n // 2)
+        odd = torch.cat([kept[:, :others], merged], 1)
+        sizes, rows = rows_of(before, odd), take_rows(tokens, odd + start)
+        places = torch.arange(others, kept.shape[1], dtype=into.dtype, device=into.device)
         joins = into.unsqueeze(1) == places.unsqueeze(-1)
-        parts = joins * rows_of(before, merged).unsqueeze(1)
+        parts = joins * sizes[:, others:].unsqueeze(1)
         even = before[:, ::2]
         total = even + parts.sum(-1)
-        moved = torch.cat([kept[:, :first], merged], 1)
-        taken = take_rows(tokens, sequence_rows(moved, self.prefix, n, 0))
-        same, gone = taken[:, : self.prefix + first], taken[:, self.prefix + first :]
-        start, stop = self.prefix, self.prefix + n
         with full_precision(tokens):
             shares = (parts / total.unsqueeze(-1)).to(tokens.dtype)
             own = tokens[:, start:stop:2] * (even / total).unsqueeze(-1).to(tokens.dtype)
-            means = torch.baddbmm(own, shares, gone)
-        sequence = [same, means, tokens[:, stop:]] if self.suffix else [same, means]
-        sizes = torch.cat([rows_of(before, kept[:, :first]), total], 1)
-        return torch.cat(sequence, 1), sizes
+            means = torch.baddbmm(own, shares, rows[:, others:])
+        sequence = [rows[:, :others], means]
+        if self.prefix:
+            sequence.insert(0, tokens[:, :start])
+        if self.suffix:
+            sequence.append(tokens[:, stop:])
+        return torch.cat(sequence, 1), torch.cat([sizes[:, :others], total], 1)
 
 
 class Unmerge(OnStream):

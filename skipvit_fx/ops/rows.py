@@ -18,7 +18,8 @@ def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
     of ``index_select`` is a sum in an order that a GPU does not fix. Differentiable in reverse mode to any order;
     forward-mode derivatives (``torch.func.jvp``) are not defined.
     """
-    if in_jit_trace():  # a traced file cannot hold a Python function; the gradient is the same
+    differentiated = torch.is_grad_enabled() and tokens.requires_grad
+    if in_jit_trace() or not differentiated:  # a traced file cannot hold a Python function
         return rows_of(tokens, rows)
     taken: Tensor = _Take.apply(tokens, rows)
     return taken

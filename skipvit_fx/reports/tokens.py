@@ -42,7 +42,7 @@ def selection_of(scores: Tensor, chosen: Sequence[Tensor | None]) -> Selection:
     """What a stage chose.
 
     Args:
-        scores: ``[batch, n]``, of the patches present.
+        scores: ``[batch, n]``, of the patches present; for a merge those of all that it does not compare.
         chosen: what :class:`skipvit_fx.ops.select.Select` or :class:`skipvit_fx.ops.merge.Match` returned.
     """
     kept, dropped, *merged = chosen
@@ -54,7 +54,9 @@ def selection_of(scores: Tensor, chosen: Sequence[Tensor | None]) -> Selection:
     into, similarity = merged
     assert into is not None
     assert similarity is not None
-    return Selection(similarity, kept.long(), dropped.long(), into.long())
+    scores = scores.clone()
+    scores[:, 1::2] = similarity
+    return Selection(scores, kept.long(), dropped.long(), into.long())
 
 
 def _scores_of(chooser: nn.Module, given: Sequence[Tensor | None]) -> Tensor | None:
