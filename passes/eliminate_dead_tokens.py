@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from skipvit_fx.analysis.apart import why_not_apart
 from skipvit_fx.analysis.axes import Axes, Tokens, axes_of, plain_token_dim, tensors_in, tokens_of
-from skipvit_fx.analysis.tokens import NodeFacts, carries_tokens
+from skipvit_fx.analysis.tokens import NodeFacts, TokenAnalysis, carries_tokens
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
 from skipvit_fx.graph.sizes import SIZE_FREE, dimension_of, sizes_of
+from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.ops.dead_tokens import Narrow
 from skipvit_fx.ops.score import ScoreByQuery
 from skipvit_fx.ops.skip import PutBack
@@ -108,9 +109,6 @@ class _Liveness:
 
     def __init__(self, context: Context) -> None:
         self.analysis = context.analysis
-        self.parts: dict[str, nn.Module] = dict(
-            self.analysis.module.named_modules(remove_duplicate=False)
-        )
         self.shortened = {skip.kept_tokens for skip in context.skips.values()}
         self.need: dict[fx.Node, float] = {}
         for node in reversed(context.editor.graph.nodes):
@@ -123,7 +121,9 @@ class _Liveness:
 
     def passes_through(self, node: fx.Node) -> bool:
         """Whether a node puts tokens back of which only prefix rows are read: these never left."""
-        return isinstance(self._op(node), PutBack) and self.need.get(node, NONE) <= 0
+        return (
+            isinstance(_inserted(self.analysis, node), PutBack) and self.need.get(node, NONE) <= 0
+        )
 
     def rows(self, node: fx.Node) -> int:
         """How many rows a narrow node computes."""
@@ -158,11 +158,6 @@ class _Liveness:
                 edges.append(_Edge(argument, dim, _rows(axes, dim, need)))
         return edges
 
-    def _op(self, node: fx.Node) -> nn.Module | None:
-        if node.op != "call_module":
-            return None
-        return self.parts[str(node.target)]
-
     def _has_tokens(self, node: fx.Node) -> bool:
         return node in self.analysis.facts and carries_tokens(self.analysis[node])
 
@@ -170,7 +165,7 @@ class _Liveness:
         """The rows that a node reads of its arguments, given the rows that are read of it."""
         arguments = [a for a in node.all_input_nodes if self._has_tokens(a)]
         need = self.need.get(node, NONE)
-        op = self._op(node)
+        op = _inserted(self.analysis, node)
         if isinstance(op, PutBack) and need <= 0:
             return [(node.all_input_nodes[0], need)]
         if isinstance(op, ScoreByQuery) and isinstance(op.asking, int):
@@ -249,7 +244,7 @@ class _Liveness:
         if (
             node not in self.analysis.facts
             or need in (ALL, NONE)
-            or isinstance(self._op(node), PutBack)
+            or isinstance(_inserted(self.analysis, node), PutBack)
         ):
             return False
         if node in self.shortened:
@@ -273,9 +268,16 @@ def _facts_of_inserted(context: Context) -> dict[fx.Node, NodeFacts]:
     facts = {skip.kept_tokens: context.analysis[stage.cut] for stage, skip in context.stages()}
     stream = context.analysis[context.stream.layers[0].input]
     for node in context.editor.graph.find_nodes(op="call_module"):
-        if isinstance(context.analysis.module.get_submodule(str(node.target)), PutBack):
+        if isinstance(_inserted(context.analysis, node), PutBack):
             facts[node] = stream
     return facts
+
+
+def _inserted(analysis: TokenAnalysis, node: fx.Node) -> nn.Module | None:
+    """The inserted module that a node calls; ``None`` for other nodes."""
+    if node.op != "call_module" or INSERTED_BY not in node.meta:
+        return None
+    return analysis.module.get_submodule(str(node.target))
 
 
 def _single_tokens(axes: Axes | None) -> Tokens | None:

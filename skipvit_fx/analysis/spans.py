@@ -98,9 +98,10 @@ class Spans:
 
     def weighs(self, node: fx.Node) -> bool:
         """Whether an attention's keys may be merged tokens, whose sizes count."""
-        merged = any(stage.returns.span.merged for stage in self.active(node))
         attends = self.analysis[node].softmax_over is not None
-        return merged and attends and self.options.proportional_attention
+        if not attends or not self.options.proportional_attention:
+            return False
+        return any(stage.returns.span.merged for stage in self.active(node))
 
     def is_after_the_layers(self, node: fx.Node) -> bool:
         """Whether the node belongs to the head, and dropped tokens never return."""
@@ -130,7 +131,7 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
     plan, layers = options.plan, stream.layers
     plan.check(len(layers))
     _refuse_unsure_end(stream, options)
-    reads = _reads(analysis.module.graph)
+    reads = analysis.reads
     scored_by = not set(OPERANDS).isdisjoint(options.score_asks)
     returns: list[Return] = []
     stages: list[StageSpan] = []
@@ -202,14 +203,6 @@ def _return(stream: Stream, span: Span) -> Return:
         return Return(span, None, None)
     node = layers[at - 1].input if at <= len(layers) else layers[-1].end
     return Return(span, node, module_after(node, stream.on_path))
-
-
-def _reads(graph: fx.Graph) -> nx.DiGraph[fx.Node]:
-    """An edge from every node to each of its readers."""
-    reads: nx.DiGraph[fx.Node] = nx.DiGraph()
-    reads.add_nodes_from(graph.nodes)
-    reads.add_edges_from((node, user) for node in graph.nodes for user in node.users)
-    return reads
 
 
 def _refuse_unsure_end(stream: Stream, options: Options) -> None:

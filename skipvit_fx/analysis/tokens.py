@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx, nn
 
@@ -173,7 +175,7 @@ class TokenAnalysis:
 
     Attributes:
         judged: how code mixes tokens, by what it is and what it is called with.
-        unsound: the same by node, as long as the graph is as it was captured: kept for the next plan.
+        unsound: the same by node, kept for the next plan.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -212,12 +214,23 @@ class TokenAnalysis:
             facts.value = facts.value.detach()
             mark_data(facts.value)
             set_axes(facts.value, axes)
+            self.unsound.pop(node, None)
             later = node.next
             while later.op != "root":
                 if changed & set(later.all_input_nodes):
                     changed.add(later)
                     self.facts[later] = self.execute(later, *self.inputs(later))
+                    self.unsound.pop(later, None)
                 later = later.next
+
+    @functools.cached_property
+    def reads(self) -> nx.DiGraph[fx.Node]:
+        """An edge from every node to each of its readers, in the graph as it was captured."""
+        nodes = self.module.graph.nodes
+        reads: nx.DiGraph[fx.Node] = nx.DiGraph()
+        reads.add_nodes_from(nodes)
+        reads.add_edges_from((node, user) for node in nodes for user in node.users)
+        return reads
 
     def __getitem__(self, node: fx.Node) -> NodeFacts:
         return self.facts[node]

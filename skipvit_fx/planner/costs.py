@@ -57,6 +57,7 @@ class Costs:
             for node in self._whole
             if any(has_tokens(axes_of(t)) for t in tensor_leaves(shared.inputs(node)))
         }
+        self._erasable = {node for node in shared.graph.nodes if is_pure(node)}
         self._keys: dict[fx.Node, Hashable] = {}
         self._known: dict[Hashable, int] = {}
         self._polynomials: dict[Hashable, Polynomial | None] = {}
@@ -67,10 +68,19 @@ class Costs:
         Raises:
             UnsupportedModelError: they do not follow from the numbers of tokens.
         """
-        read = _read(context.editor.graph)
+        read = self._read(context.editor.graph)
         nodes = sum(self._of_node(context, node) for node in self._whole if node in read)
         inserted = [n for n in read if INSERTED_BY in n.meta and n.op == "call_module"]
         return nodes + sum(self._of_inserted(context, node) for node in inserted)
+
+    def _read(self, graph: fx.Graph) -> dict[fx.Node, None]:
+        """The nodes that would be left if those that nothing reads were erased; in reverse order."""
+        read: dict[fx.Node, None] = {}
+        for node in reversed(graph.nodes):
+            erasable = node in self._erasable or INSERTED_BY in node.meta
+            if not erasable or any(user in read for user in node.users):
+                read[node] = None
+        return read
 
     def _of_node(self, context: Context, node: fx.Node) -> int:
         patches, rows = self._patches(context, node), context.narrow.get(node)
@@ -113,11 +123,8 @@ class Costs:
         if key not in self._polynomials:
             with contained(self.shared.model):  # once for all points: it takes longer than they do
                 self._polynomials[key] = fitted(count, self.shared.stream.tokens.patches)
-        polynomial = self._polynomials[key]
-        if polynomial is not None:
-            return polynomial(patches)
         if (key, patches) not in self._known:
-            self._known[key, patches] = count(patches)
+            self._known[key, patches] = (self._polynomials[key] or count)(patches)
         return self._known[key, patches]
 
     def _patches(self, context: Context, node: fx.Node) -> int:
@@ -219,16 +226,6 @@ class Costs:
                 with self._analysis.fake_mode, torch.no_grad():
                     return op(*(_resized(tensor, patches) for tensor in inputs))
         return self._analysis.value(_authors(node))
-
-
-def _read(graph: fx.Graph) -> dict[fx.Node, None]:
-    """The nodes that would be left if those that nothing reads were erased; in reverse order."""
-    read: dict[fx.Node, None] = {}
-    for node in reversed(graph.nodes):
-        erasable = is_pure(node) or INSERTED_BY in node.meta
-        if not erasable or any(user in read for user in node.users):
-            read[node] = None
-    return read
 
 
 def _authors(node: fx.Node) -> fx.Node:
