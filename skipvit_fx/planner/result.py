@@ -90,6 +90,7 @@ class SearchResult:
         interrupted: whether it was stopped before its end.
         doubts: why the model's answers are no measure; empty if nothing speaks against them.
         refused: why a layer was no candidate, by layer.
+        left_out: why a published plan was not evaluated, by plan.
     """
 
     front: tuple[Candidate, ...]
@@ -111,6 +112,7 @@ class SearchResult:
     interrupted: bool = False
     doubts: str = ""
     refused: dict[int, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def best(
         self,
@@ -194,6 +196,7 @@ class SearchResult:
             "interrupted": self.interrupted,
             "doubts": self.doubts,
             "refused": {str(layer): why for layer, why in self.refused.items()},
+            "left_out": self.left_out,
             "front": [one.to_dict() for one in self.front],
             "candidates": [one.to_dict() for one in self.candidates],
             "profile": self.profile.to_dict(),
@@ -266,6 +269,8 @@ class SearchResult:
             yield "The plans were chosen by quality; the share held out had no part in it."
         for layer, why in self.refused.items():
             yield f"No stage at layer {layer}: {why}"
+        for plan, why in self.left_out.items():
+            yield f"Left out: {plan}: {why}"
         yield MEANS
         if self.doubts:
             yield f"Here {self.doubts}."

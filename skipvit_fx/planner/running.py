@@ -57,7 +57,8 @@ class Run:
         shared = evaluator.shared
         self._methods = published(shared.depth, shared.stream.tokens.patches)
         self._profiled = profiled(space, self._last_return(space))
-        self._must_return = False
+        self._refused: dict[str, str] = {}
+        self._must_return = ""
 
     def to_the_end(self) -> bool:
         """Evaluate plans until there are enough, or until Ctrl-C. Returns whether it was that."""
@@ -90,6 +91,10 @@ class Run:
         """The best of those within the budget."""
         return front_of(c for c in self.candidates() if c.macs <= self._most_macs)
 
+    def left_out(self) -> dict[str, str]:
+        """Why published plans were not evaluated, by plan."""
+        return {plan: why for plan, why in self._refused.items() if plan in self._methods}
+
     def profile(self) -> Profile:
         """What is known of one stage at each layer."""
         known = self._study.known()
@@ -114,13 +119,14 @@ class Run:
         """What is found of a plan; ``None`` if it is refused, cannot be compared, or costs too much."""
         never = bool(plan.spans) and plan.spans[-1].return_layer is None
         if never and self._must_return:
+            self._refused[str(plan)] = self._must_return
             return None
         try:
             found = self._evaluator.evaluate(plan, most_macs)
-        except NotComparableError:
-            self._must_return |= never
-            return None
-        except (PlanError, UnsupportedModelError):
+        except (NotComparableError, PlanError, UnsupportedModelError) as error:
+            if never and isinstance(error, NotComparableError):
+                self._must_return = error.message
+            self._refused[str(plan)] = error.message
             return None
         if found is None:
             return None

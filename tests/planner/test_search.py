@@ -238,6 +238,12 @@ def test_dense_features_return() -> None:
     assert all(c.quality < 1 for c in result.candidates if c.plan.spans)
     assert next(c for c in result.candidates if not c.plan.spans).quality == pytest.approx(1.0)
     assert all(one.held_out is None for one in result.front)
+    ((plan, why),) = result.left_out.items()
+    assert plan == "1-3(1)+merged"
+    assert why == "an output has shape [4, 14, 8], that of the model [4, 17, 8]"
+    assert f"Left out: {plan}: {why}" in str(result)
+    assert result.to_dict()["left_out"] == result.left_out
+    assert not found().left_out
     with pytest.raises(sv.SearchError, match="class scores"):
         sv.search(ours, batches(4), trials=0)
 
