@@ -16,7 +16,7 @@ def take_rows(tokens: Tensor, rows: Tensor) -> Tensor:
 
     No row may be taken twice in a sample. The gradient is then also a gather, by the inverse permutation, whereas that
     of ``index_select`` is a sum in an order that a GPU does not fix. Differentiable in reverse mode to any order;
-    forward-mode derivatives (``torch.func.jvp``) are not defined.
+    forward-mode derivatives (``torch.func.jvp``) are not defined, as ``torch.compile`` takes no function that has them.
     """
     differentiated = torch.is_grad_enabled() and tokens.requires_grad
     if in_jit_trace() or not differentiated:  # a traced file cannot hold a Python function
