@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import networkx as nx
 from torch import fx
 
 from skipvit_fx.analysis.axes import tensors_in
@@ -131,22 +130,17 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
     plan, layers = options.plan, stream.layers
     plan.check(len(layers))
     _refuse_unsure_end(stream, options)
-    reads = analysis.reads
     scored_by = not set(OPERANDS).isdisjoint(options.score_asks)
     returns: list[Return] = []
     stages: list[StageSpan] = []
     for span in plan.spans:
         back = _return(stream, span)
         returns.append(back)
-        beyond = frozenset(nx.descendants(reads, back.node)) if back.node else frozenset()
+        beyond = analysis.below(back.node) if back.node else frozenset()
         for stage in span.stages:
             layer = layers[stage.layer - 1] if stage.layer else _embedding(layers[0])
             cut = layer.cut if options.cut == "attention" else layer.end
-            under = (
-                frozenset(nx.descendants(reads, cut)) - beyond
-                if cut is not back.node
-                else frozenset()
-            )
+            under = analysis.below(cut) - beyond if cut is not back.node else frozenset()
             sites = [site.node for site in layer.sites] if cut is layer.cut else []
             leave_after = module_before(cut, stream.on_path, layer.input, sites)
             leave_before = module_after(cut, stream.on_path)
@@ -165,10 +159,10 @@ def lay_plan(analysis: TokenAnalysis, stream: Stream, options: Options) -> Spans
                 )
             )
     spans = Spans(analysis, stream, options, tuple(returns), tuple(stages), {})
-    taps = _taps(spans, reads)
+    taps = _taps(spans)
     if options.fill_taps:  # these readers, and what is computed from them, will see every token
         full = frozenset(reader for readers in taps.values() for reader in readers)
-        full = full.union(*(nx.descendants(reads, reader) for reader in full))
+        full = full.union(*map(analysis.below, full))
         stages = [replace(stage, nodes=stage.nodes - full) for stage in stages]
     return replace(spans, stages=tuple(stages), taps=taps)
 
@@ -219,12 +213,12 @@ def _refuse_unsure_end(stream: Stream, options: Options) -> None:
         )
 
 
-def _taps(spans: Spans, reads: nx.DiGraph[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+def _taps(spans: Spans) -> dict[fx.Node, list[fx.Node]]:
     """The nodes that read tokens under a drop and are not on a path to their return, or to the last layer's end."""
     taps = {}
     for returns in spans.returns:
         goal = returns.node or spans.stream.layers[-1].end
-        way = nx.ancestors(reads, goal)
+        way = spans.analysis.above(goal)
         stages = spans.stages_of(returns)
         under = set().union(*(stage.nodes | {stage.cut} for stage in stages))
         for node in spans.analysis.module.graph.nodes:

@@ -184,6 +184,8 @@ class TokenAnalysis:
         self.fake_mode = capture.fake_mode
         self.judged: dict[Hashable, str] = {}
         self.unsound: dict[fx.Node, str] = {}
+        self._below: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._above: dict[fx.Node, frozenset[fx.Node]] = {}
         self._fake = fake_structure(self.module, self.fake_mode)
         self._more_samples = _placeholders(capture, 1)
         given = _placeholders(capture, 0)
@@ -224,13 +226,25 @@ class TokenAnalysis:
                 later = later.next
 
     @functools.cached_property
-    def reads(self) -> nx.DiGraph[fx.Node]:
+    def _readers(self) -> nx.DiGraph[fx.Node]:
         """An edge from every node to each of its readers, in the graph as it was captured."""
         nodes = self.module.graph.nodes
-        reads: nx.DiGraph[fx.Node] = nx.DiGraph()
-        reads.add_nodes_from(nodes)
-        reads.add_edges_from((node, user) for node in nodes for user in node.users)
-        return reads
+        readers: nx.DiGraph[fx.Node] = nx.DiGraph()
+        readers.add_nodes_from(nodes)
+        readers.add_edges_from((node, user) for node in nodes for user in node.users)
+        return readers
+
+    def below(self, node: fx.Node) -> frozenset[fx.Node]:
+        """All nodes that are computed from ``node`` in the graph as it was captured."""
+        if node not in self._below:
+            self._below[node] = frozenset(nx.descendants(self._readers, node))
+        return self._below[node]
+
+    def above(self, node: fx.Node) -> frozenset[fx.Node]:
+        """All nodes that ``node`` is computed from in the graph as it was captured."""
+        if node not in self._above:
+            self._above[node] = frozenset(nx.ancestors(self._readers, node))
+        return self._above[node]
 
     def __getitem__(self, node: fx.Node) -> NodeFacts:
         return self.facts[node]

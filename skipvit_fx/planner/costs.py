@@ -58,7 +58,8 @@ class Costs:
             if any(has_tokens(axes_of(t)) for t in tensor_leaves(shared.inputs(node)))
         }
         self._erasable = {node for node in shared.graph.nodes if is_pure(node)}
-        self._keys: dict[fx.Node, Hashable] = {}
+        self._keys: dict[fx.Node, int] = {}
+        self._numbers: dict[Hashable, int] = {}  # of keys: these are long, and slow to look up by
         self._known: dict[Hashable, int] = {}
         self._polynomials: dict[Hashable, Polynomial | None] = {}
 
@@ -101,10 +102,11 @@ class Costs:
             self._known[key, "rows", rows] = self._count(node, patches, rows)
         return self._known[key, "rows", rows]
 
-    def _checked(self, node: fx.Node) -> Hashable:
-        """The key of a node, for which the count with all tokens was found to be the right one."""
+    def _checked(self, node: fx.Node) -> int:
+        """The number of the key of a node, for which the count with all tokens was found to be the right one."""
         if node not in self._keys:
-            key, whole = self._key(node), self.shared.stream.tokens.patches
+            key = self._numbers.setdefault(self._key(node), len(self._numbers))
+            whole = self.shared.stream.tokens.patches
             if (
                 self._by_count(key, whole, lambda n: self._count(node, n, None))
                 != self._whole[node]
