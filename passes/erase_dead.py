@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from skipvit_fx.graph.editor import is_pure
-from skipvit_fx.names import INSERTED_BY
+from skipvit_fx.graph.editor import is_erasable
 from skipvit_fx.rewriting.conditions import NOTHING_DEAD
 from skipvit_fx.rewriting.context import Context
 from skipvit_fx.rewriting.passes import Condition
@@ -36,5 +35,5 @@ class EraseDead:
     def run(self, context: Context) -> None:
         """Erase from the last node to the first."""
         for node in reversed(list(context.editor.graph.nodes)):
-            if not node.users and (is_pure(node) or INSERTED_BY in node.meta):
+            if not node.users and is_erasable(node):
                 context.editor.erase(node)

@@ -29,6 +29,7 @@ from skipvit_fx.differences import badness, relative_error, short, tolerance
 from skipvit_fx.errors import GuardError, ValidationError
 from skipvit_fx.graph.inputs import Inputs
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.nodes import authors_node
 from skipvit_fx.names import INSERTED_BY, OWN_CHILD
 from skipvit_fx.ops.merge import Match, Unmerge
 from skipvit_fx.ops.score import ScoreAtRandom, ScoreByFunction
@@ -220,7 +221,7 @@ class _Rewritten(Run):
         self._edited |= inserted
         # copies: an in-place operator may change the value later
         if inserted and isinstance(part, (PutBack, Unmerge)):
-            self.filled[_filled_at(node)] = value.clone()
+            self.filled[authors_node(node)] = value.clone()
         elif self._edited and _place(self.context, node) is not None:
             self.noted[node] = value.clone()
         return value
@@ -314,13 +315,6 @@ def _place(context: Context, node: fx.Node) -> tuple[int, int, Tokens] | None:
     (tokens,) = axes[dim]
     assert isinstance(tokens, Tokens)
     return dim, batches[0], tokens
-
-
-def _filled_at(node: fx.Node) -> fx.Node:
-    """The author's node whose rows are put back into the whole sequence, possibly in several steps."""
-    while INSERTED_BY in node.meta:
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _selection_fault(scores: Tensor, kept: Tensor | None, dropped: Tensor | None) -> str:

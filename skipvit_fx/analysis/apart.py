@@ -21,12 +21,6 @@ from skipvit_fx.torch_internals import pytree
 
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
     """Why ``node`` may not see fewer tokens than in the author's model; empty if it treats each row independently."""
-    if node not in analysis.unsound:
-        analysis.unsound[node] = _why_not_apart(analysis, node)
-    return analysis.unsound[node]
-
-
-def _why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
     facts = analysis[node]
     if facts.mixing or not takes_tokens(analysis, node) or not tensors_in(facts.value):
         return facts.mixing

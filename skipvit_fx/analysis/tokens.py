@@ -175,7 +175,7 @@ class TokenAnalysis:
 
     Attributes:
         judged: how code mixes tokens, by what it is and what it is called with.
-        unsound: the same by node, kept for the next plan.
+        unsound: the same by node, as long as the graph is as it was captured: kept for the next plan.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -216,13 +216,11 @@ class TokenAnalysis:
             facts.value = facts.value.detach()
             mark_data(facts.value)
             set_axes(facts.value, axes)
-            self.unsound.pop(node, None)
             later = node.next
             while later.op != "root":
                 if changed & set(later.all_input_nodes):
                     changed.add(later)
                     self.facts[later] = self.execute(later, *self.inputs(later))
-                    self.unsound.pop(later, None)
                 later = later.next
 
     @functools.cached_property

@@ -102,11 +102,13 @@ class GraphEditor:
         return node
 
 
-def is_pure(node: fx.Node) -> bool:
-    """Whether a node does nothing but compute its value, so that it can be removed if nothing reads it.
+def is_erasable(node: fx.Node) -> bool:
+    """Whether a node can be removed if nothing reads it: it was inserted, or does nothing but compute its value.
 
-    Calls of the author's modules are not pure: they may draw random numbers.
+    Calls of the author's modules may do more: draw random numbers.
     """
+    if INSERTED_BY in node.meta:
+        return True
     return node.op in ("call_function", "call_method", "get_attr") and not node.is_impure()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from skipvit_fx.names import INSERTED_BY
+
 
 def attribute(root: nn.Module, path: str) -> Any:
     """What ``root`` holds at a dotted path: a parameter, a buffer, or any other attribute."""
@@ -35,6 +37,13 @@ def _method(name: str) -> Callable[..., Any]:
         return getattr(owner, name)(*args, **kwargs)
 
     return authors_method
+
+
+def authors_node(node: fx.Node) -> fx.Node:
+    """The node itself if it is the author's, or else the one that the inserted ones read, in one or more steps."""
+    while INSERTED_BY in node.meta:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def leading_to(nodes: Iterable[fx.Node], follow: Callable[[fx.Node], bool]) -> set[fx.Node]:

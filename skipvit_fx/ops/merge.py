@@ -131,7 +131,7 @@ class Merge(OnStream):
         start, stop = self.prefix, self.prefix + n
         if before is None:
             before = torch.ones(tokens.shape[0], n, device=tokens.device)
-        others = kept.shape[1] - (n - n // 2)
+        others = kept.shape[1] - (n - n // 2)  # as many stay at odd places
         odd = torch.cat([kept[:, :others], merged], 1)
         sizes, rows = rows_of(before, odd), take_rows(tokens, odd + start)
         places = torch.arange(others, kept.shape[1], dtype=into.dtype, device=into.device)

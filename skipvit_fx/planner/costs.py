@@ -18,8 +18,9 @@ from skipvit_fx.author.code import AuthorError, author_code
 from skipvit_fx.author.side_effects import contained
 from skipvit_fx.errors import TraceError, UnsupportedModelError
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
-from skipvit_fx.graph.editor import is_pure
+from skipvit_fx.graph.editor import is_erasable
 from skipvit_fx.graph.module_paths import module_path
+from skipvit_fx.graph.nodes import authors_node
 from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.ops.merge import Match
 from skipvit_fx.ops.score import AttentionScore, ScoreByFunction, ScoreByQuery
@@ -57,7 +58,7 @@ class Costs:
             for node in self._whole
             if any(has_tokens(axes_of(t)) for t in tensor_leaves(shared.inputs(node)))
         }
-        self._erasable = {node for node in shared.graph.nodes if is_pure(node)}
+        self._erasable = {node for node in shared.graph.nodes if is_erasable(node)}
         self._keys: dict[fx.Node, int] = {}
         self._numbers: dict[Hashable, int] = {}  # of keys: these are long, and slow to look up by
         self._known: dict[Hashable, int] = {}
@@ -147,7 +148,7 @@ class Costs:
         return attention_flops(query, key, value) // 2
 
     def _count(self, node: fx.Node, patches: int, rows: int | None) -> int:
-        """Those of another node on so many patches, or on so many rows of what it works on row by row."""
+        """Those of any other node for this many patches, or for this many rows if it works on each row by itself."""
         inputs = self.shared.inputs(node)
         return self._run(self._analysis.callee(node), inputs, patches, rows)
 
@@ -176,7 +177,7 @@ class Costs:
             return self._of_merge(context, node, op)
         if not isinstance(op, ScoreByQuery | ScoreByFunction):
             return 0
-        patches = self._patches(context, _authors(node.all_input_nodes[0]))
+        patches = self._patches(context, authors_node(node.all_input_nodes[0]))
         key = (str(op), self._key_of_inputs(node))
 
         def count(n: int) -> int:
@@ -186,9 +187,9 @@ class Costs:
 
     def _of_merge(self, context: Context, node: fx.Node, op: Match) -> int:
         """The similarities of all pairs, and the shares of those that are merged in those that they merge into."""
-        keys = self._analysis[_authors(node.all_input_nodes[0])].value
+        keys = self._analysis[authors_node(node.all_input_nodes[0])].value
         stream = self._analysis[context.stream.layers[0].input].value
-        patches = self._patches(context, _authors(node.all_input_nodes[0]))
+        patches = self._patches(context, authors_node(node.all_input_nodes[0]))
         merged, into = op.dropped(patches), patches - patches // 2
         if not merged:
             return 0
@@ -197,7 +198,7 @@ class Costs:
         return total
 
     def _key_of_inputs(self, node: fx.Node) -> Hashable:
-        values = [self._analysis.value(_authors(argument)) for argument in node.all_input_nodes]
+        values = [self._analysis.value(authors_node(argument)) for argument in node.all_input_nodes]
         return tuple(map(described, values))
 
     def _inputs(self, context: Context, node: fx.Node, patches: int) -> tuple[Any, ...]:
@@ -227,18 +228,11 @@ class Costs:
                 inputs = self._inputs(context, node, patches)
                 with self._analysis.fake_mode, torch.no_grad():
                     return op(*(_resized(tensor, patches) for tensor in inputs))
-        return self._analysis.value(_authors(node))
-
-
-def _authors(node: fx.Node) -> fx.Node:
-    """The author's node whose value this is, or is a part of."""
-    while INSERTED_BY in node.meta:
-        node = node.all_input_nodes[0]
-    return node
+        return self._analysis.value(authors_node(node))
 
 
 def _shape(tensor: Tensor, patches: int, rows: int | None = None) -> tuple[int, ...]:
-    """The shape for one sample, with so many patches along its token axes, or so many rows in all."""
+    """The shape for one sample, with this many patches along its token axes, or this many rows in all."""
 
     def length(factor: Any) -> Any:
         if isinstance(factor, Batch):

@@ -110,7 +110,6 @@ def search(
     with contextlib.closing(study):
         interrupted = run.to_the_end()
         front, candidates, profile = run.front(), run.candidates(), run.profile()
-        left_out = run.left_out()
     if held:
         front = _held_out(Evaluator(shared, costs, chosen, held), front)
     timed = _timed(model, front, ours[0], options, limit) if measure else (None, front)
@@ -136,7 +135,7 @@ def search(
         interrupted=interrupted,
         doubts=evaluator.doubts,
         refused=shared.refused,
-        left_out=left_out,
+        left_out=run.left_out(),
     )
 
 

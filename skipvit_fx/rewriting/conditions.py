@@ -6,7 +6,7 @@ from torch import fx
 
 from skipvit_fx.analysis.axes import tokens_of
 from skipvit_fx.graph.attention_ops import SDPA, AttentionArguments
-from skipvit_fx.graph.editor import is_pure
+from skipvit_fx.graph.editor import is_erasable
 from skipvit_fx.graph.sizes import RESHAPES
 from skipvit_fx.names import INSERTED_BY
 from skipvit_fx.rewriting.context import Context
@@ -103,7 +103,7 @@ def _unfilled(context: Context) -> str:
 
 def _unread(context: Context) -> str:
     for node in context.editor.graph.nodes:
-        if not node.users and (is_pure(node) or INSERTED_BY in node.meta):
+        if not node.users and is_erasable(node):
             return f"nothing reads {node.name}"
     return ""
 
