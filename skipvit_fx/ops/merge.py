@@ -71,12 +71,11 @@ class Match(Amount, Switchable):
             min=torch.finfo(metric.dtype).tiny
         )
         similarity = metric[:, 1::2] @ metric[:, ::2].transpose(1, 2)
-        best = similarity.amax(-1)
-        nearest = similarity.argmax(-1).to(torch.int32)  # the first of equal ones
+        best, nearest = similarity.max(-1)  # the first of equal ones
         chosen, others = partition(best, merged)
         even = torch.arange(0, n, 2, dtype=chosen.dtype, device=chosen.device)
         kept = torch.cat([others * 2 + 1, even.expand(chosen.shape[0], destinations)], 1)
-        into = rows_of(nearest, chosen) + (sources - merged)
+        into = rows_of(nearest.to(torch.int32), chosen) + (sources - merged)
         return kept, chosen * 2 + 1, into, best
 
     def metric(self, *keys: Tensor) -> Tensor:
@@ -141,8 +140,9 @@ class Merge(OnStream):
         total = even + parts.sum(-1)
         with full_precision(tokens):
             shares = (parts / total.unsqueeze(-1)).to(tokens.dtype)
-            own = tokens[:, start:stop:2] * (even / total).unsqueeze(-1).to(tokens.dtype)
-            means = torch.baddbmm(own, shares, rows[:, others:])
+            own = (even / total).unsqueeze(-1).to(tokens.dtype)
+            joined = torch.bmm(shares, rows[:, others:])
+            means = torch.addcmul(joined, tokens[:, start:stop:2], own)
         sequence = [rows[:, :others], means]
         if self.prefix:
             sequence.insert(0, tokens[:, :start])
