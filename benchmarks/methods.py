@@ -1,7 +1,12 @@
 """Every method of ``skipvit_fx.METHODS`` on one model: how much faster it is, and which patches it keeps.
 
 Timed as by ``throughput.py``, against the unmodified model: inference, or a training step for methods
-that skip in training only. ToMe is also timed with 13 tokens in each layer.
+that skip in training only. ToMe is also timed with 13 tokens in each layer. Beside ToMe stands a forward pass
+written by hand that cuts the sequence to the same lengths and chooses nothing: what no merging can be faster than.
+
+How fast the unmodified model is depends on glibc's allocator: with its defaults, large tensors are new pages of memory
+in each call, until a process has grown. Set ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` to
+1073741824, and no variant gains by its smaller tensors. The pages say what was set.
 
     python benchmarks/methods.py --rounds 15 --out docs/results/methods.md --page docs/methods.md \\
         --picture docs/results/methods.png
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +34,8 @@ from PIL import Image
 from rich.console import Console
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import skipvit_fx as sv
 from skipvit_fx.page.inputs import read_picture
@@ -40,6 +48,9 @@ MODEL = "vit_small_patch16_224"
 
 MORE = (replace(sv.METHODS["tome"], name="ToMe, r = 13", plan="1-12(13)+merged"),)
 """What is timed besides the methods."""
+
+CUT = "the lengths of {}, cut by hand"
+"""The variant beside a method that merges."""
 
 TARGETS = {"ToMe": 0.97, "ToMe, r = 13": 0.97}
 """On a CPU and in float32: the least share of the limit to reach."""
@@ -118,7 +129,9 @@ def conditions(args: argparse.Namespace) -> str:
     """On what, with what and how often is measured."""
     where = device_name(torch.device(args.device))
     weights = "timm's" if args.pretrained else "random"
-    return f"{where}; {versions('timm')}; {weights} weights; {args.rounds} rounds."
+    memory = [f"{key}={value}" for key, value in sorted(os.environ.items()) if "MALLOC" in key]
+    described = [where, versions("timm"), f"{weights} weights", f"{args.rounds} rounds", *memory]
+    return f"{'; '.join(described)}."
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -138,9 +151,16 @@ def timed(name: str, args: argparse.Namespace) -> Measured:
     limits = {variant: report.baseline_macs / report.macs for variant, report in reports.items()}
     macs = {variant: report.macs for variant, report in reports.items()}
     macs["model"] = next(iter(reports.values())).baseline_macs
+    cuts: dict[str, nn.Module] = {
+        CUT.format(key): OnlyCut(model, lengths(fast[key], args)) for key in TARGETS
+    }
+    macs |= {variant: counted(cut, args) for variant, cut in cuts.items()}
+    limits |= {variant: macs["model"] / macs[variant] for variant in cuts}
     results: list[Result] = []
     for mode in ("inference", "training"):
         models = {v: m for v, m in fast.items() if only_trains(methods[v]) == (mode == "training")}
+        if mode == "inference":
+            models |= cuts
         for batch in args.batches:
             results += measure(
                 Setting(mode, args.precision, False, batch),
@@ -150,6 +170,50 @@ def timed(name: str, args: argparse.Namespace) -> Measured:
                 args.rounds,
             )
     return Measured(name, macs, results)
+
+
+class OnlyCut(nn.Module):
+    """A ViT of timm that loses the last rows of its sequence after the attention of each layer, and chooses nothing.
+
+    Its outputs mean nothing. Its time is the least that a method needs whose layers are as long.
+
+    Args:
+        model: with the same classes of layers as ``vit_small_patch16_224``.
+        lengths: of the sequence after each layer.
+    """
+
+    def __init__(self, model: nn.Module, lengths: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.lengths = lengths
+
+    def forward(self, x: Tensor) -> Tensor:
+        model = self.model
+        x = model.norm_pre(model._pos_embed(model.patch_embed(x)))
+        for block, length in zip(model.blocks, self.lengths, strict=True):
+            x = (x + block.ls1(block.attn(block.norm1(x))))[:, :length]
+            x = x + block.ls2(block.mlp(block.norm2(x)))
+        return model.forward_head(model.norm(x))
+
+
+def one_image(model: nn.Module, args: argparse.Namespace) -> Tensor:
+    """A batch of one."""
+    return torch.randn(1, 3, *model.patch_embed.img_size, device=args.device)
+
+
+def lengths(fast: nn.Module, args: argparse.Namespace) -> list[int]:
+    """Tokens after each layer of a plan with a stage in every layer; after the last one only those that are read."""
+    prefix = fast.num_prefix_tokens
+    stages = sv.trace_tokens(fast.eval(), one_image(fast, args))
+    return [*(prefix + stage.kept.shape[1] for stage in stages[:-1]), prefix]
+
+
+def counted(model: OnlyCut, args: argparse.Namespace) -> int:
+    """Multiply-adds of one image."""
+    x = one_image(model.model, args)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    return counter.get_total_flops() // 2
 
 
 def misses(args: argparse.Namespace, measured: Sequence[Measured]) -> Iterator[str]:
@@ -237,7 +301,9 @@ def results_page(measured: Sequence[Measured], caption: str) -> str:
         "",
         "Speed-up: the time of the model, run right before, over the variant's, median (minimum to maximum). Limit: "
         "the same ratio of multiply-adds, with rows left out that nothing reads. Reached: the former over the latter. "
-        "Methods that skip in training only are measured by their training step. [What they are](../methods.md).",
+        "Methods that skip in training only are measured by their training step. Lengths cut by hand: a forward pass "
+        "that loses as many tokens in each layer and chooses nothing; the difference to it is what merging costs. "
+        "[What they are](../methods.md).",
     ]
     for one in measured:
         headings = sections(one.results)

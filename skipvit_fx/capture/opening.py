@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -47,7 +49,7 @@ def with_capture(
     recorded = torch.is_grad_enabled()
     mode = TracelessFakeMode(model)
     # in inference mode operators could not be watched
-    with torch.inference_mode(False), contained(model):
+    with _without_collecting(), torch.inference_mode(False), contained(model):
         args, kwargs = pytree.tree_map(_trackable, (args, dict(kwargs)))
         look = functools.partial(_opening, model, args, kwargs, work, mode, recorded)
         try:
@@ -59,6 +61,22 @@ def with_capture(
                 return _exported(look, error)
         except _ClosedModuleError as error:
             raise error.as_refusal() from error
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """A pause of the garbage collector, which so many new objects set off again and again.
+
+    It looks through all that the process has: a tenth of a rewrite where a few libraries are loaded.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _exported(look: Callable[[Frontend, str], T], symbolic: TraceError) -> T:

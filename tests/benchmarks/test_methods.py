@@ -41,7 +41,9 @@ def test_it_writes_what_it_measured(script: ModuleType, tmp_path: Path) -> None:
             heading = f"## vit_tiny_patch16_224, {mode}, float32, eager, batch {batch}"
             assert text.count(f"{heading}\n") == 1
     (model,) = json.loads(out.with_suffix(".json").read_text())["models"]
-    assert set(model["macs"]) == {"model", "EViT", "ToMe", "PatchDropout", "ToMe, r = 13"}
+    cut = {"the lengths of ToMe, cut by hand", "the lengths of ToMe, r = 13, cut by hand"}
+    variants = {"model", "EViT", "ToMe", "PatchDropout", "ToMe, r = 13"}
+    assert set(model["macs"]) == variants | cut
     modes: dict[str, set[str]] = {}
     for row in model["results"]:
         modes.setdefault(row["variant"], set()).add(row["setting"]["mode"])
@@ -62,6 +64,25 @@ def test_it_writes_what_it_measured(script: ModuleType, tmp_path: Path) -> None:
     again = ["--results", str(out.with_suffix(".json")), "--page", str(page)]
     assert script.main([*MODEL, *again]) == 0
     assert page.read_text() == first
+
+
+def test_what_is_cut_by_hand_has_the_lengths_of_the_method(script: ModuleType) -> None:
+    args = script.parse([*MODEL])
+    model = script.build("vit_tiny_patch16_224", args).eval()
+    fast = sv.rewrite(model, "1-12(8)+merged")
+    lengths = script.lengths(fast, args)
+    assert lengths == [*(197 - 8 * layer for layer in range(1, 12)), 1]
+
+    whole = script.OnlyCut(model, [197] * 12)
+    x = script.one_image(model, args)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(x), model(x))
+    report = sv.inspect(fast)
+    assert script.counted(whole, args) == report.baseline_macs
+    last = 101 * (2 * 24 * 24 + 2 * 109 * 24)  # of patches: queries, attention and projection
+    merging = sum((197 - 8 * i) // 2 * -((197 - 8 * i) // -2) * 8 for i in range(12))
+    cut = script.counted(script.OnlyCut(model, lengths), args)
+    assert cut == 0, (report.macs, cut, last, merging)
 
 
 @pytest.mark.every_case
