@@ -109,6 +109,8 @@ class _Liveness:
 
     def __init__(self, context: Context) -> None:
         self.analysis = context.analysis
+        facts = self.analysis.facts
+        self.with_tokens = {node for node in facts if carries_tokens(facts[node])}
         self.shortened = {skip.kept_tokens for skip in context.skips.values()}
         self.need: dict[fx.Node, float] = {}
         for node in reversed(context.editor.graph.nodes):
@@ -150,7 +152,7 @@ class _Liveness:
                 assert axes is not None
                 edges.append(_Edge(mask, -2, _rows(axes, len(axes) - 2, need)))
         for argument in arguments:
-            if argument in self.narrow or not self._has_tokens(argument):
+            if argument in self.narrow or argument not in self.with_tokens:
                 continue
             axes = self.analysis.axes(argument)
             dim = plain_token_dim(axes)
@@ -158,12 +160,9 @@ class _Liveness:
                 edges.append(_Edge(argument, dim, _rows(axes, dim, need)))
         return edges
 
-    def _has_tokens(self, node: fx.Node) -> bool:
-        return node in self.analysis.facts and carries_tokens(self.analysis[node])
-
     def _reads(self, node: fx.Node) -> list[tuple[fx.Node, float]]:
         """The rows that a node reads of its arguments, given the rows that are read of it."""
-        arguments = [a for a in node.all_input_nodes if self._has_tokens(a)]
+        arguments = [a for a in node.all_input_nodes if a in self.with_tokens]
         need = self.need.get(node, NONE)
         op = _inserted(self.analysis, node)
         if isinstance(op, PutBack) and need <= 0:
@@ -176,13 +175,13 @@ class _Liveness:
         if facts is None:
             is_size = node.op == "call_method" and node.target == "size"
             return [] if is_size else [(a, ALL) for a in arguments]
-        if facts.reads is not None and not carries_tokens(facts):
+        if facts.reads is not None and node not in self.with_tokens:
             return [
                 (a, self._up_to(a, facts.reads) if self._apart(node) else ALL) for a in arguments
             ]
         if not tensors_in(facts.value):
             return [(a, ALL) for a in arguments if self._reads_token_size(node)]
-        unread = need == NONE and carries_tokens(facts)
+        unread = need == NONE and node in self.with_tokens
         if node.op != "output" and (unread or (need < ALL and self._row_by_row(node, need))):
             if node.target in SDPA:
                 query = AttentionArguments.of(node).query
@@ -259,7 +258,7 @@ class _Liveness:
         return all(
             argument in self.narrow or isinstance(self.analysis.value(argument), Tensor)
             for argument in node.all_input_nodes
-            if self._has_tokens(argument)
+            if argument in self.with_tokens
         )
 
 
