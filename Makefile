@@ -9,11 +9,11 @@ demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 # The quick tests, with the oldest torch that pyproject.toml allows.
 test-oldest: .venv-oldest/.dev
-	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest --numprocesses=auto
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest --numprocesses=auto --dist=loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check

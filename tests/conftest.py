@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import zlib
 from collections.abc import Hashable
@@ -13,6 +14,11 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
 
 pytest_plugins = ["support.browser", "support.clients_page"]
+
+
+def pytest_collection_finish() -> None:
+    """All libraries are loaded now: spare Python's garbage collector from looking through them all the time."""
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

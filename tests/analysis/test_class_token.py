@@ -279,6 +279,7 @@ def test_reports(name: str) -> None:
     assert skipvit_fx.inspect(fast).to_dict()["class_token"] == report.scored_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["registers-first", "at-the-end-of-registers"])
 def test_exported(name: str) -> None:
     options, row, reason = CASES[name]

@@ -486,6 +486,7 @@ def test_layers(name: str, plan: str) -> None:
 EXPORTED = ("adapter-last", "shared", "spelled-out-adapters")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["before-norm", pytest.param("block", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in EXPORTED else pytest.mark.slow) for n in VARIANTS]

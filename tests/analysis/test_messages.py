@@ -145,6 +145,7 @@ def assert_plain(error: SkipViTError) -> None:
 SLOW = ("mvitv2",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
 )

@@ -97,6 +97,7 @@ def test_a_wrong_graph_is_seen(spoil: Callable[[fx.GraphModule], None]) -> None:
     assert not check_rewrite(model, fast, x).exact
 
 
+@pytest.mark.slow
 def test_the_reference_is_not_the_model() -> None:
     model, fast, x = rewritten()
     with torch.no_grad():

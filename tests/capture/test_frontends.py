@@ -76,6 +76,7 @@ EXPORTED = ("vit", "dinov3_vit", "beit", "siglip_vision_model")
 """Those of which both front ends are tested every time; of the others, the second one in the slow tests."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "frontend"),
     [
@@ -387,6 +388,7 @@ class Normed(Mlp):
         return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_noise_in_training_only(frontend: str) -> None:
     model = scramble(Odd([Noisy() for _ in range(2)])).eval()
@@ -542,6 +544,7 @@ def test_timm_intermediates_are_whole_and_in_order(options: dict[str, Any], plan
         assert_same_bits(fast(x), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["1,2(30%,40%)+3", "1,2,3(30%,40%,20%)+4"])
 def test_states_at_several_cuts_that_are_handed_out_together(plan: str) -> None:
     class States(Odd):

@@ -26,6 +26,7 @@ def inserted(graph: fx.Graph) -> list[str]:
     return [path for path in calls if path.startswith("skipvit.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["vit", "fused", "beit", "torchvision", "tied"])
 @pytest.mark.client("torch.fx", "symbolic_trace")
 def test_traced(case: str) -> None:

@@ -141,6 +141,7 @@ def test_merged_tokens(tmp_path: Path) -> None:
     assert {f"stage_{i}_kept_tokens" for i in (1, 2, 3)} <= values.keys()
 
 
+@pytest.mark.slow
 def test_a_batch_of_any_size_is_called_so(tmp_path: Path) -> None:
     file = exported(rewritten(), tmp_path, batch="dynamic")
     for value in (*file.graph.input, *file.graph.output):

@@ -140,6 +140,7 @@ def test_an_edit_of_the_graph_is_what_runs(copied: bool, replaced: bool, images:
             assert torch.equal(fast(images), before)
 
 
+@pytest.mark.slow
 def test_dtypes(images: Tensor) -> None:
     _, fast = pair()
     with torch.no_grad():

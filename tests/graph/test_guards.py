@@ -364,6 +364,7 @@ class ClassTokenAtTheEnd(Odd):
         return self.head(self.norm(self.layers(x))[:, 20])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("size", [(32, 48), (24, 40), (40, 32), (64, 80)])
 def test_another_image_size(size: tuple[int, int], frontend: str) -> None:

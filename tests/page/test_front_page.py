@@ -235,6 +235,7 @@ def test_markup_in_names_is_text(
     assert SCRIPT in page.locator(".answers").first.inner_text()
 
 
+@pytest.mark.slow
 def test_what_the_search_did_not_validate_is_validated(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

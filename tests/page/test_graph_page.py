@@ -203,6 +203,7 @@ def test_a_node_says_what_it_is(opened: Any, data: dict[str, Any]) -> None:
     assert panel.locator("h3").inner_text() == "No node is chosen"
 
 
+@pytest.mark.slow
 def test_nodes_by_keyboard(opened: Any) -> None:
     head(opened, LAYER_1).focus()
     opened.keyboard.press("Enter")
@@ -241,6 +242,7 @@ def test_data_is_text(opened: Any, data: dict[str, Any]) -> None:
     assert opened.evaluate("window.alerted") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("width", "dark"), [(1280, False), (1280, True), (390, False)], ids=["light", "dark", "phone"]
 )
@@ -257,6 +259,7 @@ def test_it_is_accessible(
     assert page.serious() == []
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone(file: Path, open_page: Callable[..., Page]) -> None:
     opened = open_page(390, 844)
     browser = opened.open(file)

@@ -100,6 +100,7 @@ def test_the_slider_shows_which_patches_are_there(
     assert page.locator(".back").nth(image).get_attribute("d")
 
 
+@pytest.mark.slow
 def test_the_slider_is_moved_by_the_keyboard_and_says_where_it_is(
     made: Made, open_page: Callable[..., Page]
 ) -> None:
@@ -150,6 +151,7 @@ def test_a_patch_tells_its_story_to_mouse_and_keyboard(
     assert said.inner_text().startswith("Point at a patch")
 
 
+@pytest.mark.slow
 def test_scores_are_drawn_by_rank(made: Made, open_page: Callable[..., Page]) -> None:
     page = open_page().open(made.file)
     page.get_by_label("scores").check()
@@ -163,6 +165,7 @@ def test_scores_are_drawn_by_rank(made: Made, open_page: Callable[..., Page]) ->
     assert max(sum(pixels(page)[patch]) for patch in absent) < 3 * 110
 
 
+@pytest.mark.slow
 def test_merged_patches_are_regions(made: Made, open_page: Callable[..., Page]) -> None:
     page = open_page().open(made.file)
     slide(page, 3)
@@ -204,6 +207,7 @@ def test_everyone_can_use_it(
     assert (sum(map(int, re.findall(r"\d+", paper))) < 200) == dark
 
 
+@pytest.mark.slow
 def test_on_paper_nothing_asks_to_be_clicked(made: Made, open_page: Callable[..., Page]) -> None:
     page = open_page().open(made.file)
     away = (
@@ -222,12 +226,14 @@ def test_on_paper_nothing_asks_to_be_clicked(made: Made, open_page: Callable[...
     assert page.locator(".frame").first.is_visible()
 
 
+@pytest.mark.slow
 def test_axe_sees_a_violation(made: Made, open_page: Callable[..., Page]) -> None:
     opened = open_page()
     opened.open(made.file).evaluate("document.querySelector('label[for=layer]').remove()")
     assert any("label" in found for found in opened.serious())
 
 
+@pytest.mark.slow
 def test_the_diff_is_copied_or_selected(made: Made, open_page: Callable[..., Page]) -> None:
     page = open_page().open(made.file)
     page.get_by_role("button", name="Copy the diff").click()
@@ -257,6 +263,7 @@ def test_markup_in_names_is_text(tmp_path: Path, open_page: Callable[..., Page])
     assert page.locator('[title*="<script>alert(1)</script>"]').count() == 1
 
 
+@pytest.mark.slow
 def test_without_a_grid_there_is_a_strip_that_says_so(
     tmp_path: Path, open_page: Callable[..., Page]
 ) -> None:

@@ -99,6 +99,7 @@ def heard(tokens: Tensor, *, attention: Tensor, keys: Tensor) -> Tensor:
     return tokens.norm(dim=-1) + attention.mean(1) + keys.norm(dim=-1).mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

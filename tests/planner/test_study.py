@@ -40,6 +40,7 @@ def test_no_plan_twice_and_the_same_for_the_same_seed() -> None:
     assert plans != evaluate(Study("s", None, 4, SPACE), 60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["study.log", "journal:///study.log", "sqlite:///study.db"])
 def test_a_study_that_was_interrupted_goes_on_as_if_not(kind: str, tmp_path: Path) -> None:
     place = kind.replace("study", f"{tmp_path}/study")

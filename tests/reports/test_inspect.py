@@ -147,6 +147,7 @@ def test_table(report: Inspection) -> None:
     assert "add_20" in where
 
 
+@pytest.mark.slow
 def test_switched_off_is_said_and_counted_as_on(fast: Any, report: Inspection) -> None:
     skipvit_fx.set_skipping(fast, False)
     try:
@@ -257,6 +258,7 @@ def test_the_module_is_left_alone(fast: Any) -> None:
     assert not any(m._forward_hooks for m in fast.modules())
 
 
+@pytest.mark.slow
 def test_a_copy_can_be_inspected(fast: Any, report: Inspection) -> None:
     assert skipvit_fx.inspect(copy.deepcopy(fast)) == report
 

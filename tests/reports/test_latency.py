@@ -52,6 +52,7 @@ def test_bytes_on_paper(vit: nn.Module, fast: Any) -> None:
     assert count.nodes["blocks_0_norm1"] == 0
 
 
+@pytest.mark.slow
 def test_fewer_tokens_move_fewer_bytes(fast: Any) -> None:
     report = skipvit_fx.inspect(fast)
     first, second, _ = report.layers
@@ -126,6 +127,7 @@ def test_the_table() -> None:
 # -- measuring, with a clock that ticks once a look ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_measured(vit: nn.Module, fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(latency, "perf_counter", lambda: float(next(clock)))
@@ -182,6 +184,7 @@ def test_bad_input(vit: nn.Module, fast: Any) -> None:
 # -- the command ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_json(monkeypatch: pytest.MonkeyPatch) -> None:
     share_rewrites(monkeypatch)
     result = CliRunner().invoke(app, ["bench", *SMALL, "--batch", "1", "--rounds", "1", "--json"])

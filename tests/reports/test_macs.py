@@ -125,6 +125,7 @@ def test_attention_inside_multihead_attention_counts(training: bool) -> None:
     assert torch.backends.mha.get_fastpath_enabled() is before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("enabled", [False, True])
 def test_nothing_is_changed(training: bool, enabled: bool) -> None:
@@ -158,6 +159,7 @@ def small() -> Any:
     return skipvit_fx.rewrite(model, "1(50%)+2", example_inputs=example)
 
 
+@pytest.mark.slow
 def test_train_mode_counts_the_same() -> None:
     fast, x = small(), (BY_NAME["vit"].input(),)
     assert count_macs(fast.train(), x) == count_macs(fast.eval(), x)

@@ -46,6 +46,7 @@ def test_one_stage() -> None:
     assert len(set(map(tuple, stage.kept.tolist()))) > 1, "samples that choose alike test little"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "siglip-map", "parallel-things", "rope-axial"])
 def test_later_stages_name_original_positions(name: str) -> None:
     model, fast, x = rewritten("1,2,3(30%,40%,50%)+4", name)
