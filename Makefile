@@ -3,16 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test quick test-oldest slow lint bench zoo docs dist
+.PHONY: demo test test-oldest slow lint bench zoo docs dist
 
 demo: .venv/.demo
 	$(BIN)/python examples/demo.py
 
-# Side by side: types take half a minute on one processor.
-test: .venv/.dev
-	$(MAKE) --jobs=2 lint quick
-
-quick: .venv/.dev
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 # The quick tests, with the oldest torch that pyproject.toml allows.
@@ -54,9 +50,8 @@ dist: .venv/.build
 
 # torch and torchvision in one command, from one index: a torch built for another index installs
 # beside torchvision without complaint and then lacks its operators, which the import shows.
-# Most of what is installed is never imported, so nothing is compiled in advance.
 .venv/.demo .venv/.dev: .venv/.%: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --no-compile --editable '.[$*]'
+	$(BIN)/python -m pip install --editable '.[$*]'
 	$(BIN)/python -c 'import torchvision'
 	touch $@
 
