@@ -276,6 +276,7 @@ def test_caches_are_as_before(keep: Callable[[Tensor], Tensor]) -> None:
         check_cache(keep, frontend, leaf=index % 4 < 2, mixes=False, filled=filled)
 
 
+@pytest.mark.slow
 @pytest.mark.every_case
 @pytest.mark.parametrize("keep", [caching.in_functools, caching.in_a_closure])
 def test_caches_are_found_where_the_collector_does_not_look(

@@ -104,6 +104,7 @@ def test_hugging_face(encoder: HuggingFace, frontend: str) -> None:
     assert_is_the_model(fast, model, pixel_values=x, same_bits=same_bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_dropout_lives_in_train_only(frontend: str, attention: str) -> None:
@@ -122,6 +123,7 @@ def test_dropout_lives_in_train_only(frontend: str, attention: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frontend", FRONTENDS)
 def test_classifier_in_its_own_output_class(frontend: str) -> None:
     config = ViTConfig(**SMALL | {"num_hidden_layers": DEPTH}, image_size=64)

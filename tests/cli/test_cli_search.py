@@ -30,6 +30,7 @@ def search(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["search", *SMALL, *arguments])
 
 
+@pytest.mark.slow
 def test_a_table_and_pictures(folder: Path, tmp_path: Path) -> None:
     pictures = [tmp_path / "front.png", tmp_path / "profile.png"]
     plots = ["--plot", str(pictures[0]), "--plot-profile", str(pictures[1])]

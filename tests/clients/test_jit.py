@@ -24,6 +24,7 @@ def saved_and_loaded(traced: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     return torch.jit.load(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "batch"), [("vit", 1), ("fused", 2), ("beit", 2), ("torchvision", 2), ("tied", 2)]
 )

@@ -54,6 +54,7 @@ def test_what_was_found_is_a_table() -> None:
     assert "Refused: " in refused._repr_html_()
 
 
+@pytest.mark.slow
 def test_names_are_text() -> None:
     model = Hostile().eval()
     fast = skipvit_fx.rewrite(model, "1(50%)+3", example_inputs=X, validate=False)

@@ -75,6 +75,7 @@ def test_rewritten(vit: nn.Module, plan: str, eliminate: bool, wanted: int, giga
     assert list(on.nodes) == [node.name for node in fast.graph.nodes]
 
 
+@pytest.mark.slow
 def test_one_node_at_a_time() -> None:
     count = count_macs(fast_vit_small(), (images(),))
     assert count.nodes["blocks_5_attn_qkv"] == 3 * 197 * WIDTH**2
