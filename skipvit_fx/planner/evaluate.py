@@ -88,9 +88,10 @@ class Evaluator:
     @contextlib.contextmanager
     def _seeded(self) -> Iterator[None]:
         """A context in which a score that draws draws the same for every plan, and leaves no trace."""
-        kind, devices = self._device.type, []
-        if kind != "cpu":
-            devices.append(self._device)
+        kind = self._device.type
+        devices = [] if kind == "cpu" else [self._device]
+        # seeding an accelerator that is not there queues a call each time, and is slow
+        seed = torch.manual_seed if devices else torch.default_generator.manual_seed
         with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
-            torch.manual_seed(0)
+            seed(0)
             yield
