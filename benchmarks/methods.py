@@ -72,9 +72,10 @@ class Measured:
     macs: dict[str, int]
     results: list[Result]
 
-    def of(self, variant: str) -> Iterator[Result]:
+    def of(self, variant: str) -> list[Result]:
         """Those of one variant, by batch."""
-        return (result for result in self.results if result.variant == variant)
+        found = [result for result in self.results if result.variant == variant]
+        return sorted(found, key=lambda result: result.setting.batch)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", default=[MODEL], help="the page is about the first")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=[MODEL],
+        help="plain ViTs of timm; the page is about the first",
+    )
     parser.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs)
     parser.add_argument("--pretrained", action="store_true", help="timm's weights; needs network")
     parser.add_argument("--device", default="cpu")
@@ -129,7 +135,9 @@ def conditions(args: argparse.Namespace) -> str:
     """On what, with what and how often is measured."""
     where = device_name(torch.device(args.device))
     weights = "timm's" if args.pretrained else "random"
-    memory = [f"{key}={value}" for key, value in sorted(os.environ.items()) if "MALLOC" in key]
+    memory = [
+        f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith("MALLOC_")
+    ]
     described = [where, versions("timm"), f"{weights} weights", f"{args.rounds} rounds", *memory]
     return f"{'; '.join(described)}."
 
@@ -371,12 +379,13 @@ def what_merging_costs(measured: Measured) -> Iterator[str]:
     """A paragraph: the speed of methods that merge, beside that of the same lengths without merging."""
     told = []
     for name in TARGETS:
-        pairs = zip(measured.of(name), measured.of(CUT.format(name)), strict=False)
+        cuts = {result.setting: result.speed[0] for result in measured.of(CUT.format(name))}
         told += [
-            f"{name}, batch {its.setting.batch}: {its.speed[0]:.3f} of {cut.speed[0]:.3f}"
-            for its, cut in sorted(pairs, key=lambda pair: pair[0].setting.batch)
+            f"{name}, batch {its.setting.batch}: {its.speed[0]:.3f} of {cuts[its.setting]:.3f}"
+            for its in measured.of(name)
+            if its.setting in cuts
         ]
-    if not told:  # measured without it
+    if not told:  # older results
         return
     yield (
         "What merging itself costs shows beside a forward pass written by hand that cuts the sequence to the same "
@@ -388,7 +397,7 @@ def what_merging_costs(measured: Measured) -> Iterator[str]:
 def page_rows(measured: Measured) -> Iterator[str]:
     """The lines of the table."""
     for method in (*sv.METHODS.values(), *MORE):
-        results = list(measured.of(method.name))
+        results = measured.of(method.name)
         mark = "*" if only_trains(method) else ""
         cells = [
             method.name,
@@ -397,7 +406,7 @@ def page_rows(measured: Measured) -> Iterator[str]:
             f"{measured.macs[method.name] / 1e9:.3f}",
             f"{results[0].limit:.3f}",
         ]
-        for result in sorted(results, key=lambda result: result.setting.batch):
+        for result in results:
             middle, least, most = result.speed
             cells.append(f"{middle:.3f}{mark} ({least:.3f} to {most:.3f})")
         yield f"| {' | '.join(cells)} |"

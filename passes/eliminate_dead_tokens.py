@@ -109,8 +109,8 @@ class _Liveness:
 
     def __init__(self, context: Context) -> None:
         self.analysis = context.analysis
-        facts = self.analysis.facts
-        self.with_tokens = {node for node in facts if carries_tokens(facts[node])}
+        facts = self.analysis.facts.items()
+        self.with_tokens = {node for node, known in facts if carries_tokens(known)}
         self.shortened = {skip.kept_tokens for skip in context.skips.values()}
         self.need: dict[fx.Node, float] = {}
         for node in reversed(context.editor.graph.nodes):
@@ -164,10 +164,6 @@ class _Liveness:
         """The rows that a node reads of its arguments, given the rows that are read of it."""
         arguments = [a for a in node.all_input_nodes if a in self.with_tokens]
         need = self.need.get(node, NONE)
-        facts = self.analysis.facts.get(node)
-        is_plain = facts is not None and facts.reads is None and isinstance(facts.value, Tensor)
-        if need == ALL and is_plain:  # most of the graph
-            return [(a, ALL) for a in arguments]
         op = _inserted(self.analysis, node)
         if isinstance(op, PutBack) and need <= 0:
             return [(node.all_input_nodes[0], need)]
@@ -175,6 +171,7 @@ class _Liveness:
             query = node.all_input_nodes[0]
             row = op.asking + 1 - _tokens(self.analysis.axes(query)).prefix
             return [(a, row if a is query else ALL) for a in arguments]
+        facts = self.analysis.facts.get(node)
         if facts is None:
             is_size = node.op == "call_method" and node.target == "size"
             return [] if is_size else [(a, ALL) for a in arguments]

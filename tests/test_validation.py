@@ -491,7 +491,6 @@ def _assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert value == after[name], name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_nothing_is_left_behind(training: bool) -> None:
     model = busy().train(training)

@@ -61,10 +61,7 @@ def lengths(axes: Axes) -> tuple[int, ...]:
 
 def tokens_of(dim: Dim) -> Tokens | None:
     """The token factor of one dimension, if it has one."""
-    for factor in dim:
-        if isinstance(factor, Tokens):
-            return factor
-    return None
+    return next((factor for factor in dim if isinstance(factor, Tokens)), None)
 
 
 def batch_of(dim: Dim) -> Batch | None:

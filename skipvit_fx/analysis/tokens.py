@@ -371,7 +371,4 @@ def _attention(given: AttentionArguments) -> NodeFacts:
 
 def carries_tokens(facts: NodeFacts) -> bool:
     """Whether any tensor of the node's value has a token axis."""
-    value = facts.value
-    if isinstance(value, Tensor):  # nearly always
-        return axes_of(value) is not None
-    return any(axes_of(t) is not None for t in tensors_in(value))
+    return any(axes_of(t) is not None for t in tensors_in(facts.value))

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_WHOLE = (bool, int, float, str, type(None), Tensor, nn.Module, ModuleType, type)
-_ATOMS = frozenset({bool, int, float, str, type(None), Tensor, nn.Parameter})
+_WHOLE = (bool, int, float, str, type(None), Tensor, nn.Parameter, nn.Module, ModuleType, type)
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _DEEPEST = 6
 
@@ -30,7 +29,7 @@ def nested(thing: Any, depth: int = 0) -> Iterator[Any]:
 def holds(thing: Any) -> Any:
     """The container that a thing is, or that holds its attributes; an empty one if it is taken as a whole."""
     kind = type(thing)
-    if kind in _ATOMS or issubclass(kind, _WHOLE):  # most are the former, which is faster to see
+    if kind in _WHOLE or issubclass(kind, _WHOLE):  # most are the former, which is faster to see
         return ()
     if isinstance(thing, (dict, *_SEQUENCES)):
         return thing

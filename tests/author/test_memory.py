@@ -276,7 +276,6 @@ def test_caches_are_as_before(keep: Callable[[Tensor], Tensor]) -> None:
         check_cache(keep, frontend, leaf=index % 4 < 2, mixes=False, filled=filled)
 
 
-@pytest.mark.slow
 @pytest.mark.every_case
 @pytest.mark.parametrize("keep", [caching.in_functools, caching.in_a_closure])
 def test_caches_are_found_where_the_collector_does_not_look(
@@ -290,6 +289,36 @@ def test_caches_are_found_where_the_collector_does_not_look(
         assert gc.get_freeze_count()
     finally:
         gc.unfreeze()
+
+
+class Watching(Block):
+    """A layer that notes whether the collector may run."""
+
+    seen: ClassVar[list[bool]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(gc.isenabled())
+        return super().forward(x)
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("plan", [PLAN, "9(40%)"], ids=["right", "refused"])
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+def test_the_collector_pauses_and_is_as_before(
+    on: bool, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watching, "seen", [])
+    refusal = contextlib.nullcontext() if plan == PLAN else pytest.raises(skipvit_fx.PlanError)
+    if not on:
+        gc.disable()
+    try:
+        with refusal:
+            skipvit_fx.rewrite(odd(Watching), plan, example_inputs=image())
+        assert gc.isenabled() == on
+    finally:
+        gc.enable()
+    assert Watching.seen
+    assert not any(Watching.seen)
 
 
 @pytest.mark.slow

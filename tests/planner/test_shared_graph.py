@@ -99,7 +99,6 @@ def heard(tokens: Tensor, *, attention: Tensor, keys: Tensor) -> Tensor:
     return tokens.norm(dim=-1) + attention.mean(1) + keys.norm(dim=-1).mean(1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
