@@ -63,9 +63,7 @@ def mixing_leaves(spans: Spans, opened: Iterable[str]) -> list[str]:
 def span_refusal(spans: Spans, node: fx.Node) -> str:
     """Why the node may not see fewer tokens; empty if it may."""
     analysis = spans.analysis
-    if node not in analysis.unsound:
-        analysis.unsound[node] = why_not_apart(analysis, node) or _causal_operand(analysis, node)
-    if reason := analysis.unsound[node]:
+    if reason := why_not_apart(analysis, node) or _causal_operand(analysis, node):
         return reason
     if spans.weighs(node) and not is_softmax(analysis, node):
         return "attention inside a module or function, in which the sizes of merged tokens do not count"
@@ -103,7 +101,7 @@ def _refuse_causal_scores(spans: Spans) -> None:
 
 def _causal_operand(analysis: TokenAnalysis, node: fx.Node) -> str:
     positions = analysis[node].positions
-    for argument in node.all_input_nodes:
+    for argument in node.all_input_nodes if positions else ():
         value = analysis[argument].value
         if sum(p.operand is value for p in positions) == 2 and is_causal(analysis, argument):
             return "causal attention depends on the order of all tokens"

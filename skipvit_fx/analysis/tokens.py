@@ -175,7 +175,7 @@ class TokenAnalysis:
 
     Attributes:
         judged: how code mixes tokens, by what it is and what it is called with.
-        unsound: the same by node, as long as the graph is as it was captured: kept for the next plan.
+        mixes: the same by node, for all plans: a plan edits what a node reads, and not what it does.
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -183,7 +183,7 @@ class TokenAnalysis:
         self.facts: dict[fx.Node, NodeFacts] = {}
         self.fake_mode = capture.fake_mode
         self.judged: dict[Hashable, str] = {}
-        self.unsound: dict[fx.Node, str] = {}
+        self.mixes: dict[fx.Node, str] = {}
         self._below: dict[fx.Node, frozenset[fx.Node]] = {}
         self._above: dict[fx.Node, frozenset[fx.Node]] = {}
         self._fake = fake_structure(self.module, self.fake_mode)
@@ -210,6 +210,7 @@ class TokenAnalysis:
                 module_path=module_path(node),
                 hint="rewrite a model that takes [batch, ...] and keeps the batch as one axis",
             )
+        self.mixes.clear()
         facts = self.facts[node]
         changed = {node}
         with self.fake_mode, torch.no_grad():

@@ -186,10 +186,7 @@ class Study:
         """A plan that nobody has evaluated or is evaluating; ``None`` if there seems to be no other."""
         taken = {*self.known(), *self._rejected}
         for _ in range(MOST_REFUSED):
-            seed = self._seed * 1_000_003 + len(self._own.get_trials(deepcopy=False))
-            self._own.sampler = self._optuna.samplers.NSGAIISampler(
-                population_size=POPULATION, seed=seed % 2**32
-            )
+            self._own.sampler = self._sampler()
             trial = self._own.ask(self._ranges)
             plan = self._space.plan(trial.params)
             running = {
@@ -202,6 +199,14 @@ class Study:
                 return Proposal(trial, plan)
             self._own.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         return None
+
+    def _sampler(self) -> Any:
+        seed = self._seed * 1_000_003 + len(self._own.get_trials(deepcopy=False))
+        sampler = self._optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed % 2**32)
+        ranges = dict(sorted(self._ranges.items()))
+        # those of every trial, which it would otherwise compare with one another at each proposal
+        sampler.infer_relative_search_space = lambda *_: ranges
+        return sampler
 
     def tell(self, proposal: Proposal, known: Known) -> None:
         """Keep what was found of a plan."""
