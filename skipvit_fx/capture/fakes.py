@@ -21,6 +21,10 @@ MOST_KNOWN = 4096
 """The largest number of elements of an integer tensor whose values stay known."""
 
 
+TORCHS_OWN = frozenset({"aten", "prim", "prims"})
+"""Namespaces of operators whose code is torch's."""
+
+
 class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """A mode in which real parameters may meet fake activations, and nothing is computed or left behind.
 
@@ -68,7 +72,10 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             self.twin(arg) if isinstance(arg, torch.Tensor) and _has_gradient(arg) else arg
             for arg in args
         )
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        run = super().__torch_dispatch__
+        if func.namespace in TORCHS_OWN:
+            return self.surroundings.unwatched(run, func, types, args, kwargs)
+        return run(func, types, args, kwargs)
 
     def twin(self, tensor: torch.Tensor) -> FakeTensor:
         """The fake tensor for a parameter or buffer, without gradient; the same one every time."""
