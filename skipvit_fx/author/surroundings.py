@@ -97,14 +97,16 @@ class Surroundings:
             else:
                 sys.setprofile(before)
 
-    def unwatched(self, call: Callable[..., Any], *args: Any) -> Any:
-        """Call torch's own code, and note nothing of it: it consists of most of the calls that would be looked at."""
+    @contextlib.contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """While torch's own code runs, note nothing: it makes most of the calls that would be looked at."""
         before = sys.getprofile()
         if before != self._enter:
-            return call(*args)
+            yield
+            return
         sys.setprofile(None)
         try:
-            return call(*args)
+            yield
         finally:
             sys.setprofile(before)
 

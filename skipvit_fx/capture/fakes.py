@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -72,10 +73,9 @@ class TracelessFakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
             self.twin(arg) if isinstance(arg, torch.Tensor) and _has_gradient(arg) else arg
             for arg in args
         )
-        run = super().__torch_dispatch__
-        if func.namespace in TORCHS_OWN:
-            return self.surroundings.unwatched(run, func, types, args, kwargs)
-        return run(func, types, args, kwargs)
+        torchs_own = func.namespace in TORCHS_OWN
+        with self.surroundings.unwatched() if torchs_own else contextlib.nullcontext():
+            return super().__torch_dispatch__(func, types, args, kwargs)
 
     def twin(self, tensor: torch.Tensor) -> FakeTensor:
         """The fake tensor for a parameter or buffer, without gradient; the same one every time."""
