@@ -333,6 +333,32 @@ def test_caches_are_as_before_everywhere(
     check_cache(keep, frontend, leaf=leaf, mixes=mixes, filled=filled)
 
 
+OF_OPERATORS: dict[str, Tensor] = {}
+
+
+@torch.library.custom_op("skipvit_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    """An author's operator, whose shapes are computed by code that keeps what it sees."""
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return OF_OPERATORS.setdefault("first", torch.empty_like(x)).new_empty(x.shape)
+
+
+class Doubles(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(doubled(x))
+
+
+def test_an_authors_operator_leaves_nothing_behind() -> None:
+    """Calls are not looked at in torch's own operators, but in this one."""
+    with pytest.raises(UnsupportedModelError, match=r"doubled"):
+        rewrite(odd(Doubles), PLAN, validate=False)
+    assert not OF_OPERATORS
+
+
 @pytest.mark.parametrize(
     "look",
     [skipvit_fx.find_attention, lambda m, x: skipvit_fx.inspect(rewrite(m, PLAN, validate=False))],
