@@ -1,6 +1,8 @@
 # Everything runs in .venv, made here. PYTHON is only used to create it: make test PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
+# What installs. uv takes a quarter of the time: make test PIP='uv pip'
+PIP ?= $(BIN)/python -m pip
 OLDEST := .venv-oldest/bin
 
 .PHONY: demo test test-oldest slow lint bench zoo docs dist
@@ -51,16 +53,16 @@ dist: .venv/.build
 # torch and torchvision in one command, from one index: a torch built for another index installs
 # beside torchvision without complaint and then lacks its operators, which the import shows.
 .venv/.demo .venv/.dev: .venv/.%: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --editable '.[$*]'
+	$(PIP) install --editable '.[$*]'
 	$(BIN)/python -c 'import torchvision'
 	touch $@
 
 .venv/.docs: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --editable '.[docs]'
+	$(PIP) install --editable '.[docs]'
 	touch $@
 
 .venv/.build: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install build twine
+	$(PIP) install build twine
 	touch $@
 
 .venv-oldest/.dev: pyproject.toml tests/oldest.txt

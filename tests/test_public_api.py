@@ -54,6 +54,7 @@ def test_the_version_is_that_of_the_package() -> None:
     assert skipvit_fx.__version__ == project["version"]
 
 
+@pytest.mark.slow
 def test_a_report_in_a_notebook_is_its_text() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
     fast = skipvit_fx.rewrite(model, "1(50%)")

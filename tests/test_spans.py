@@ -60,6 +60,7 @@ def test_exact(plan: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "beit", "cait"])
+@pytest.mark.slow
 def test_exact_if_whole_layers_are_cut(name: str) -> None:
     family = BY_NAME[name]
     model, x = family.build(), family.input()

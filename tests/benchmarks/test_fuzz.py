@@ -133,6 +133,7 @@ def test_a_bug_is_found_among_cases_drawn(monkeypatch: pytest.MonkeyPatch) -> No
         ),
     ],
 )
+@pytest.mark.slow
 def test_outcomes(case: Case, kind: str, words: str) -> None:
     outcome = run(case)
     assert outcome.kind == kind, outcome
@@ -215,6 +216,7 @@ def test_the_page_and_going_on_after_an_interrupt(
     assert "def test_case_12()" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_case_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     fuzz = load("benchmarks/fuzz.py")
 

@@ -57,6 +57,7 @@ def test_the_ratio_stays_a_setting() -> None:
         assert_close(traced(x), fast(x))
 
 
+@pytest.mark.slow
 def test_what_was_checked_is_checked() -> None:
     _, fast, x, _ = rewritten("torchvision")
     traced = fx.symbolic_trace(fast)

@@ -50,6 +50,7 @@ def test_a_trace_trains() -> None:
     assert_close(gradients(loaded, loaded(x).square().mean()), wanted)
 
 
+@pytest.mark.slow
 def test_what_is_inserted_decides_without_a_warning() -> None:
     _, fast, x, _ = rewritten("beit")
     with warnings.catch_warnings(record=True) as caught:

@@ -58,6 +58,7 @@ def test_what_lends_its_name_is_no_output_any_more() -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.slow
 def test_nodes_and_values_are_named(target: Any) -> None:
     file = file_for(target)
     names = [node.name for node in file.graph.node]

@@ -90,6 +90,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy, copy, pickle, torch.save",
     caveat="unpickling rewrites again, and checks that the graph is the same",
 )
+@pytest.mark.slow
 def test_it_is_both_in_every_copy(model: Any, fast: Any, name: str) -> None:
     x = images(3)
     copied = COPIES[name](fast)

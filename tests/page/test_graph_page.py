@@ -80,6 +80,7 @@ def test_layers_are_boxes_before_and_after(opened: Any, data: dict[str, Any]) ->
     assert opened.locator(".gv-lanes-before .gv-edge-inserted").count() == 0
 
 
+@pytest.mark.slow
 def test_a_layer_opens_and_closes(opened: Any, data: dict[str, Any]) -> None:
     button = head(opened, LAYER_1)
     assert button.get_attribute("aria-expanded") == "false"
@@ -123,6 +124,7 @@ def test_steps_change_what_is_drawn(opened: Any, data: dict[str, Any]) -> None:
     assert "blocks_0_norm2 reads stage_1_kept_tokens instead of add" in listed
 
 
+@pytest.mark.slow
 def test_what_a_pass_erases_is_shown_once_more(opened: Any, data: dict[str, Any]) -> None:
     opened.locator(".gv-sizes").check()
     step(opened, "erase-dead")
@@ -137,6 +139,7 @@ def test_what_a_pass_erases_is_shown_once_more(opened: Any, data: dict[str, Any]
     assert not any(nodes(opened, layer) & shown for layer in layers)
 
 
+@pytest.mark.slow
 def test_a_step_opens_what_it_changed(opened: Any) -> None:
     step(opened, "insert-return")
     assert "stage_1_returned" in nodes(opened, LAYER_3)
@@ -156,6 +159,7 @@ def test_steps_by_keyboard(opened: Any) -> None:
     assert current.inner_text() == "erase-dead"
 
 
+@pytest.mark.slow
 def test_search_finds(opened: Any, data: dict[str, Any]) -> None:
     search = opened.get_by_label("search")
     search.fill("KEPT")
@@ -219,6 +223,7 @@ def test_nodes_by_keyboard(opened: Any) -> None:
     assert opened.evaluate("document.activeElement.dataset.name") == second
 
 
+@pytest.mark.slow
 def test_one_side_alone(opened: Any) -> None:
     opened.get_by_label("as written", exact=True).check()
     assert head(opened, LAYER_1).is_hidden()

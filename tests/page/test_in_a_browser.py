@@ -195,6 +195,7 @@ def test_merged_patches_are_regions(made: Made, open_page: Callable[..., Page]) 
 
 @pytest.mark.every_case
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+@pytest.mark.slow
 def test_everyone_can_use_it(
     made: Made, open_page: Callable[..., Page], width: int, dark: bool
 ) -> None:

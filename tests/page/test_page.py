@@ -76,6 +76,7 @@ def test_its_data_is_the_trace(tmp_path: Path) -> None:
         assert [scores[i] for i in present] == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_scores_of_merged_tokens_stand_where_they_are(tmp_path: Path) -> None:
     """After a first merge the sequence is in another order, and a trace has scores in that order."""
     fast = rewritten("1,2(4)+merged", validate=False)

@@ -31,6 +31,7 @@ def cells(html: str) -> list[str]:
     return [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", html)]
 
 
+@pytest.mark.slow
 def test_an_inspection_is_a_table_with_the_numbers_of_its_text() -> None:
     inspection = skipvit_fx.inspect(rewritten())
     html = inspection._repr_html_()

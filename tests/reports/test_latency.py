@@ -152,6 +152,7 @@ def test_what_is_measured(vit: nn.Module, fast: Any, monkeypatch: pytest.MonkeyP
     assert made.batch == 2
 
 
+@pytest.mark.slow
 def test_each_time_is_that_of_its_model(
     vit: nn.Module, fast: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
