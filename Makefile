@@ -1,7 +1,7 @@
 # Everything runs in .venv, made here. PYTHON is only used to create it: make test PYTHON=python3.12
 PYTHON ?= python3
 BIN := .venv/bin
-# What installs. uv takes a quarter of the time: make test PIP='uv pip'
+# What installs. With uv it is quicker: make test PIP='uv pip'
 PIP ?= $(BIN)/python -m pip
 OLDEST := .venv-oldest/bin
 

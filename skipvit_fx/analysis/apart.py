@@ -22,11 +22,11 @@ from skipvit_fx.torch_internals import pytree
 def why_not_apart(analysis: TokenAnalysis, node: fx.Node) -> str:
     """Why ``node`` may not see fewer tokens than in the author's model; empty if it treats each row independently."""
     if node not in analysis.mixes:
-        analysis.mixes[node] = _found(analysis, node)
+        analysis.mixes[node] = _how_it_mixes(analysis, node)
     return analysis.mixes[node]
 
 
-def _found(analysis: TokenAnalysis, node: fx.Node) -> str:
+def _how_it_mixes(analysis: TokenAnalysis, node: fx.Node) -> str:
     facts = analysis[node]
     if facts.mixing or not takes_tokens(analysis, node) or not tensors_in(facts.value):
         return facts.mixing

@@ -175,7 +175,7 @@ class TokenAnalysis:
 
     Attributes:
         judged: how code mixes tokens, by what it is and what it is called with.
-        mixes: the same by node, for all plans: a plan edits what a node reads, and not what it does.
+        mixes: the same by node, in the graph as it was captured: kept for the next plan.
     """
 
     def __init__(self, capture: Capture) -> None:

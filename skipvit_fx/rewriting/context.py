@@ -98,6 +98,8 @@ class Context:
         other = copy.copy(self)
         other.analysis = copy.copy(self.analysis)
         other.analysis.facts = {**self.analysis.facts, **facts}
+        # what is found on an edited graph is not kept for the next plan
+        other.analysis.mixes = dict(self.analysis.mixes)
         return other
 
     def patches_at(self, node: fx.Node, patches: int) -> int:

@@ -197,7 +197,6 @@ def test_a_plan_is_chosen_by_mouse_and_keyboard(made: Made, open_page: Callable[
     assert opened.requests == []
 
 
-@pytest.mark.every_case
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 @pytest.mark.slow
 def test_everyone_can_use_it(

@@ -193,7 +193,6 @@ def test_merged_patches_are_regions(made: Made, open_page: Callable[..., Page]) 
     assert page.locator(".group").first.get_attribute("d") == ""
 
 
-@pytest.mark.every_case
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
 @pytest.mark.slow
 def test_everyone_can_use_it(

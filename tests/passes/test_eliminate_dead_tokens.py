@@ -50,3 +50,10 @@ def test_where_all_rows_are_read_nothing_changes() -> None:
     ran = run_up_to(EliminateDeadTokens, Pooled(), "")
     assert ran.events == ()
     assert not ran.context.narrow
+
+
+def test_what_is_found_on_an_edited_graph_is_not_kept_for_the_next_plan() -> None:
+    """Without a plan no other pass asks what mixes tokens."""
+    ran = run_up_to(EliminateDeadTokens, Tiny(), "")
+    assert ran.context.narrow
+    assert not ran.context.analysis.mixes
